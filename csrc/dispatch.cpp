@@ -1,0 +1,87 @@
+// Cuts a pass in spans, shares them among threads, and picks the instruction set.
+#include <pthread.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "pass.h"
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace {
+
+// libgomp's pool does not survive a fork: a child that enters it hangs.
+bool in_forked_child = false;
+__attribute__((constructor)) void watch_forks() {
+    pthread_atfork(nullptr, nullptr, [] { in_forked_child = true; });
+}
+
+// Round to nearest even with subnormals, whatever mode the calling program set on this thread.
+struct IeeeArithmetic {
+#if defined(__x86_64__)
+    unsigned saved = _mm_getcsr();
+    IeeeArithmetic() { _mm_setcsr(0x1F80); }
+    ~IeeeArithmetic() { _mm_setcsr(saved); }
+#endif
+};
+
+SpanFunction function_of(int isa) {
+    if (!zk_has_isa(isa)) return nullptr;
+#if defined(ZK_X86)
+    if (isa == ZK_AVX512) return add_noise_avx512;
+    if (isa == ZK_AVX2) return add_noise_avx2;
+#endif
+    return add_noise_portable;
+}
+
+std::vector<Span> cut(const zk_add_noise_args& args) {
+    std::vector<Span> spans;
+    for (int64_t i = 0; i < args.tensor_count; i++) {
+        const zk_tensor& t = args.tensors[i];
+        for (int64_t begin = 0, end; begin < t.numel; begin = end) {
+            end = std::min(t.numel, begin + SPAN - (int64_t)((t.offset + begin) % SPAN));
+            spans.push_back({&t, begin, end});
+        }
+    }
+    return spans;
+}
+
+}  // namespace
+
+extern "C" int zk_has_isa(int isa) {
+    if (isa == ZK_PORTABLE) return 1;
+#if defined(ZK_X86)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                      __builtin_cpu_supports("f16c");
+    if (isa == ZK_AVX2) return avx2;
+    if (isa == ZK_AVX512)
+        return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+    return 0;
+}
+
+extern "C" int zk_add_noise(const zk_add_noise_args* args, int isa) {
+    const SpanFunction function = function_of(isa);
+    if (!function) return -1;
+    const std::vector<Span> spans = cut(*args);
+    const int64_t count = (int64_t)spans.size();
+    const int threads = in_forked_child ? 1 : (int)std::min<int64_t>(args->threads, count);
+    if (threads <= 1) {
+        const IeeeArithmetic mode;
+        for (const Span& span : spans) function(*args, span);
+        return 0;
+    }
+#pragma omp parallel num_threads(threads)
+    {
+        const IeeeArithmetic mode;
+#pragma omp for schedule(dynamic, 4)
+        for (int64_t i = 0; i < count; i++) function(*args, spans[i]);
+    }
+    return 0;
+}

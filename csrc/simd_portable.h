@@ -1,0 +1,40 @@
+// One lane: any CPU. The members mean what they mean in simd_avx512.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+struct Simd {
+    static constexpr int W = 1;
+    static constexpr int HALVES = 1;
+    typedef float F;
+    typedef int32_t I;
+    typedef uint32_t U;
+    typedef uint64_t L;
+
+    static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
+    static F to_float(I x) { return (F)x; }
+    static I to_int(F x) { return (I)x; }
+    static L mul(L a, L b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
+    static U join(const L* x) { return (U)x[0]; }
+    static bool any_nan(F a, F b) { return a != a || b != b; }
+    static F load_half(const void* p) {
+        _Float16 h;
+        std::memcpy(&h, p, sizeof h);
+        return (F)h;
+    }
+    static void store_half(void* p, F x) {
+        const _Float16 h = (_Float16)x;
+        std::memcpy(p, &h, sizeof h);
+    }
+    static F round_half(F x) { return (F)(_Float16)x; }
+
+    template <bool SPLIT>
+    static L lane_blocks(int) {
+        return 0;
+    }
+    // A block alone is in the order of memory, and pairs of its elements are even and odd.
+    template <bool SPLIT>
+    static void arrange(F*) {}
+};
