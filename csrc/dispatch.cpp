@@ -14,6 +14,9 @@
 
 namespace {
 
+// Some 5 µs of work each: less is not worth waking a thread for.
+constexpr int64_t MIN_PER_THREAD = 1 << 14;
+
 // libgomp's pool does not survive a fork: a child that enters it hangs.
 bool in_forked_child = false;
 __attribute__((constructor)) void watch_forks() {
@@ -71,7 +74,10 @@ extern "C" int zk_add_noise(const zk_add_noise_args* args, int isa) {
     if (!function) return -1;
     const std::vector<Span> spans = cut(*args);
     const int64_t count = (int64_t)spans.size();
-    const int threads = in_forked_child ? 1 : (int)std::min<int64_t>(args->threads, count);
+    int64_t elements = 0;
+    for (const Span& span : spans) elements += span.end - span.begin;
+    const int64_t useful = in_forked_child ? 1 : std::max<int64_t>(1, elements / MIN_PER_THREAD);
+    const int threads = (int)std::min<int64_t>(args->threads, useful);
     if (threads <= 1) {
         const IeeeArithmetic mode;
         for (const Span& span : spans) function(*args, span);

@@ -5,7 +5,9 @@ Public names only; importing touches no CUDA and no transformers.
 
 from zokernels import masks, noise, ops
 from zokernels.backends import backends
+from zokernels.optim import ZOSGD
+from zokernels.perturb import perturbed
 
 __version__ = "0.1.0"
 
-__all__ = ["backends", "masks", "noise", "ops"]
+__all__ = ["ZOSGD", "backends", "masks", "noise", "ops", "perturbed"]

@@ -183,3 +183,68 @@ def _spread(value: T | Sequence[T], count: int, name: str) -> Sequence[T]:
     return value
 
 
+
+
+def take(mask: Mask | None, chosen: Sequence[int]) -> Mask | None:
+    """The mask for a part of a call's tensors, given by their positions."""
+    if isinstance(mask, Random):
+        return Random(_choose(mask.keep, chosen), _choose(mask.seed, chosen))
+    if isinstance(mask, Magnitude):
+        return Magnitude(_choose(mask.threshold, chosen))
+    if isinstance(mask, Bits):
+        part = Bits([])
+        part.sizes = [mask.sizes[i] for i in chosen]
+        part.packed = [mask.packed[i] for i in chosen]
+        return part
+    return mask
+
+
+def to_plain(mask: Mask | None) -> dict | None:
+    """The mask as a dict of numbers, lists and tensors, as optimizers store it."""
+    match mask:
+        case None:
+            return None
+        case Random():
+            return {"kind": "random", "keep": mask.keep, "seed": mask.seed}
+        case Magnitude():
+            return {"kind": "magnitude", "threshold": mask.threshold}
+        case Bits():
+            return {"kind": "bits", "packed": mask.packed}
+    raise TypeError(
+        f"mask is {mask!r}, but it must be None or one of zokernels.masks: Random, Magnitude, Bits."
+    )
+
+
+def from_plain(plain: dict | None) -> Mask | None:
+    """The mask that `to_plain` described."""
+    if plain is None:
+        return None
+    kind, rest = plain["kind"], {k: v for k, v in plain.items() if k != "kind"}
+    if kind == "bits":
+        return Bits(rest["packed"])
+    return Random(**rest) if kind == "random" else Magnitude(**rest)
+
+
+def _choose(value: T | Sequence[T], chosen: Sequence[int]) -> T | Sequence[T]:
+    return [value[i] for i in chosen] if isinstance(value, list | tuple) else value
+
+
+def concatenate(parts: Sequence[tuple[Mask | None, int]]) -> Mask | None:
+    """One mask for the tensors of several calls: (mask, number of tensors) each, of one kind."""
+    kinds = [mask for mask, _ in parts if mask is not None]
+    if not kinds:
+        return None
+    if isinstance(kinds[0], Bits):
+        joined = Bits([])
+        for mask in kinds:
+            assert isinstance(mask, Bits)
+            joined.sizes += mask.sizes
+            joined.packed += mask.packed
+        return joined
+
+    def numbers(field: str) -> list:
+        return [x for mask, n in parts for x in _spread(getattr(mask, field), n, field)]
+
+    if isinstance(kinds[0], Random):
+        return Random(numbers("keep"), numbers("seed"))
+    return Magnitude(numbers("threshold"))
