@@ -1,0 +1,7 @@
+"""``python -m zokernels.cli``."""
+
+import sys
+
+from zokernels.cli import main
+
+sys.exit(main())

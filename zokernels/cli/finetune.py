@@ -1,0 +1,110 @@
+"""``zokernels finetune``: a task, a model, and forward passes."""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from zokernels.tasks import folder, get_task
+from zokernels.tasks.run import Finetune
+from zokernels.tasks.settings import Settings
+
+_DATA, _MODEL, _METHOD, _RUN = "Data", "Model", "Method", "Run"
+
+
+def _option(text: str, panel: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
+def command(
+    model: Annotated[str, _option("Folder made by save_pretrained, or hub name.", _MODEL)],
+    task: Annotated[str, _option("Task: sst2.", _DATA)] = "sst2",
+    data: Annotated[
+        str | None, _option("Folder with the data; else ZOKERNELS_DATA, hub, shipped.", _DATA)
+    ] = None,
+    out: Annotated[Path | None, _option("Run folder [runs/TASK-TIME].", _RUN)] = None,
+    steps: Annotated[int, _option("Optimizer steps.", _METHOD)] = 1000,
+    batch_size: Annotated[int, _option("Sentences a step.", _METHOD)] = 16,
+    lr: Annotated[float, _option("Learning rate.", _METHOD)] = 1e-6,
+    schedule: Annotated[str, _option("constant, linear or cosine, to 0.", _METHOD)] = "constant",
+    eps: Annotated[float, _option("Scale of the perturbation.", _METHOD)] = 1e-3,
+    num_queries: Annotated[int, _option("Directions a step.", _METHOD)] = 1,
+    dist: Annotated[str, _option("gaussian or rademacher.", _METHOD)] = "gaussian",
+    scheme: Annotated[str, _option("full, lora or bitfit.", _MODEL)] = "full",
+    train_only: Annotated[
+        str | None, _option("Regular expression over parameter names.", _MODEL)
+    ] = None,
+    weight_decay: Annotated[float, _option("Decoupled weight decay.", _METHOD)] = 0.0,
+    rounding: Annotated[str, _option("nearest or stochastic.", _METHOD)] = "nearest",
+    seed: Annotated[int, _option("Fixes data order and directions.", _METHOD)] = 0,
+    eval_every: Annotated[int, _option("Steps between evaluations; 0: none.", _RUN)] = 0,
+    eval_examples: Annotated[
+        int | None, _option("Sentences of an evaluation during training.", _RUN)
+    ] = None,
+    keep_best: Annotated[
+        bool, _option("Keep the step best on held-out training sentences.", _RUN)
+    ] = False,
+    dtype: Annotated[str, _option("float32, bfloat16 or float16.", _MODEL)] = "float32",
+    perturb: Annotated[str | None, _option("on_entry or in_place.", _METHOD)] = None,
+    backend: Annotated[str | None, _option("Kernels to use; see zokernels env.", _METHOD)] = None,
+    min_words: Annotated[int | None, _option("Shortest training sentence.", _DATA)] = None,
+    max_words: Annotated[int | None, _option("Longest training sentence.", _DATA)] = None,
+    max_length: Annotated[int, _option("Longest row in tokens.", _DATA)] = 256,
+    balanced: Annotated[bool, _option("Batches with equal class counts.", _DATA)] = False,
+    device: Annotated[str, _option("Where to run.", _RUN)] = "cpu",
+    json: Annotated[Path | None, _option("Also write the metrics to this file.", _RUN)] = None,
+    overwrite: Annotated[bool, _option("Replace an earlier run in --out.", _RUN)] = False,
+) -> int:
+    """Fine-tune a model on a task by ZO-SGD and write a run folder."""
+    options = dict(locals())
+    path = options.pop("json")
+    folder.check_json(path)
+    get_task(task)
+    options["out"] = out or Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    metrics = train(Settings(**options), shlex.join(words))
+    if path is not None:
+        folder.write_json(path, metrics)
+    return 130 if metrics["interrupted"] else 0
+
+
+def train(settings: Settings, command_line: str = "") -> dict[str, Any]:
+    """Runs the settings under a progress bar, says how it ended, and returns the metrics."""
+    # rich's live display takes a moment to load, and `--help` needs none of it.
+    from zokernels.cli.progress import ProgressWatcher
+
+    settings.check()
+    _quiet()
+    with ProgressWatcher(settings.steps) as watcher:
+        metrics = Finetune(settings, watcher, command_line).run()
+        where = f"{settings.out}/{folder.REPORT}"
+        if metrics["interrupted"]:
+            watcher.say(
+                f"Interrupted after {metrics['steps']} steps; their weights are in "
+                f"{settings.out}/{folder.WEIGHTS}, the report in {where}."
+            )
+        else:
+            watcher.say(ending(metrics, settings.task, where))
+    return metrics
+
+
+def ending(metrics: dict[str, Any], task: str, where: str) -> str:
+    """The line that a finished run ends with."""
+    before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
+    return (
+        f"dev accuracy {before:.1%} -> {after:.1%} ({get_task(task).folder} from "
+        f"{metrics['data']}, {metrics['steps']} steps, {metrics['seconds']:.0f} s): {where}"
+    )
+
+
+def _quiet() -> None:
+    """Keeps transformers' own progress bars and load reports out of the run's output."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

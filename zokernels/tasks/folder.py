@@ -1,0 +1,104 @@
+"""The run folder: what is in it, and when one may be replaced."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import IO, Any
+
+from zokernels.tasks.errors import InputError
+
+CONFIG, METRICS, LOG = "config.json", "metrics.json", "metrics.jsonl"
+PLOT, REPORT, WEIGHTS = "plot.png", "report.md", "final"
+_MARK = "zokernels_run"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all: to a neighbour first, then renamed over ``path``."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Writes ``value`` whole or not at all, without the NaN that JSON does not have."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def check_json(path: Path | None) -> None:
+    """Refuses, before a run is begun, a ``--json`` that could not be written at its end."""
+    if path is None:
+        return
+    if path.is_dir():
+        raise InputError(f"--json {path} is a folder; name a file.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--json {path}: the folder {path.parent} does not exist; create it.")
+
+
+class RunFolder:
+    """A folder that one run fills.
+
+    Args:
+        path: Where; it may be absent or empty.
+        overwrite: Whether an earlier run there may be replaced.
+
+    Raises:
+        InputError: If it holds something else, or an earlier run and not ``overwrite``. Nothing
+            is written or removed before ``begin``.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path = path
+        self._log: IO[str] | None = None
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {path} is a file; name a folder.")
+        if not path.exists() or not any(path.iterdir()):
+            return
+        if not self._is_run():
+            raise InputError(f"--out {path} exists and is not a run folder; choose another.")
+        if not overwrite:
+            raise InputError(
+                f"--out {path} holds an earlier run; choose another or pass --overwrite."
+            )
+
+    def _is_run(self) -> bool:
+        try:
+            config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(config, dict) and _MARK in config
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Removes an earlier run's files and writes the new configuration."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            for name in (METRICS, LOG, PLOT, REPORT):
+                (self.path / name).unlink(missing_ok=True)
+            if (self.path / WEIGHTS).is_dir():
+                shutil.rmtree(self.path / WEIGHTS)
+            write_json(self.path / CONFIG, {_MARK: 1, **config})
+            self._log = (self.path / LOG).open("w", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"--out {self.path} cannot be written: {error.strerror}.") from None
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Appends a line to the metrics, readable at once."""
+        if self._log is None:
+            raise RuntimeError("The run folder has not begun.")
+        self._log.write(json.dumps(record, allow_nan=False) + "\n")
+        self._log.flush()
+
+    def close(self) -> None:
+        """Closes the log."""
+        if self._log is not None:
+            self._log.close()
+            self._log = None

@@ -1,0 +1,118 @@
+"""Loading a model and its tokenizer, from a folder first."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zokernels.tasks import hub
+from zokernels.tasks.errors import InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass
+class Loaded:
+    """A model ready to be scored.
+
+    Attributes:
+        model: The transformers model, in evaluation mode.
+        tokenizer: Its tokenizer, which has a padding token.
+        kind: "causal", "masked" or "encoder".
+        notes: Sentences the user should see.
+    """
+
+    model: Any
+    tokenizer: Any
+    kind: str
+    notes: list[str]
+
+
+def load(name: str, dtype: str = "float32") -> Loaded:
+    """The model called ``name``: a folder made by ``save_pretrained``, or a hub name.
+
+    Raises:
+        InputError: If it cannot be had, or is of no kind that can be scored.
+    """
+    if dtype not in DTYPES:
+        raise InputError(f"--dtype must be one of {', '.join(DTYPES)}, got '{dtype}'.")
+    try:
+        import transformers
+    except ImportError:
+        raise InputError(
+            "Fine-tuning needs transformers, which is not installed: pip install 'zokernels[hf]'."
+        ) from None
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(
+                f"{path} has no config.json, so it is not a model folder; "
+                "pass one made by save_pretrained."
+            )
+        return _read(transformers, str(path), DTYPES[dtype], cached=True)
+    if path.exists() or not _HUB_NAME.fullmatch(name):
+        raise InputError(
+            f"There is no model folder {name}; pass a folder made by save_pretrained or the name "
+            "of a model on the hub."
+        )
+    try:
+        return _read(transformers, name, DTYPES[dtype], cached=True)
+    except InputError:
+        why = hub.unreachable()
+        if why is None:
+            return _read(transformers, name, DTYPES[dtype], cached=False)
+    raise InputError(
+        f"Model '{name}' is neither a folder nor in the local cache of the hub, and the hub was "
+        f"not used: {why}."
+    )
+
+
+def kind_of(architecture: str) -> str:
+    """How a checkpoint with this architecture is scored, by the head that its name says it has."""
+    from transformers.models.auto import modeling_auto as auto
+
+    if architecture in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES.values():
+        return "masked"
+    if architecture in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return "causal"
+    if architecture in auto.MODEL_MAPPING_NAMES.values():
+        return "encoder"
+    raise InputError(
+        f"A checkpoint of architecture {architecture} cannot be scored; it must be a causal LM, "
+        "a masked LM, or an encoder without a head."
+    )
+
+
+def _read(transformers: Any, name: str, dtype: torch.dtype, *, cached: bool) -> Loaded:
+    # A damaged folder fails in many ways: OSError, ValueError, the safetensors error, KeyError.
+    try:
+        config = transformers.AutoConfig.from_pretrained(name, local_files_only=cached)
+        kind = kind_of((config.architectures or ["None"])[0])
+        factory = {
+            "causal": transformers.AutoModelForCausalLM,
+            "masked": transformers.AutoModelForMaskedLM,
+            "encoder": transformers.AutoModel,
+        }[kind]
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=cached)
+        model, info = factory.from_pretrained(
+            name, dtype=dtype, local_files_only=cached, output_loading_info=True
+        )
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"Model {name} could not be loaded: {reason}") from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    if tokenizer.pad_token_id is None:
+        raise InputError(f"The tokenizer of {name} has no padding, end or unknown token.")
+    notes = []
+    if missing := sorted(info.get("missing_keys", [])):
+        notes.append(
+            f"{len(missing)} tensors are not in the checkpoint and start random, "
+            f"{missing[0]} among them."
+        )
+    return Loaded(model.eval(), tokenizer, kind, notes)

@@ -1,0 +1,259 @@
+"""One run: load, evaluate, train by forward passes, evaluate, and write down what happened."""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+import zokernels as zk
+from zokernels.tasks import data, evaluate, folder, get_task, models, report, schemes
+from zokernels.tasks.batches import batches
+from zokernels.tasks.errors import InputError, RunError
+from zokernels.tasks.scoring import SCORERS, Scorer
+from zokernels.tasks.settings import Settings
+
+_MAX_BAD_STEPS = 10
+
+
+class Watcher:
+    """What a run tells whoever watches it; this one stays silent."""
+
+    def say(self, sentence: str) -> None:
+        """Something worth reading, once."""
+
+    def step(self, number: int, loss: float, seconds: float, outside: float) -> None:
+        """After each step: its loss, its time, and the part of that outside the forwards."""
+
+
+@dataclass
+class History:
+    """What was measured, for the plot and the report. Lost losses are NaN here."""
+
+    losses: list[float] = field(default_factory=list)
+    dev: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
+    valid: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("total", "forwards", "noise", "update"), 0.0)
+    )
+
+
+class Finetune:
+    """A run of ``settings``; ``run`` does all of it and returns the metrics.
+
+    Args:
+        settings: What to do.
+        watcher: Whom to tell.
+        command: The command line, for the report.
+    """
+
+    def __init__(
+        self, settings: Settings, watcher: Watcher | None = None, command: str = ""
+    ) -> None:
+        self.settings = settings
+        self.watcher = watcher or Watcher()
+        self.command = command
+        self.history = History()
+        self.stopped = threading.Event()
+        self._started = time.perf_counter()
+        self.best: tuple[float, int, list[torch.Tensor]] | None = None
+
+    def run(self) -> dict[str, Any]:
+        """Trains and returns what ``metrics.json`` holds.
+
+        Everything that could be refused is refused before anything is written.
+
+        Raises:
+            InputError: If the settings, the data or the model cannot be used.
+            RunError: If losses stayed non-finite; the run folder is complete all the same.
+        """
+        s = self.settings
+        s.check()
+        task = get_task(s.task)
+        out = folder.RunFolder(s.out, s.overwrite)
+        self.splits = data.load(task, s.data)
+        pool = data.by_words(self.splits.train, s.min_words, s.max_words)
+        order = batches(
+            pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=len(task.words)
+        )
+        self.loaded = models.load(s.model, s.dtype)
+        model = self.loaded.model.to(s.device)
+        self.model, self.trained = schemes.apply(model, s.scheme, s.train_only, s.seed)
+        scorer = SCORERS[self.loaded.kind](self.model, self.loaded.tokenizer, task, s.max_length)
+        optimizer = self._optimizer()
+        for note in (*self.splits.notes, *self.loaded.notes):
+            self.watcher.say(note)
+        self.watcher.say(self._overview(len(pool)))
+        out.begin(_plain(asdict(s)))
+        failure = None
+        try:
+            with _stop_on_interrupt(self.stopped):
+                self._evaluate(scorer, out, 0, whole=True)
+                done, failure = self._train(scorer, optimizer, order, out)
+                self._restore_best()
+                if not self.stopped.is_set():
+                    self._evaluate(scorer, out, done, whole=True)
+                metrics = self._finish(out, done, failure)
+        finally:
+            out.close()
+        if failure:
+            raise RunError(f"{failure} What was done is in {s.out}.")
+        return metrics
+
+    def _optimizer(self) -> Any:
+        s = self.settings
+        try:
+            return zk.ZOSGD(
+                self.model,
+                lr=s.lr,
+                eps=s.eps,
+                num_queries=s.num_queries,
+                dist=s.dist,
+                rounding=s.rounding,
+                weight_decay=s.weight_decay,
+                seed=s.seed,
+                perturb=s.perturb,
+                backend=s.backend,
+                max_bad_steps=_MAX_BAD_STEPS,
+            )
+        except (ValueError, RuntimeError, ImportError) as error:
+            raise InputError(str(error)) from error
+
+    def _overview(self, pool: int) -> str:
+        s, t = self.settings, self.trained
+        return (
+            f"{s.task} from {self.splits.source}: {pool:,} training sentences, "
+            f"{len(self.splits.dev):,} dev; {s.title} as {report.KINDS[self.loaded.kind]}, "
+            f"training {t.weights:,} of {t.of:,} weights."
+        )
+
+    def _train(
+        self, scorer: Scorer, optimizer: Any, order: Iterator[list[Any]], out: folder.RunFolder
+    ) -> tuple[int, str | None]:
+        """Steps until done, stopped, or failed: the number of steps, and why it failed."""
+        s = self.settings
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.factor)
+        for step in range(1, s.steps + 1):
+            if self.stopped.is_set():
+                return step - 1, None
+            batch = scorer.collate(next(order))
+            lr = float(schedule.get_last_lr()[0])
+            try:
+                loss = float(optimizer.step(lambda batch=batch: scorer.loss(batch)))
+            except Exception as error:
+                if optimizer.bad_steps < _MAX_BAD_STEPS:
+                    raise
+                return step - 1, str(error)
+            schedule.step()
+            self._record(out, optimizer, step, loss, lr)
+            if s.eval_every and step % s.eval_every == 0 and step < s.steps:
+                self._evaluate(scorer, out, step, whole=False)
+        return s.steps, None
+
+    def _record(
+        self, out: folder.RunFolder, optimizer: Any, step: int, loss: float, lr: float
+    ) -> None:
+        timing = optimizer.timing
+        for part in self.history.seconds:
+            self.history.seconds[part] += getattr(timing, part)
+        self.history.losses.append(loss)
+        slopes = [d if math.isfinite(d) else None for d in optimizer.projected_gradients]
+        record = {
+            "step": step,
+            "loss": loss if math.isfinite(loss) else None,
+            "finite": math.isfinite(loss) and None not in slopes,
+            "lr": lr,
+            "projected_gradients": slopes,
+            "seconds": round(timing.total, 6),
+            "outside_forwards": round(1 - timing.forwards / timing.total, 4),
+        }
+        out.log(record)
+        self.watcher.step(step, loss, timing.total, timing.total - timing.forwards)
+
+    def _evaluate(self, scorer: Scorer, out: folder.RunFolder, step: int, whole: bool) -> None:
+        """Measures dev, and on the way also valid if a checkpoint will be picked by it."""
+        s = self.settings
+        count = None if whole else s.eval_examples
+        try:
+            dev = data.part(self.splits.dev, count)
+            self._measure("dev", scorer, dev, out, step)
+            if s.keep_best and not whole:
+                valid = data.part(self.splits.valid, count)
+                found = self._measure("valid", scorer, valid, out, step)
+                if self.best is None or found.value > self.best[0]:
+                    weights = [p.detach().clone() for p in self._trainable()]
+                    self.best = (found.value, step, weights)
+        except evaluate.Interrupted:
+            return
+
+    def _measure(
+        self, split: str, scorer: Scorer, examples: list[Any], out: folder.RunFolder, step: int
+    ) -> evaluate.Accuracy:
+        began = time.perf_counter()
+        found = evaluate.accuracy(scorer, examples, stop=self.stopped.is_set)
+        getattr(self.history, split).append((step, found))
+        seconds = round(time.perf_counter() - began, 3)
+        out.log(
+            {
+                "step": step,
+                "split": split,
+                "accuracy": found.value,
+                "standard_error": found.error,
+                "examples": found.examples,
+                "seconds": seconds,
+            }
+        )
+        self.watcher.say(
+            f"Step {step}: {split} accuracy {found.value:.1%} ± {found.error:.1%} "
+            f"({found.examples:,} sentences, {seconds:.1f} s)."
+        )
+        return found
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def _restore_best(self) -> None:
+        if self.best is None:
+            return
+        with torch.no_grad():
+            for parameter, kept in zip(self._trainable(), self.best[2], strict=True):
+                parameter.copy_(kept)
+        self.watcher.say(f"Kept the weights of step {self.best[1]}, the best on valid.")
+
+    def _finish(self, out: folder.RunFolder, done: int, failure: str | None) -> dict[str, Any]:
+        weights = out.path / folder.WEIGHTS
+        self.model.save_pretrained(weights)
+        self.loaded.tokenizer.save_pretrained(weights)
+        metrics = report.metrics(self, done, failure, time.perf_counter() - self._started)
+        folder.write_json(out.path / folder.METRICS, metrics)
+        report.plot(self.history, out.path / folder.PLOT, self.settings)
+        folder.write_text(out.path / folder.REPORT, report.text(self, metrics))
+        return metrics
+
+
+@contextmanager
+def _stop_on_interrupt(stopped: threading.Event) -> Iterator[None]:
+    """Ctrl-C asks for a stop between steps; a second one ends the process at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before: Callable[..., Any] | int | None = signal.getsignal(signal.SIGINT)
+
+    def ask(number: int, frame: Any) -> None:
+        stopped.set()
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    signal.signal(signal.SIGINT, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: v if isinstance(v, int | float | str | None) else str(v) for k, v in values.items()}

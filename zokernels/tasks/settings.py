@@ -1,0 +1,110 @@
+"""What a run is told, and which of it is refused."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from zokernels.tasks.errors import InputError
+from zokernels.tasks.models import DTYPES
+from zokernels.tasks.schemes import SCHEMES
+
+SCHEDULES = ("constant", "linear", "cosine")
+CHOICES = {
+    "schedule": SCHEDULES,
+    "dist": ("gaussian", "rademacher"),
+    "scheme": SCHEMES,
+    "dtype": tuple(DTYPES),
+    "rounding": ("nearest", "stochastic"),
+    "perturb": (None, "on_entry", "in_place"),
+}
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "num_queries": 1,
+    "max_length": 8,
+    "eval_every": 0,
+    "eval_examples": 1,
+    "seed": 0,
+    "min_words": 0,
+    "max_words": 1,
+}
+
+
+@dataclass
+class Settings:
+    """Everything that a run depends on; the command's options of the same names."""
+
+    model: str
+    out: Path
+    task: str = "sst2"
+    data: str | None = None
+    steps: int = 1000
+    batch_size: int = 16
+    lr: float = 1e-6
+    schedule: str = "constant"
+    eps: float = 1e-3
+    num_queries: int = 1
+    dist: str = "gaussian"
+    scheme: str = "full"
+    train_only: str | None = None
+    weight_decay: float = 0.0
+    rounding: str = "nearest"
+    seed: int = 0
+    eval_every: int = 0
+    eval_examples: int | None = None
+    keep_best: bool = False
+    dtype: str = "float32"
+    perturb: str | None = None
+    backend: str | None = None
+    min_words: int | None = None
+    max_words: int | None = None
+    max_length: int = 256
+    balanced: bool = False
+    overwrite: bool = False
+    device: str = "cpu"
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The model's name in reports: ``name``, or the end of where it came from."""
+        return self.name or Path(self.model).name
+
+    def check(self) -> None:
+        """Refuses what no run could use.
+
+        Raises:
+            InputError: Naming the option, what it got and what it allows.
+        """
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{_option(name)} must be at least {least}, got {value}.")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                known = ", ".join(a for a in allowed if a is not None)
+                raise InputError(f"{_option(name)} must be one of {known}, got '{value}'.")
+        for name, low in (("lr", 0.0), ("weight_decay", 0.0)):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= low):
+                raise InputError(f"{_option(name)} must be a number from {low:g} up, got {value}.")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise InputError(f"--eps must be a number above 0, got {self.eps}.")
+        if self.min_words and self.max_words and self.min_words > self.max_words:
+            raise InputError(
+                f"--min-words {self.min_words} is above --max-words {self.max_words}; swap them."
+            )
+        if self.keep_best and not self.eval_every:
+            raise InputError("--keep-best needs --eval-every, which says how often to look.")
+
+    def factor(self, step: int) -> float:
+        """The share of the learning rate in use at a step, counted from 0."""
+        if self.schedule == "linear":
+            return 1 - step / self.steps
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return 1.0
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
