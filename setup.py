@@ -51,7 +51,9 @@ class BuildNative(build_ext):
         x86 = platform.machine().lower() in ("x86_64", "amd64")
         units = [("dispatch", ["-DZK_X86"] if x86 else [])]
         for isa, flags in {"portable": [], **(X86 if x86 else {})}.items():
-            units.append((isa, [*flags, f'-DZK_SIMD="simd_{isa}.h"', f"-DZK_ENTRY=add_noise_{isa}"]))
+            units.append(
+                (isa, [*flags, f'-DZK_SIMD="simd_{isa}.h"', f"-DZK_ENTRY=add_noise_{isa}"])
+            )
         objects, running = [], []
         for name, flags in units:
             source = ROOT / "csrc" / ("dispatch.cpp" if name == "dispatch" else "add_noise.cpp")

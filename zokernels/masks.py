@@ -183,8 +183,6 @@ def _spread(value: T | Sequence[T], count: int, name: str) -> Sequence[T]:
     return value
 
 
-
-
 def take(mask: Mask | None, chosen: Sequence[int]) -> Mask | None:
     """The mask for a part of a call's tensors, given by their positions."""
     if isinstance(mask, Random):

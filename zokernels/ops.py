@@ -293,7 +293,7 @@ def _finite(x: float, name: str) -> float:
 
 def _binary32(x: float, name: str) -> float:
     try:
-        return struct.unpack("f", struct.pack("f", x))[0]
+        return struct.unpack("<f", struct.pack("<f", x))[0]
     except OverflowError:
         raise ValueError(
             f"{name} is {x}, but it must stay finite in binary32 (at most 3.4e38)."

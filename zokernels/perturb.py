@@ -202,11 +202,11 @@ class OnEntry:
         The smallest that is large enough; if there is none, a new one replaces the largest, so
         that scratch stays near the largest layer.
         """
-        fitting = [
-            b for b in self._scratch if b.dtype == like.dtype and b.device == like.device
-        ]
+        fitting = [b for b in self._scratch if b.dtype == like.dtype and b.device == like.device]
         enough = [b for b in fitting if b.numel() >= like.numel()]
-        best = min(enough or fitting, key=lambda b: b.numel() if enough else -b.numel(), default=None)
+        best = min(
+            enough or fitting, key=lambda b: b.numel() if enough else -b.numel(), default=None
+        )
         if best is not None:
             self._scratch = [b for b in self._scratch if b is not best]
             if enough:

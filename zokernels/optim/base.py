@@ -165,9 +165,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         started = time.perf_counter()
         self.timing = StepTiming()
         group = self.param_groups[0]
-        seeds = [
-            derive_seed(group["seed"], group["step"], k) for k in range(group["num_queries"])
-        ]
+        seeds = [derive_seed(group["seed"], group["step"], k) for k in range(group["num_queries"])]
         found, kind = self._forwards(closure, seeds, group["two_sided"])
         if found.is_finite:
             self.bad_steps = 0

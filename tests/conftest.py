@@ -1,0 +1,33 @@
+"""What the tests of several rooms share."""
+
+import pytest
+import torch
+
+from zokernels.backends import native
+
+
+def bits(t: torch.Tensor) -> torch.Tensor:
+    """The tensor's bit patterns as integers."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return t.detach().contiguous().view(kinds[t.element_size()])
+
+
+def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bit for bit, where of a NaN only that it is one counts."""
+    return bool(((bits(a) == bits(b)) | (a.isnan() & b.isnan())).all())
+
+
+def varied(numel: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    """Weights of many magnitudes, subnormals, zeros of both signs, infinities and NaN."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.randint(-40, 4, (numel,), generator=generator).float()
+    w = torch.randn(numel, generator=generator) * torch.exp2(exponents)
+    special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan"), 3e38, 6e4, 1e-44])
+    w[5::61] = special[torch.arange(len(w[5::61])) % len(special)]
+    return w.to(dtype)
+
+
+needs_native = pytest.mark.skipif(
+    native.why_missing() is not None,
+    reason=f"needs the native backend: {native.why_missing()}",
+)
