@@ -8,9 +8,10 @@ Neither ever adds and then subtracts: what was stored comes back bit for bit.
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -122,7 +123,7 @@ class OnEntry:
         finally:
             self._scratch.clear()
 
-    def run(self, direction: Direction, forward):
+    def run(self, direction: Direction, forward: Callable[[], float]) -> float:
         """``forward()`` with every module of the model at θ + scale · z.
 
         Raises:
@@ -130,7 +131,8 @@ class OnEntry:
         """
         with self.at(direction) as filled:
             result = forward()
-        if self._adopt(filled):
+        # A closure may give up on a loss that is not finite before it has run the model.
+        if math.isfinite(result) and self._adopt(filled):
             # A module was passed by: its weights are now filled by one around it.
             with self.at(direction) as filled:
                 result = forward()
