@@ -1,0 +1,1 @@
+"""Measurements of the passes over the weights."""
