@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import build
+from tiny import build, environment
 
 from zokernels.tasks import SST2, InputError, data, folder, get_task, hub, models, schemes
 from zokernels.tasks.batches import batches
@@ -43,7 +43,9 @@ def test_importing_the_package_or_its_tasks_imports_no_transformers():
         "import sys, zokernels, zokernels.tasks, zokernels.cli; "
         "print(sorted({'transformers', 'peft', 'matplotlib', 'datasets'} & set(sys.modules)))"
     )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    out = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
     assert out.stdout.strip() == "[]"
 
 
@@ -66,7 +68,7 @@ def test_train_rest_is_the_split_that_picks(sst2_folder):
 
 def test_the_folder_given_wins_over_the_variable(sst2_folder, monkeypatch):
     monkeypatch.setenv(data.VARIABLE, "/does/not/exist")
-    assert data.load(SST2, sst2_folder).source == str(sst2_folder)
+    assert data.load(SST2, sst2_folder).source == f"SST-2 from {sst2_folder}"
     with pytest.raises(InputError, match="ZOKERNELS_DATA names /does/not/exist"):
         data.load(SST2)
 
@@ -76,7 +78,7 @@ def test_without_a_hub_the_shipped_set_serves_and_says_why(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(data, "_from_hub", lambda task: (None, hub.unreachable()))
     splits = data.load(SST2)
-    assert "shipped" in splits.source
+    assert "ships" in splits.source
     assert "HF_HUB_OFFLINE is set" in splits.notes[0]
     sentences = [e.sentence for e in splits.train + splits.valid + splits.dev]
     assert len(set(sentences)) == len(sentences) == 300

@@ -1,11 +1,22 @@
 """Tiny models with random weights and a word-level tokenizer, as folders on disk."""
 
+import os
+from pathlib import Path
+
 import torch
+
+import zokernels
 
 WORDS = (
     "it was terrible great good bad fine dull film a an the and with heart slow very . , "
     "movie plot i of to is this no not every one"
 ).split()
+
+
+def environment():
+    """The environment for a child process that imports this package, on one thread."""
+    root = str(Path(zokernels.__file__).parent.parent)
+    return {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
 
 
 def build(kind, path, seed=0):

@@ -87,16 +87,16 @@ def train(settings: Settings, command_line: str = "") -> dict[str, Any]:
                 f"{settings.out}/{folder.WEIGHTS}, the report in {where}."
             )
         else:
-            watcher.say(ending(metrics, settings.task, where))
+            watcher.say(ending(metrics, where))
     return metrics
 
 
-def ending(metrics: dict[str, Any], task: str, where: str) -> str:
+def ending(metrics: dict[str, Any], where: str) -> str:
     """The line that a finished run ends with."""
     before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
     return (
-        f"dev accuracy {before:.1%} -> {after:.1%} ({get_task(task).folder} from "
-        f"{metrics['data']}, {metrics['steps']} steps, {metrics['seconds']:.0f} s): {where}"
+        f"dev accuracy {before:.1%} -> {after:.1%} ({metrics['data']}, "
+        f"{metrics['steps']} steps, {metrics['seconds']:.0f} s): {where}"
     )
 
 

@@ -55,7 +55,7 @@ def load(task: Task, folder: str | os.PathLike[str] | None = None) -> Splits:
     if splits is not None:
         return splits
     note = f"The hub's {task.hub} was not used: {reason}."
-    source = f"{task.shipped}, the small set shipped with zokernels"
+    source = f"{task.shipped}, the small set that zokernels ships"
     return _read_splits(_SHIPPED / task.shipped, source, [note])
 
 
@@ -119,7 +119,7 @@ def _from_folder(task: Task, folder: Path, named_by: str) -> Splits:
         raise InputError(f"{named_by} names {folder}, which is not a folder.")
     for place in (folder / task.folder, folder):
         if (place / "train.tsv").is_file() and (place / "dev.tsv").is_file():
-            return _read_splits(place, str(place), [])
+            return _read_splits(place, f"{task.folder} from {place}", [])
     raise InputError(
         f"{named_by} names {folder}, but neither it nor its {task.folder} folder holds "
         "train.tsv and dev.tsv."
@@ -171,5 +171,5 @@ def _from_hub(task: Task) -> tuple[Splits | None, str]:
         except Exception as error:
             reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         else:
-            return Splits(*_hold_out(train), dev, f"the hub's {task.hub}"), ""
+            return Splits(*_hold_out(train), dev, f"{task.folder} from the hub's {task.hub}"), ""
     return None, reason

@@ -82,7 +82,11 @@ class Finetune:
             pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=len(task.words)
         )
         self.loaded = models.load(s.model, s.dtype)
-        model = self.loaded.model.to(s.device)
+        try:
+            model = self.loaded.model.to(s.device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"--device {s.device} cannot hold the model: {reason}") from None
         self.model, self.trained = schemes.apply(model, s.scheme, s.train_only, s.seed)
         scorer = SCORERS[self.loaded.kind](self.model, self.loaded.tokenizer, task, s.max_length)
         optimizer = self._optimizer()
@@ -107,6 +111,11 @@ class Finetune:
 
     def _optimizer(self) -> Any:
         s = self.settings
+        states = zk.backends()
+        if s.backend is not None and s.backend not in states:
+            raise InputError(f"--backend must be one of {', '.join(states)}, got '{s.backend}'.")
+        if s.backend is not None and not states[s.backend].available:
+            raise InputError(f"--backend {s.backend} is not there: {states[s.backend].reason}")
         try:
             return zk.ZOSGD(
                 self.model,
@@ -127,8 +136,8 @@ class Finetune:
     def _overview(self, pool: int) -> str:
         s, t = self.settings, self.trained
         return (
-            f"{s.task} from {self.splits.source}: {pool:,} training sentences, "
-            f"{len(self.splits.dev):,} dev; {s.title} as {report.KINDS[self.loaded.kind]}, "
+            f"Data: {self.splits.source}, {pool:,} training sentences and "
+            f"{len(self.splits.dev):,} dev. Model: {s.title} as {report.KINDS[self.loaded.kind]}, "
             f"training {t.weights:,} of {t.of:,} weights."
         )
 
@@ -145,9 +154,7 @@ class Finetune:
             lr = float(schedule.get_last_lr()[0])
             try:
                 loss = float(optimizer.step(lambda batch=batch: scorer.loss(batch)))
-            except Exception as error:
-                if optimizer.bad_steps < _MAX_BAD_STEPS:
-                    raise
+            except (RuntimeError, FloatingPointError) as error:
                 return step - 1, str(error)
             schedule.step()
             self._record(out, optimizer, step, loss, lr)
