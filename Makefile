@@ -51,10 +51,10 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
 
 bench: $(STAMP)  ## Run the benchmarks
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m pytest bench --benchmark-enable
 
 bench-table: $(STAMP)  ## Rewrite the README's table from bench/results
-	$(BIN)/python bench/table.py
+	$(BIN)/python -m bench.table
 
 clean:  ## Remove what was built, and .venv
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

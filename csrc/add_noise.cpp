@@ -77,7 +77,7 @@ struct Tile<ZK_BFLOAT16> {
         return select(is_finite(x), rounded, select(is_nan(x), quiet(x), x));
     }
 
-   private:
+ private:
     static U round_bits(F x) {
         const U b = bits_as<U>(x);
         return b + 0x7FFFu + ((b >> 16) & 1u);

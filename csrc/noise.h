@@ -124,7 +124,7 @@ struct SignBits {
     // The 32 signs that begin with element `at` (a multiple of 32) of the group.
     uint32_t at(uint32_t element) const { return word[element % 128 / 32][element / 128]; }
 
-   private:
+ private:
     static int block_of(int lane) {
         uint64_t blocks[S::W / S::HALVES];
         const typename S::L row = S::template lane_blocks<false>(lane % S::HALVES);

@@ -53,7 +53,7 @@ struct Simd {
         }
     }
 
-   private:
+ private:
     static __m128i half(F x) { return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
     static void transpose(__m256* out, F v0, F v1, F v2, F v3) {
         const __m256d p = _mm256_castps_pd(_mm256_unpacklo_ps((__m256)v0, (__m256)v1));

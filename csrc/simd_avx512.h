@@ -35,8 +35,7 @@ struct Simd {
     // the fewest shuffles. Split layout: lane 4q + s has block 4s + q. Linear: 8(q/2) + 2s + q%2.
     template <bool SPLIT>
     static L lane_blocks(int half) {
-        if (SPLIT)
-            return half ? L{4, 12, 5, 13, 6, 14, 7, 15} : L{0, 8, 1, 9, 2, 10, 3, 11};
+        if (SPLIT) return half ? L{4, 12, 5, 13, 6, 14, 7, 15} : L{0, 8, 1, 9, 2, 10, 3, 11};
         return half ? L{2, 6, 3, 7, 10, 14, 11, 15} : L{0, 4, 1, 5, 8, 12, 9, 13};
     }
 
@@ -62,7 +61,7 @@ struct Simd {
         }
     }
 
-   private:
+ private:
     static __m256i half(F x) {
         return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }

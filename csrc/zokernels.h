@@ -32,7 +32,7 @@ struct zk_add_noise_args {
     const uint64_t* seeds;  // seed_count of each of the next two, and of coeffs
     const float* coeffs;
     int64_t seed_count;
-    const float* decays;              // one, or with each_step seed_count
+    const float* decays;             // one, or with each_step seed_count
     const uint64_t* rounding_seeds;  // likewise
     int32_t kind;
     int32_t stochastic;

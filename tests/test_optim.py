@@ -102,7 +102,7 @@ def test_both_modes_agree_bit_for_bit(two_sided, dtype):
             model, lr=0.05, num_queries=2, two_sided=two_sided, perturb=mode, weight_decay=0.1,
             rounding="stochastic", dist="rademacher", mask=zk.masks.Random(0.8, 4), seed=5,
         )  # fmt: skip
-        losses = [opt.step(lambda m=model: m(x, y)).item() for _ in range(5)]
+        losses = [opt.step(lambda m=model, x=x, y=y: m(x, y)).item() for _ in range(5)]
         results.append((losses, state(model)))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in results[0][1])

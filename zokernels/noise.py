@@ -133,8 +133,10 @@ def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:
 def _blocks(
     numel: int, seed: int, stream: int, offset: int, kind: int, device: torch.device | str
 ) -> tuple[tuple[torch.Tensor, ...], int]:
-    """The words of every block that elements offset … offset + numel − 1 touch, and how many
-    elements of the first block lie before them."""
+    """Draw every block that the elements touch.
+
+    Returns the words, and how many elements of the first block lie before ``offset``.
+    """
     check_address(numel, seed, stream, offset)
     first, lead = divmod(offset, BLOCK[kind])
     last = -(-(offset + numel) // BLOCK[kind])

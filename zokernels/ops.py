@@ -9,6 +9,7 @@ import math
 import struct
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -183,7 +184,8 @@ def _by_arithmetic(plan: AddNoise) -> list[AddNoise]:
         part = plan
         if len(chosen) < len(plan.params):
             fields = ("params", "out", "streams", "offsets", "masks")
-            part = replace(plan, **{f: [getattr(plan, f)[i] for i in chosen] for f in fields})
+            some: dict[str, Any] = {f: [getattr(plan, f)[i] for i in chosen] for f in fields}
+            part = replace(plan, **some)
         if not wide:
             part = replace(
                 part,
@@ -204,7 +206,7 @@ def _trim(plan: AddNoise) -> AddNoise | None:
     if len(active) == len(plan.seeds):
         return plan
     fields = ("seeds", "coeffs", "decays", "rounding_seeds")
-    kept = {f: [getattr(plan, f)[k] for k in active] for f in fields}
+    kept: dict[str, Any] = {f: [getattr(plan, f)[k] for k in active] for f in fields}
     return replace(plan, **kept) if active else None
 
 

@@ -7,6 +7,7 @@ Only separate ``*``, ``+``, ``−`` on float32 are used: PyTorch contracts ``add
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -30,7 +31,9 @@ def add_noise(plan: AddNoise) -> None:
 
 def _add_noise_to(weight: torch.Tensor, plan: AddNoise, i: int, start: int) -> torch.Tensor:
     for terms, decay, rounding_seed in _steps(plan):
-        at = dict(stream=plan.streams[i], offset=plan.offsets[i] + start, device=weight.device)
+        at: dict[str, Any] = dict(
+            stream=plan.streams[i], offset=plan.offsets[i] + start, device=weight.device
+        )
         keep = _keep(weight, plan.masks[i], start, at)
         acc = weight.to(_arithmetic_type(weight.dtype)) * decay
         for seed, coeff in terms:
@@ -54,12 +57,14 @@ def _steps(plan: AddNoise) -> Iterator[tuple[list[tuple[int, float]], float, int
         yield [term], decay, seed
 
 
-def _draw(kind: int, numel: int, seed: int, at: dict) -> torch.Tensor:
+def _draw(kind: int, numel: int, seed: int, at: dict[str, Any]) -> torch.Tensor:
     draw = noise.gaussian if kind == noise.GAUSSIAN else noise.rademacher
     return draw(numel, seed=seed, **at)
 
 
-def _keep(weight: torch.Tensor, mask: MaskOf, start: int, at: dict) -> torch.Tensor | None:
+def _keep(
+    weight: torch.Tensor, mask: MaskOf, start: int, at: dict[str, Any]
+) -> torch.Tensor | None:
     if mask is None:
         return None
     if isinstance(mask, RandomOf):
@@ -76,7 +81,7 @@ def _arithmetic_type(dtype: torch.dtype) -> torch.dtype:
 
 
 def _fma(c: float, z: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
-    """c · z + acc: rounded once to binary32, or in binary64 by multiply, then add."""
+    """Return c · z + acc: rounded once to binary32, or in binary64 by multiply, then add."""
     product = z.double() * c
     if acc.dtype is torch.float64:
         return product + acc
@@ -84,7 +89,7 @@ def _fma(c: float, z: torch.Tensor, acc: torch.Tensor) -> torch.Tensor:
 
 
 def _sum_to_odd(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a + b in binary64, rounded to odd, so that rounding it again to binary32 is exact.
+    """Return a + b in binary64, rounded to odd, so that rounding it again to binary32 is exact.
 
     Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using
     rounding to odd", IEEE Trans. Computers 57 (2008). The error is Knuth's two-sum.
