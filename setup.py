@@ -17,6 +17,7 @@ from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
 FLAGS = "-O3 -std=c++17 -fPIC -ffp-contract=off -fvisibility=hidden -pthread -Wall".split()
+KERNELS = ("add_noise", "apply_update")
 X86 = {
     "avx2": "-mavx2 -mfma -mf16c".split(),
     # gcc 12 warns of its own AVX-512 headers.
@@ -49,14 +50,15 @@ class BuildNative(build_ext):
         extra = shlex.split(os.environ.get("ZOKERNELS_CXXFLAGS", ""))
         compiler += ["-fopenmp"] if _works([*compiler, "-fopenmp"], temp) else []
         x86 = platform.machine().lower() in ("x86_64", "amd64")
-        units = [("dispatch", ["-DZK_X86"] if x86 else [])]
+        units = [("dispatch", "dispatch", ["-DZK_X86"] if x86 else [])]
+        # Portable first: of a function that several files hold, the linker keeps the first, and an
+        # AVX-512 copy of the standard library's would stop an older CPU.
         for isa, flags in {"portable": [], **(X86 if x86 else {})}.items():
-            units.append(
-                (isa, [*flags, f'-DZK_SIMD="simd_{isa}.h"', f"-DZK_ENTRY=add_noise_{isa}"])
-            )
+            named = [*flags, f'-DZK_SIMD="simd_{isa}.h"', f"-DZK_ISA={isa}"]
+            units += [(kernel, f"{kernel}_{isa}", named) for kernel in KERNELS]
         objects, running = [], []
-        for name, flags in units:
-            source = ROOT / "csrc" / ("dispatch.cpp" if name == "dispatch" else "add_noise.cpp")
+        for file, name, flags in units:
+            source = ROOT / "csrc" / f"{file}.cpp"
             objects.append(str(temp / f"{name}.o"))
             command = [*compiler, *flags, *extra, "-c", str(source), "-o", objects[-1]]
             running.append((command, subprocess.Popen(command, stderr=subprocess.PIPE, text=True)))

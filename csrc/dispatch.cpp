@@ -32,16 +32,16 @@ struct IeeeArithmetic {
 #endif
 };
 
-SpanFunction function_of(int isa) {
+SpanFunction function_of(int isa, bool update) {
     if (!zk_has_isa(isa)) return nullptr;
 #if defined(ZK_X86)
-    if (isa == ZK_AVX512) return add_noise_avx512;
-    if (isa == ZK_AVX2) return add_noise_avx2;
+    if (isa == ZK_AVX512) return update ? apply_update_avx512 : add_noise_avx512;
+    if (isa == ZK_AVX2) return update ? apply_update_avx2 : add_noise_avx2;
 #endif
-    return add_noise_portable;
+    return update ? apply_update_portable : add_noise_portable;
 }
 
-std::vector<Span> cut(const zk_add_noise_args& args) {
+std::vector<Span> cut(const zk_pass& args) {
     std::vector<Span> spans;
     for (int64_t i = 0; i < args.tensor_count; i++) {
         const zk_tensor& t = args.tensors[i];
@@ -69,8 +69,8 @@ extern "C" int zk_has_isa(int isa) {
     return 0;
 }
 
-extern "C" int zk_add_noise(const zk_add_noise_args* args, int isa) {
-    const SpanFunction function = function_of(isa);
+extern "C" int zk_run(const zk_pass* args, int isa) {
+    const SpanFunction function = function_of(isa, args->rule != ZK_ADD_NOISE);
     if (!function) return -1;
     const std::vector<Span> spans = cut(*args);
     const int64_t count = (int64_t)spans.size();

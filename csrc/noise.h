@@ -4,6 +4,9 @@
 #include <cstdint>
 #include <cstring>
 
+// Compiled anew, and apart, for each instruction set.
+namespace {
+
 template <class To, class From>
 inline To bits_as(From x) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -144,3 +147,5 @@ inline typename S::U bit_to_sign(const uint32_t* word, int r) {
     const typename S::U shift = 31 - start % 32 - lane * (split ? 2u : 1u);
     return (typename S::U{} + word[start / 32]) << shift;
 }
+
+}  // namespace

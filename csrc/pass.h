@@ -1,4 +1,4 @@
-// What the threads of a pass share, and the entry of each instruction set.
+// What the threads of a pass share, and the entries of each instruction set.
 #pragma once
 
 #include "zokernels.h"
@@ -12,8 +12,16 @@ struct Span {
 // Spans are cut at multiples of this many elements (by index, not by place in memory).
 constexpr int64_t SPAN = 1 << 16;
 
-typedef void (*SpanFunction)(const zk_add_noise_args&, const Span&);
+typedef void (*SpanFunction)(const zk_pass&, const Span&);
 
-void add_noise_portable(const zk_add_noise_args&, const Span&);
-void add_noise_avx2(const zk_add_noise_args&, const Span&);
-void add_noise_avx512(const zk_add_noise_args&, const Span&);
+// ZK_ENTRY(add_noise) is add_noise_avx2 where ZK_ISA is avx2.
+#define ZK_JOIN2(a, b) a##_##b
+#define ZK_JOIN(a, b) ZK_JOIN2(a, b)
+#define ZK_ENTRY(name) ZK_JOIN(name, ZK_ISA)
+
+#define ZK_DECLARE(isa)                                \
+    void add_noise_##isa(const zk_pass&, const Span&); \
+    void apply_update_##isa(const zk_pass&, const Span&);
+ZK_DECLARE(portable)
+ZK_DECLARE(avx2)
+ZK_DECLARE(avx512)

@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+namespace {
+
 struct Simd {
     static constexpr int W = 8;
     static constexpr int HALVES = 2;
@@ -15,6 +17,8 @@ struct Simd {
 
     static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
     static F to_float(I x) { return (F)_mm256_cvtepi32_ps((__m256i)x); }
+    static F sqrt(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
+    static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
     static I to_int(F x) { return (I)_mm256_cvttps_epi32((__m256)x); }
     static L mul(L a, L b) { return (L)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
     static U join(const L* x) {
@@ -28,6 +32,22 @@ struct Simd {
     }
     static void store_half(void* p, F x) { _mm_storeu_si128((__m128i*)p, half(x)); }
     static F round_half(F x) { return (F)_mm256_cvtph_ps(half(x)); }
+
+    static void split(F* v) {
+        for (int r = 0; r < 8; r += 2) {
+            const __m256 a = (__m256)v[r], b = (__m256)v[r + 1];
+            v[r] = even_lanes(_mm256_shuffle_ps(a, b, 0x88));
+            v[r + 1] = even_lanes(_mm256_shuffle_ps(a, b, 0xDD));
+        }
+    }
+    static void unsplit(F* v) {
+        for (int r = 0; r < 8; r += 2) {
+            const __m256 a = (__m256)v[r], b = (__m256)v[r + 1];
+            const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+            v[r] = (F)_mm256_permute2f128_ps(low, high, 0x20);
+            v[r + 1] = (F)_mm256_permute2f128_ps(low, high, 0x31);
+        }
+    }
 
     // Split layout: lane 4q + s has block 2s + q. Linear: block 4q + s.
     template <bool SPLIT>
@@ -54,6 +74,8 @@ struct Simd {
     }
 
  private:
+    // Pairs a0 b0 a1 b1 to a0 a1 b0 b1.
+    static F even_lanes(__m256 x) { return (F)_mm256_permute4x64_pd(_mm256_castps_pd(x), 0xD8); }
     static __m128i half(F x) { return _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
     static void transpose(__m256* out, F v0, F v1, F v2, F v3) {
         const __m256d p = _mm256_castps_pd(_mm256_unpacklo_ps((__m256)v0, (__m256)v1));
@@ -66,3 +88,5 @@ struct Simd {
         out[3] = _mm256_castpd_ps(_mm256_unpackhi_pd(q, s));
     }
 };
+
+}  // namespace

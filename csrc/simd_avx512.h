@@ -5,6 +5,9 @@
 
 #include <cstdint>
 
+// Of this file alone: every instruction set has a Simd, and the linker must not mix them.
+namespace {
+
 struct Simd {
     static constexpr int W = 16;      // float32 lanes
     static constexpr int HALVES = 2;  // vectors of 64-bit lanes that fill W 32-bit lanes
@@ -15,6 +18,9 @@ struct Simd {
 
     static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
     static F to_float(I x) { return (F)_mm512_cvtepi32_ps((__m512i)x); }
+    static F sqrt(F x) { return (F)_mm512_sqrt_ps((__m512)x); }
+    // a > b ? a : b
+    static F max(F a, F b) { return (F)_mm512_max_ps((__m512)a, (__m512)b); }
     static I to_int(F x) { return (I)_mm512_cvttps_epi32((__m512)x); }
     // Low 32 bits times low 32 bits, to 64.
     static L mul(L a, L b) { return (L)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
@@ -30,6 +36,18 @@ struct Simd {
     }
     static void store_half(void* p, F x) { _mm256_storeu_si256((__m256i*)p, half(x)); }
     static F round_half(F x) { return (F)_mm512_cvtph_ps(half(x)); }
+
+    // Linear layout to split, and back.
+    static void split(F* v) {
+        const __m512i even =
+            _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+        pairs(v, even, _mm512_add_epi32(even, _mm512_set1_epi32(1)));
+    }
+    static void unsplit(F* v) {
+        const __m512i low =
+            _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+        pairs(v, low, _mm512_add_epi32(low, _mm512_set1_epi32(8)));
+    }
 
     // Which block of a group each lane serves, for even and odd lanes, so that `arrange` needs
     // the fewest shuffles. Split layout: lane 4q + s has block 4s + q. Linear: 8(q/2) + 2s + q%2.
@@ -62,6 +80,13 @@ struct Simd {
     }
 
  private:
+    static void pairs(F* v, __m512i first, __m512i second) {
+        for (int r = 0; r < 8; r += 2) {
+            const __m512 a = (__m512)v[r], b = (__m512)v[r + 1];
+            v[r] = (F)_mm512_permutex2var_ps(a, first, b);
+            v[r + 1] = (F)_mm512_permutex2var_ps(a, second, b);
+        }
+    }
     static __m256i half(F x) {
         return _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     }
@@ -77,3 +102,5 @@ struct Simd {
         out[3] = _mm512_castpd_ps(_mm512_unpackhi_pd(q, s));
     }
 };
+
+}  // namespace

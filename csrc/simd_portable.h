@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+namespace {
+
 struct Simd {
     static constexpr int W = 1;
     static constexpr int HALVES = 1;
@@ -15,6 +17,8 @@ struct Simd {
 
     static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
     static F to_float(I x) { return (F)x; }
+    static F sqrt(F x) { return std::sqrt(x); }
+    static F max(F a, F b) { return a > b ? a : b; }
     static I to_int(F x) { return (I)x; }
     static L mul(L a, L b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
     static U join(const L* x) { return (U)x[0]; }
@@ -34,7 +38,11 @@ struct Simd {
     static L lane_blocks(int) {
         return 0;
     }
+    static void split(F*) {}
+    static void unsplit(F*) {}
     // A block alone is in the order of memory, and pairs of its elements are even and odd.
     template <bool SPLIT>
     static void arrange(F*) {}
 };
+
+}  // namespace

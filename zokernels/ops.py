@@ -5,21 +5,19 @@ Every backend gives the same bits; `zokernels.backends.reference` is the specifi
 
 from __future__ import annotations
 
-import math
-import struct
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from zokernels import masks, noise
+from zokernels import checks, masks, rules
 from zokernels.backends import select
-from zokernels.backends.plan import AddNoise
+from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+__all__ = ["add_noise", "add_noise_", "apply_update_"]
 
-__all__ = ["add_noise", "add_noise_"]
+P = TypeVar("P", bound=Pass)
 
 
 def add_noise_(
@@ -34,7 +32,7 @@ def add_noise_(
     decay: float | Sequence[float] = 1.0,
     rounding: str = "nearest",
     rounding_seed: int | Sequence[int] = 0,
-    each_step: bool = False,
+    each_step: bool | int = False,
     backend: str | None = None,
 ) -> None:
     """Add noise to the weights in place: w ← decay · w + Σₖ cₖ zₖ, rounded once.
@@ -54,11 +52,11 @@ def add_noise_(
             gets the noise of its part.
         dist: ``"gaussian"`` or ``"rademacher"``.
         mask: One of `zokernels.masks`; elements outside it stay as they are.
-        decay: Factor on the weight before the noise; with ``each_step`` one for all or one a seed.
+        decay: Factor on the weight before the noise; with ``each_step`` one for all or one a step.
         rounding: ``"nearest"`` (ties to even) or ``"stochastic"`` (16-bit types only).
-        rounding_seed: Seed of stochastic rounding; with ``each_step`` one for all or one a seed.
+        rounding_seed: Seed of stochastic rounding; with ``each_step`` one for all or one a step.
         each_step: Apply decay, mask and rounding for every seed in turn, as K calls would: the
-            replay of K steps in one pass over memory.
+            replay of K steps in one pass over memory. A number q > 1 makes each q seeds a step.
         backend: ``None`` (the best for the device), ``"reference"`` or ``"native"``.
 
     Raises:
@@ -66,10 +64,12 @@ def add_noise_(
         ValueError: If an argument is out of range, or the tensors do not fit; nothing is written.
         RuntimeError: If the backend named is not there.
     """
-    plan = _plan(
-        params, params, seeds, coeffs, streams, offsets, dist, mask, decay, rounding,
-        rounding_seed, each_step,
+    numbers = checks.numbers_of_pass(
+        params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
+        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
     )  # fmt: skip
+    checks.check_apart(params)
+    plan = AddNoise(**numbers, out=params)
     runs = [(select(part.params, backend), _trim(part)) for part in _by_arithmetic(plan)]
     for run, part in runs:
         if part is not None:
@@ -90,7 +90,7 @@ def add_noise(
     decay: float | Sequence[float] = 1.0,
     rounding: str = "nearest",
     rounding_seed: int | Sequence[int] = 0,
-    each_step: bool = False,
+    each_step: bool | int = False,
     backend: str | None = None,
 ) -> None:
     """Write decay · w + Σₖ cₖ zₖ into ``out`` and leave ``params`` alone.
@@ -99,11 +99,13 @@ def add_noise(
     same number of elements, type and device, and overlaps none of them. Elements outside the
     mask are copied.
     """
-    _check_out(params, out)
-    plan = _plan(
-        params, out, seeds, coeffs, streams, offsets, dist, mask, decay, rounding,
-        rounding_seed, each_step,
+    checks.check_out(params, out)
+    numbers = checks.numbers_of_pass(
+        params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
+        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
     )  # fmt: skip
+    checks.check_apart([*params, *out])
+    plan = AddNoise(**numbers, out=out)
     runs = [(select(part.params, backend), part) for part in _by_arithmetic(plan)]
     for run, part in runs:
         trimmed = _trim(part)
@@ -115,66 +117,95 @@ def add_noise(
                 target.detach().copy_(source.detach().view_as(target))
 
 
-def _plan(
+def apply_update_(
     params: Sequence[torch.Tensor],
-    out: Sequence[torch.Tensor],
+    states: Sequence[rules.State] | None,
+    rule: str,
     seeds: Sequence[int],
     coeffs: Sequence[float],
-    streams: Sequence[int] | None,
-    offsets: Sequence[int] | None,
-    dist: str,
-    mask: masks.Mask | None,
-    decay: float | Sequence[float],
-    rounding: str,
-    rounding_seed: int | Sequence[int],
-    each_step: bool,
-) -> AddNoise:
-    """The pass in plain numbers, or an error before a byte is written."""
-    check_tensors(params, "params")
-    _check_apart([*params, *out] if out is not params else params)
-    if dist not in noise.KINDS:
-        raise ValueError(f"dist is {dist!r}, but it must be one of {_names(noise.KINDS)}.")
-    if rounding not in ("nearest", "stochastic"):
-        raise ValueError(f"rounding is {rounding!r}, but it must be 'nearest' or 'stochastic'.")
-    seeds, coeffs = list(seeds), list(coeffs)
-    if not seeds:
-        raise ValueError("seeds is empty, but a pass needs at least one seed (K >= 1).")
-    if len(coeffs) != len(seeds):
-        raise ValueError(
-            f"coeffs has {len(coeffs)} numbers, but seeds has {len(seeds)}; give one for each seed."
-        )
-    streams = list(range(len(params))) if streams is None else list(streams)
-    offsets = [0] * len(params) if offsets is None else list(offsets)
-    for name, values in (("streams", streams), ("offsets", offsets)):
-        if len(values) != len(params):
-            raise ValueError(
-                f"{name} has {len(values)} numbers, but params has {len(params)} tensors; "
-                "give one for each tensor."
-            )
-    steps = len(seeds) if each_step else 1
-    decays = _per_step(decay, steps, "decay", each_step)
-    rounding_seeds = _per_step(rounding_seed, steps, "rounding_seed", each_step)
-    for seed in [*seeds, *rounding_seeds]:
-        noise.check_address(0, seed, 0, 0)
-    for p, stream, offset in zip(params, streams, offsets, strict=True):
-        noise.check_address(p.numel(), 0, stream, offset)
-    return AddNoise(
-        params=params,
-        out=out,
-        streams=streams,
-        offsets=offsets,
-        seeds=seeds,
-        coeffs=[_finite(c, "a coefficient") for c in coeffs],
-        decays=[_finite(d, "decay") for d in decays],
-        kind=noise.KINDS[dist],
-        masks=masks.resolve(mask, params),
-        stochastic=rounding == "stochastic",
-        rounding_seeds=rounding_seeds,
-        each_step=each_step,
+    *,
+    lr: float | Sequence[float],
+    beta: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
+    adam_eps: float = 1e-8,
+    amsgrad: bool = False,
+    step: int | None = None,
+    streams: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    dist: str = "gaussian",
+    mask: masks.Mask | None = None,
+    decay: float | Sequence[float] = 1.0,
+    rounding: str = "nearest",
+    rounding_seed: int | Sequence[int] = 0,
+    each_step: bool | int = False,
+    backend: str | None = None,
+) -> None:
+    """Put the pseudo-gradient g = Σₖ cₖ zₖ through a rule with state, in one pass.
+
+    For each element, in binary32 (in float64 tensors binary64, multiply, then add): g = 0, then
+    ``g = fma(cₖ, zₖ, g)`` for k in order, then
+
+    - ``"sign"``: w ← fma(−lr, sign(g), decay·w);
+    - ``"momentum"``: m ← fma(β, m, g), w ← fma(−lr, m, decay·w);
+    - ``"adam"``: m ← fma(β₁, m, (1−β₁)·g), v ← fma(β₂, v, ((1−β₂)·g)·g),
+      w ← fma(−lr, m / (√v̂ + ϵ), decay·w), with v̂ = v, or with ``amsgrad`` v̂ ← max(v̂, v).
+
+    A state is rounded to its type as soon as it is made, and w uses what was stored; a bfloat16
+    state always by stochastic rounding, with the kind-3 numbers under ``rounding_seed + 1`` for m
+    and ``+ 2`` for v.
+
+    Args:
+        params: As for `add_noise_`.
+        states: One entry a tensor: ``{"m": …}``, ``{"m": …, "v": …}`` or with ``amsgrad``
+            ``{"m": …, "v": …, "v_max": …}``, or the same tensors in this order; None for "sign".
+            Contiguous, as many elements as the tensor, float32 or bfloat16 (float64 for float64).
+        rule: ``"sign"``, ``"momentum"`` or ``"adam"``.
+        seeds: K ≥ 1 seeds of directions.
+        coeffs: K finite coefficients, dₖ/q.
+        lr: Learning rate, finite; with ``each_step`` one for all or one a step.
+        beta: β of "momentum", 0 … 1.
+        betas: (β₁, β₂) of "adam", 0 … 1, below 1 where ``step`` is given.
+        adam_eps: ϵ of "adam", at least 0.
+        amsgrad: Divide by the largest v so far.
+        step: The number t ≥ 1 of this step, for Adam's bias correction: lr is divided by 1 − β₁ᵗ
+            and v̂ multiplied by 1/(1 − β₂ᵗ), each computed in binary64 and rounded once. With
+            ``each_step`` the first step's number. None corrects nothing.
+        streams: As for `add_noise_`, and so are the following.
+        offsets: Where each tensor starts in its parameter.
+        dist: Of the directions.
+        mask: Where it is 0 the states stay, too.
+        decay: Factor on the weight.
+        rounding: Of the weight.
+        rounding_seed: Of the weight, and from it of the states.
+        each_step: True, or the number of seeds a step: K/q steps in one pass.
+        backend: Who runs it.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or the tensors do not fit; nothing is written.
+        RuntimeError: If the backend named is not there.
+
+    Sources: signSGD (Bernstein et al., 2018), heavy-ball momentum, Adam
+    (Kingma and Ba, 2015), ZO-AdaMM (Chen et al., 2019) for AMSGrad without bias correction.
+    """
+    numbers = checks.numbers_of_pass(
+        params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
+        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
+    )  # fmt: skip
+    rates = checks.per_step(lr, "lr", len(seeds), each_step)
+    plan = ApplyUpdate(
+        **numbers,
+        states=rules.check_states(rule, states, params, amsgrad),
+        **rules.numbers(rule, rates, beta, betas, adam_eps, amsgrad, step),
     )
+    checks.check_apart([*params, *(s for state in plan.states for s in state)])
+    runs = [(select(part.params, backend), part) for part in _by_arithmetic(plan)]
+    for run, part in runs:
+        run.apply_update(part)
+        _mark_written([*part.params, *(s for state in part.states for s in state)])
 
 
-def _by_arithmetic(plan: AddNoise) -> list[AddNoise]:
+def _by_arithmetic(plan: P) -> list[P]:
     """The plan split in tensors computed in binary32, with numbers rounded to it, and binary64."""
     parts = []
     for wide in (False, True):
@@ -183,135 +214,45 @@ def _by_arithmetic(plan: AddNoise) -> list[AddNoise]:
             continue
         part = plan
         if len(chosen) < len(plan.params):
-            fields = ("params", "out", "streams", "offsets", "masks")
+            fields = [f for f in _PER_TENSOR if hasattr(plan, f)]
             some: dict[str, Any] = {f: [getattr(plan, f)[i] for i in chosen] for f in fields}
-            part = replace(plan, **some)
+            part = replace(part, **some)
         if not wide:
-            part = replace(
-                part,
-                coeffs=[_binary32(c, "a coefficient") for c in part.coeffs],
-                decays=[_binary32(d, "decay") for d in part.decays],
-                masks=[_mask32(m) for m in part.masks],
-            )
+            rounded = {f: _binary32(getattr(part, f), w) for f, w in _NUMBERS if hasattr(part, f)}
+            part = replace(part, **rounded, masks=[checks.mask32(m) for m in part.masks])
         parts.append(part)
     return parts
 
 
+_PER_TENSOR = ("params", "out", "states", "streams", "offsets", "masks")
+_NUMBERS = (
+    ("coeffs", "a coefficient"), ("decays", "decay"), ("rates", "lr"), ("scales", "the scale of v"),
+    ("beta1", "beta"), ("one_minus_beta1", "1 - beta"), ("beta2", "beta2"),
+    ("one_minus_beta2", "1 - beta2"), ("adam_eps", "adam_eps"),
+)  # fmt: skip
+
+
+def _binary32(value: Any, name: str) -> Any:
+    if isinstance(value, list):
+        return [checks.binary32(x, name) for x in value]
+    return checks.binary32(value, name)
+
+
 def _trim(plan: AddNoise) -> AddNoise | None:
     """The plan without steps that write nothing; None if nothing is left to do."""
-    if not plan.each_step:
-        idle = plan.decays[0] == 1 and not any(plan.coeffs)
-        return None if idle else plan
-    active = [k for k, c in enumerate(plan.coeffs) if c != 0 or plan.decays[k] != 1]
-    if len(active) == len(plan.seeds):
+    active = [
+        s for s, decay in enumerate(plan.decays) if decay != 1 or any(c for _, c in plan.terms(s))
+    ]
+    if len(active) == plan.steps:
         return plan
-    fields = ("seeds", "coeffs", "decays", "rounding_seeds")
-    kept: dict[str, Any] = {f: [getattr(plan, f)[k] for k in active] for f in fields}
+    terms = [term for s in active for term in plan.terms(s)]
+    kept: dict[str, Any] = {
+        f: [getattr(plan, f)[s] for s in active] for f in ("decays", "rounding_seeds")
+    }
+    kept |= {"seeds": [s for s, _ in terms], "coeffs": [c for _, c in terms]}
     return replace(plan, **kept) if active else None
-
-
-def check_tensors(tensors: Sequence[torch.Tensor], name: str) -> None:
-    """Raise unless these are dense, contiguous floating-point tensors of one device."""
-    if isinstance(tensors, torch.Tensor):
-        raise TypeError(f"{name} is one tensor, but it must be a list of tensors: [tensor].")
-    device = None
-    for i, t in enumerate(tensors):
-        if not isinstance(t, torch.Tensor):
-            raise TypeError(f"{name}[{i}] is a {type(t).__name__}, but it must be a tensor.")
-        if t.layout is not torch.strided or t.is_meta:
-            raise ValueError(
-                f"{name}[{i}] is {'a meta' if t.is_meta else 'a sparse'} tensor, but its weights "
-                "must be dense and in memory."
-            )
-        if t.dtype not in DTYPES:
-            raise TypeError(
-                f"{name}[{i}] has type {t.dtype}, but it must be one of {_names(DTYPES)}."
-            )
-        if not t.is_contiguous():
-            raise ValueError(
-                f"{name}[{i}] of shape {tuple(t.shape)} is not contiguous, but an element's noise "
-                "follows from its place in memory; pass t.contiguous() and copy the result back."
-            )
-        device = device or t.device
-        if t.device != device:
-            raise ValueError(
-                f"{name}[{i}] is on {t.device}, but {name}[0] is on {device}; "
-                "call once for each device."
-            )
-
-
-def _check_out(params: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> None:
-    check_tensors(params, "params")
-    check_tensors(out, "out")
-    if len(out) != len(params):
-        raise ValueError(f"out has {len(out)} tensors, but params has {len(params)}; give as many.")
-    for i, (p, o) in enumerate(zip(params, out, strict=True)):
-        if (p.numel(), p.dtype, p.device) != (o.numel(), o.dtype, o.device):
-            raise ValueError(
-                f"out[{i}] is {o.numel()} × {o.dtype} on {o.device}, but params[{i}] is "
-                f"{p.numel()} × {p.dtype} on {p.device}; they must agree."
-            )
-
-
-def _check_apart(tensors: Sequence[torch.Tensor]) -> None:
-    spans = sorted(
-        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i)
-        for i, t in enumerate(tensors)
-        if t.numel()
-    )
-    for (_, end, i), (begin, _, j) in zip(spans, spans[1:], strict=False):
-        if begin < end:
-            raise ValueError(
-                f"Tensors {min(i, j)} and {max(i, j)} of the call overlap in memory, but each "
-                "weight may be written once; pass tied or shared weights one time only."
-            )
-
-
-def _per_step(value: object, steps: int, name: str, each_step: bool) -> list:
-    if not isinstance(value, list | tuple):
-        return [value] * steps
-    if not each_step:
-        raise ValueError(
-            f"{name} is a list, but one number a seed goes with each_step=True only; "
-            "give one number."
-        )
-    if len(value) != steps:
-        raise ValueError(
-            f"{name} has {len(value)} numbers, but seeds has {steps}; "
-            "give one for all or one for each seed."
-        )
-    return list(value)
-
-
-def _finite(x: float, name: str) -> float:
-    try:
-        x = float(x)
-    except (TypeError, ValueError):
-        raise TypeError(f"{name} is {x!r}, but it must be a number.") from None
-    if not math.isfinite(x):
-        raise ValueError(f"{name} is {x}, but it must be finite.")
-    return x
-
-
-def _binary32(x: float, name: str) -> float:
-    try:
-        return struct.unpack("<f", struct.pack("<f", x))[0]
-    except OverflowError:
-        raise ValueError(
-            f"{name} is {x}, but it must stay finite in binary32 (at most 3.4e38)."
-        ) from None
-
-
-def _mask32(mask: masks.MaskOf) -> masks.MaskOf:
-    if isinstance(mask, masks.MagnitudeOf) and math.isfinite(mask.threshold):
-        return masks.MagnitudeOf(_binary32(mask.threshold, "a magnitude threshold"))
-    return mask
 
 
 def _mark_written(tensors: Sequence[torch.Tensor]) -> None:
     # Autograd then notices when a tensor it saved was written behind its back.
     torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])
-
-
-def _names(values: object) -> str:
-    return ", ".join(str(v).removeprefix("torch.") for v in values)  # type: ignore[attr-defined]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from zokernels.backends.plan import AddNoise
+from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
 LIBRARY = Path(__file__).with_name("_native.so")
@@ -18,6 +20,8 @@ BUILD_ERROR = Path(__file__).with_name("_build_error.txt")
 # Slowest to fastest; the values are those of csrc/zokernels.h.
 _ISAS = {"portable": 0, "avx2": 1, "avx512": 2}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ADD_NOISE = 0
+_RULES = {"sign": 1, "momentum": 2, "adam": 3}
 _KEEP_ALL, _KEEP_RANDOM, _KEEP_MAGNITUDE, _KEEP_BITS = range(4)
 
 
@@ -25,10 +29,12 @@ class _Tensor(ctypes.Structure):
     _fields_ = [
         ("in_", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("states", ctypes.c_void_p * 3),
         ("numel", ctypes.c_int64),
         ("offset", ctypes.c_uint64),
         ("stream", ctypes.c_uint32),
         ("dtype", ctypes.c_int32),
+        ("state_dtypes", ctypes.c_int32 * 3),
         ("keep", ctypes.c_int32),
         ("keep_below", ctypes.c_uint32),
         ("keep_seed", ctypes.c_uint64),
@@ -37,48 +43,80 @@ class _Tensor(ctypes.Structure):
     ]
 
 
-class _AddNoise(ctypes.Structure):
+class _Pass(ctypes.Structure):
     _fields_ = [
         ("tensors", ctypes.POINTER(_Tensor)),
         ("tensor_count", ctypes.c_int64),
         ("seeds", ctypes.POINTER(ctypes.c_uint64)),
         ("coeffs", ctypes.POINTER(ctypes.c_float)),
         ("seed_count", ctypes.c_int64),
+        ("queries", ctypes.c_int64),
         ("decays", ctypes.POINTER(ctypes.c_float)),
         ("rounding_seeds", ctypes.POINTER(ctypes.c_uint64)),
+        ("rates", ctypes.POINTER(ctypes.c_float)),
+        ("scales", ctypes.POINTER(ctypes.c_float)),
+        ("rule", ctypes.c_int32),
         ("kind", ctypes.c_int32),
         ("stochastic", ctypes.c_int32),
-        ("each_step", ctypes.c_int32),
+        ("amsgrad", ctypes.c_int32),
+        ("beta1", ctypes.c_float),
+        ("one_minus_beta1", ctypes.c_float),
+        ("beta2", ctypes.c_float),
+        ("one_minus_beta2", ctypes.c_float),
+        ("adam_eps", ctypes.c_float),
         ("threads", ctypes.c_int32),
     ]
 
 
 def add_noise(plan: AddNoise) -> None:
     """Run the pass on ``torch.get_num_threads()`` threads."""
+    _run(plan, plan.out, [()] * len(plan.params), rule=_ADD_NOISE)
+
+
+def apply_update(plan: ApplyUpdate) -> None:
+    """Run the pass on ``torch.get_num_threads()`` threads."""
+    names = ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "adam_eps", "amsgrad")
+    _run(
+        plan, plan.params, plan.states, rule=_RULES[plan.rule], rates=_floats(plan.rates),
+        scales=_floats(plan.scales), **{name: getattr(plan, name) for name in names},
+    )  # fmt: skip
+
+
+def _run(
+    plan: Pass,
+    targets: Sequence[torch.Tensor],
+    states: Sequence[Sequence[torch.Tensor]],
+    **of_rule: Any,
+) -> None:
     library = _library()
     tensors = (_Tensor * len(plan.params))()
-    for i, (p, out) in enumerate(zip(plan.params, plan.out, strict=True)):
+    for i, (p, out, mine) in enumerate(zip(plan.params, targets, states, strict=True)):
         tensors[i] = _Tensor(
-            p.data_ptr(), out.data_ptr(), p.numel(), plan.offsets[i], plan.streams[i],
-            _DTYPES[p.dtype], *_keep(plan.masks[i]),
+            p.data_ptr(), out.data_ptr(), tuple(s.data_ptr() for s in mine), p.numel(),
+            plan.offsets[i], plan.streams[i], _DTYPES[p.dtype],
+            tuple(_DTYPES[s.dtype] for s in mine), *_keep(plan.masks[i]),
         )  # fmt: skip
-    count = len(plan.seeds)
-    args = _AddNoise(
+    args = _Pass(
         tensors=tensors,
         tensor_count=len(plan.params),
-        seeds=(ctypes.c_uint64 * count)(*plan.seeds),
-        coeffs=(ctypes.c_float * count)(*plan.coeffs),
-        seed_count=count,
-        decays=(ctypes.c_float * len(plan.decays))(*plan.decays),
-        rounding_seeds=(ctypes.c_uint64 * len(plan.rounding_seeds))(*plan.rounding_seeds),
+        seeds=(ctypes.c_uint64 * len(plan.seeds))(*plan.seeds),
+        coeffs=_floats(plan.coeffs),
+        seed_count=len(plan.seeds),
+        queries=plan.queries,
+        decays=_floats(plan.decays),
+        rounding_seeds=(ctypes.c_uint64 * plan.steps)(*plan.rounding_seeds),
         kind=plan.kind,
         stochastic=plan.stochastic,
-        each_step=plan.each_step,
         threads=torch.get_num_threads(),
+        **of_rule,
     )
     isa = instruction_set()
-    if library.zk_add_noise(ctypes.byref(args), _ISAS[isa]) != 0:
+    if library.zk_run(ctypes.byref(args), _ISAS[isa]) != 0:
         raise RuntimeError(f"The native backend has no {isa} code in this build.")
+
+
+def _floats(values: Sequence[float]) -> Any:
+    return (ctypes.c_float * len(values))(*values)
 
 
 def instruction_sets() -> list[str]:
@@ -119,7 +157,7 @@ def why_missing() -> str | None:
 def _library() -> ctypes.CDLL:
     # Loaded after torch, it shares torch's own thread pool (the same libgomp).
     library = ctypes.CDLL(str(LIBRARY))
-    library.zk_add_noise.argtypes = [ctypes.POINTER(_AddNoise), ctypes.c_int]
+    library.zk_run.argtypes = [ctypes.POINTER(_Pass), ctypes.c_int]
     library.zk_has_isa.argtypes = [ctypes.c_int]
     return library
 

@@ -11,23 +11,59 @@ from zokernels.masks import MaskOf
 
 
 @dataclass(frozen=True)
-class AddNoise:
-    """One ``add_noise`` pass over a list of tensors.
+class Pass:
+    """What both passes share: tensors, directions, and how the result is rounded.
 
-    ``out[i]`` receives the result for ``params[i]`` and may be the same tensor. Numbers are
-    already rounded to binary32, unless the tensors are float64. ``decays`` and
-    ``rounding_seeds`` have one entry, or with ``each_step`` one for each seed.
+    Numbers are already rounded to binary32, unless the tensors are float64. The seeds are cut in
+    steps of ``queries`` seeds; each step has an entry of ``decays`` and of ``rounding_seeds``.
     """
 
     params: Sequence[torch.Tensor]
-    out: Sequence[torch.Tensor]
     streams: Sequence[int]
     offsets: Sequence[int]
     seeds: Sequence[int]
     coeffs: Sequence[float]
+    queries: int
     decays: Sequence[float]
     kind: int
     masks: Sequence[MaskOf]
     stochastic: bool
     rounding_seeds: Sequence[int]
-    each_step: bool
+
+    @property
+    def steps(self) -> int:
+        """How many times a weight is rounded."""
+        return len(self.decays)
+
+    def terms(self, step: int) -> list[tuple[int, float]]:
+        """The seeds and coefficients of a step."""
+        part = slice(step * self.queries, (step + 1) * self.queries)
+        return list(zip(self.seeds[part], self.coeffs[part], strict=True))
+
+
+@dataclass(frozen=True)
+class AddNoise(Pass):
+    """One ``add_noise`` pass: ``out[i]`` receives the result and may be ``params[i]`` itself."""
+
+    out: Sequence[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ApplyUpdate(Pass):
+    """One ``apply_update_`` pass.
+
+    ``states[i]`` holds the state tensors of ``params[i]`` in the rule's order. ``rates`` and
+    ``scales`` have an entry a step: −lr, and the factor on v̂. Other rules than Adam leave
+    ``amsgrad`` False and what they do not use of the betas 0.
+    """
+
+    rule: str
+    states: Sequence[Sequence[torch.Tensor]]
+    rates: Sequence[float]
+    scales: Sequence[float]
+    beta1: float
+    one_minus_beta1: float
+    beta2: float
+    one_minus_beta2: float
+    adam_eps: float
+    amsgrad: bool
