@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -10,7 +12,10 @@ import torch
 
 from zokernels.backends import native, reference
 
-NAMES = ("reference", "native")
+NAMES = ("reference", "native", "triton")
+
+# Older ones flush subnormals in division and square root.
+_OLDEST_TRITON = (3, 6)
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,9 @@ def backends() -> dict[str, Backend]:
     else:
         described = Backend("native", False, missing)
     plain = Backend("reference", True, "Plain PyTorch on any device: the specification, slow.")
-    return {"reference": plain, "native": described}
+    no_triton = _why_no_triton() or _why_no_device()
+    kernels = Backend("triton", no_triton is None, no_triton or _what_triton_is())
+    return {"reference": plain, "native": described, "triton": kernels}
 
 
 def select(params: Sequence[torch.Tensor], name: str | None) -> ModuleType:
@@ -49,21 +56,80 @@ def select(params: Sequence[torch.Tensor], name: str | None) -> ModuleType:
         raise ValueError(f"backend is {name!r}, but it must be None or one of {', '.join(NAMES)}.")
     if name == "reference" or not params:
         return reference
-    refusal = _why_not_native(params)
-    if refusal is None:
-        missing = native.why_missing()
-        if missing is None:
-            return native
-        if name == "native":
-            raise RuntimeError(f"backend='native' was asked for, but {missing}")
-    elif name == "native":
-        raise ValueError(f"backend='native' was asked for, but {refusal}")
+    for candidate, refuse, missing, module in (
+        ("native", _why_not_native, native.why_missing, lambda: native),
+        ("triton", _why_not_triton, _why_no_triton, _triton),
+    ):
+        if name not in (None, candidate):
+            continue
+        absent = missing()
+        if absent is not None and name is not None:
+            raise RuntimeError(f"backend={name!r} was asked for, but {absent}")
+        refusal = absent or refuse(params, name)
+        if refusal is None:
+            return module()
+        if name is not None:
+            raise ValueError(f"backend={name!r} was asked for, but {refusal}")
     return reference
 
 
-def _why_not_native(params: Sequence[torch.Tensor]) -> str | None:
+def _why_not_native(params: Sequence[torch.Tensor], name: str | None) -> str | None:
     if params[0].device.type != "cpu":
         return f"it runs on CPU tensors and these are on {params[0].device}; use backend=None."
+    return _why_not_narrow(params)
+
+
+def _why_not_triton(params: Sequence[torch.Tensor], name: str | None) -> str | None:
+    kind = params[0].device.type
+    # Interpreted it is exact and slow, so it must be asked for by name.
+    if kind != "cuda" and not (kind == "cpu" and name is not None and _triton().INTERPRETED):
+        return (
+            f"it runs on CUDA tensors and these are on {params[0].device}; use backend=None, or "
+            "set TRITON_INTERPRET=1 before the program starts to run it in Triton's interpreter."
+        )
+    if kind == "cuda" and _triton().INTERPRETED and name is None:
+        return "TRITON_INTERPRET is set."
+    return _why_not_narrow(params)
+
+
+def _why_not_narrow(params: Sequence[torch.Tensor]) -> str | None:
     if any(p.dtype is torch.float64 for p in params):
         return "it has no float64; use backend=None or 'reference'."
     return None
+
+
+@functools.cache
+def _why_no_triton() -> str | None:
+    """None if triton can be imported, else one sentence that says why not."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"the triton backend is missing: {error}; pip install triton (Linux)."
+    version = tuple(int(x) for x in triton.__version__.split("+")[0].split(".")[:2])
+    if version < _OLDEST_TRITON:
+        wanted = ".".join(map(str, _OLDEST_TRITON))
+        return (
+            f"the triton backend needs triton {wanted} or newer, and {triton.__version__} is "
+            "installed, whose division flushes subnormals; pip install -U triton."
+        )
+    return None
+
+
+def _why_no_device() -> str | None:
+    if torch.cuda.is_available() or _triton().INTERPRETED:
+        return None
+    return (
+        "triton is installed, but torch sees no CUDA device; CPU tensors take the native backend."
+    )
+
+
+def _what_triton_is() -> str:
+    where = "for CPU tensors, in its interpreter" if _triton().INTERPRETED else "for CUDA tensors"
+    return f"Triton {importlib.metadata.version('triton')} kernels {where}."
+
+
+def _triton() -> ModuleType:
+    # Imported when asked for: `import zokernels` then does not import triton.
+    from zokernels.backends import triton
+
+    return triton

@@ -1,0 +1,11 @@
+"""The passes as Triton kernels, for CUDA tensors; and, interpreted, for tensors on the CPU.
+
+noise.py and arithmetic.py are device functions, values in and values out; group.py is what the
+kernels of add_noise.py and update.py share; table.py and launch.py are the host's side.
+"""
+
+from zokernels.backends.triton.add_noise import add_noise
+from zokernels.backends.triton.arithmetic import INTERPRETED
+from zokernels.backends.triton.update import apply_update
+
+__all__ = ["INTERPRETED", "add_noise", "apply_update"]

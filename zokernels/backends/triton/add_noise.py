@@ -1,0 +1,109 @@
+"""w ← round(decay · w + Σₖ cₖ zₖ) for a list of tensors, in one launch."""
+
+import triton
+import triton.language as tl
+
+from zokernels import noise as _noise
+from zokernels.backends.plan import AddNoise
+from zokernels.backends.triton import arithmetic, launch, noise, table
+from zokernels.backends.triton.arithmetic import narrow, nearest, stochastic, widen
+from zokernels.backends.triton.group import (
+    COLUMNS, END, FIRST_GROUP, FIRST_INDEX, KEEP_ALL, KEEP_MAGNITUDE, LEAD, ALIGNED, STREAM,
+    add_noise_to, address, blocks, keep_small, keep_static, load, number, places, store,
+)  # fmt: skip
+from zokernels.backends.triton.noise import ROUNDING
+
+
+@triton.jit
+def _group(
+    row_ptr, start, numbers_ptr, seeds, queries,
+    DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr,
+    STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr,
+    ROWS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One group. ``numbers``: seeds, then their coefficients, then of each step decay and seed."""
+    index = tl.load(row_ptr + FIRST_INDEX) + start
+    stream = tl.load(row_ptr + STREAM)
+    place = start + places(ROWS)
+    inside = (place >= tl.load(row_ptr + LEAD)) & (place < tl.load(row_ptr + END))
+    raw = load(address(row_ptr, 0, start, MEMORY_TYPE, WHOLE), inside, ROWS, WHOLE)
+    weight = widen(raw, DTYPE)
+    if KEEP_KIND != KEEP_ALL and KEEP_KIND != KEEP_MAGNITUDE:
+        keep = keep_static(row_ptr, index, start, inside, KEEP_KIND, ROWS)
+    coeffs_ptr = numbers_ptr + seeds
+    decays_ptr = coeffs_ptr + seeds
+    steps = seeds // queries if STEPS else 1
+    for step in range(steps):
+        acc = weight * number(decays_ptr + step) if DECAY else weight
+        first = step * queries
+        for k in range(first, first + queries):
+            seed = tl.load(numbers_ptr + k)
+            acc = add_noise_to(acc, index, stream, seed, number(coeffs_ptr + k), KIND, SMALL, ROWS)
+        if KEEP_KIND == KEEP_MAGNITUDE:
+            keep = keep_small(row_ptr, weight)
+        if STOCHASTIC:
+            low, high = blocks(index, 8, ROWS)
+            u = noise.uniform16(low, high, stream, ROUNDING, tl.load(decays_ptr + steps + step))
+            acc = stochastic(acc, u, DTYPE)
+        elif STEPS:
+            acc = nearest(acc, DTYPE)
+        weight = acc if KEEP_KIND == KEEP_ALL else tl.where(keep, acc, weight)
+    result = narrow(weight, DTYPE)
+    if KEEP_KIND != KEEP_ALL:
+        # Outside the mask a NaN keeps its own bits, which a conversion might not.
+        result = tl.where(keep, result, raw)
+    store(address(row_ptr, 1, start, MEMORY_TYPE, WHOLE), result, inside, ROWS, WHOLE)
+
+
+@triton.jit(do_not_specialize=["seeds", "queries"])
+def _add_noise_kernel(
+    groups_ptr, table_ptr, numbers_ptr, seeds, queries,
+    DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr,
+    STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr,
+    ROWS: tl.constexpr,
+):  # fmt: skip
+    """A program takes one group of one tensor.
+
+    Args:
+        groups_ptr: int32, the tensor of each program.
+        table_ptr: int64 (tensors, COLUMNS).
+        numbers_ptr: int64; see `_group`.
+        seeds: K.
+        queries: Seeds a step.
+        DTYPE, MEMORY_TYPE, KIND, KEEP_KIND, STOCHASTIC, STEPS, DECAY, SMALL, ROWS: What is compiled.
+    """
+    program = tl.program_id(0)
+    row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * COLUMNS
+    start = (program - tl.load(row_ptr + FIRST_GROUP)) * (ROWS * 8)
+    whole = (start >= tl.load(row_ptr + LEAD)) & (start + ROWS * 8 <= tl.load(row_ptr + END))
+    if whole & (tl.load(row_ptr + ALIGNED) != 0):
+        _group(row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND, KEEP_KIND,
+               STOCHASTIC, STEPS, DECAY, SMALL, ROWS, True)  # fmt: skip
+    else:
+        _group(row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND, KEEP_KIND,
+               STOCHASTIC, STEPS, DECAY, SMALL, ROWS, False)  # fmt: skip
+
+
+def add_noise(plan: AddNoise) -> None:
+    """Run the pass: one launch for all tensors of a type."""
+    for part in table.by_type(plan, [p.dtype for p in plan.params]):
+        _launch(part)
+
+
+def _launch(plan: AddNoise) -> None:
+    device, dtype = plan.params[0].device, table.TYPES[plan.params[0].dtype]
+    if plan.kind == _noise.GAUSSIAN:
+        shape = launch.GAUSSIAN if launch.plain(plan) else launch.GENERAL
+    else:
+        shape = launch.SIGNS if launch.plain(plan) else launch.SIGNS_GENERAL
+    tensors = table.table_of(plan, [plan.params, plan.out], shape.rows * 8)
+    coeffs, small = launch.coefficients(plan)
+    launch.run(
+        _add_noise_kernel, tensors.programs, device,
+        tensors.groups, tensors.rows, table.numbers_of(plan, coeffs, device=device),
+        len(plan.seeds), plan.queries,
+        DTYPE=dtype, MEMORY_TYPE=arithmetic.memory_type(dtype), KIND=plan.kind,
+        KEEP_KIND=tensors.keep_kind, STOCHASTIC=plan.stochastic, STEPS=plan.steps > 1,
+        DECAY=any(d != 1 for d in plan.decays), SMALL=small, ROWS=shape.rows,
+        num_warps=shape.warps,
+    )  # fmt: skip

@@ -1,0 +1,55 @@
+"""How a pass is launched: the size of a group, and coefficients as the kernels take them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from zokernels import noise
+from zokernels.backends.plan import Pass
+
+# What `group.add_noise_to` leaves out of the Gaussian noise.
+_UNIT = 2.0**-29
+# A coefficient below this times _UNIT would not be exact.
+_EXACT = 2.0**-97
+
+
+class Shape(NamedTuple):
+    """Rows of eight elements in a group, and warps that share it."""
+
+    rows: int
+    warps: int
+
+
+# From instruction counts (docs/performance.md): more elements a thread spread the fixed work
+# thinner, until registers spill.
+GAUSSIAN = Shape(512, 4)
+SIGNS = Shape(2048, 4)
+SIGNS_GENERAL = Shape(1024, 8)
+GENERAL = Shape(256, 4)
+UPDATE = Shape(256, 4)
+
+
+def plain(plan: Pass) -> bool:
+    """Whether a pass is what a training step does: no mask, one rounding to nearest."""
+    return plan.masks[0] is None and not plan.stochastic and plan.steps == 1
+
+
+def coefficients(plan: Pass) -> tuple[list[float], bool]:
+    """The coefficients, with 2⁻²⁹ folded in unless one is too small for that; whether one is."""
+    coeffs = list(plan.coeffs)
+    if plan.kind != noise.GAUSSIAN:
+        return coeffs, False
+    if any(0 < abs(c) < _EXACT for c in coeffs):
+        return coeffs, True
+    return [c * _UNIT for c in coeffs], False
+
+
+def run(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
+    """Launch on the tensors' own device."""
+    if not programs:
+        return
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        # Fusing a product and a sum would round once where the reference rounds twice.
+        kernel[(programs,)](*args, **options, enable_fp_fusion=False)

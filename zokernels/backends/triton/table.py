@@ -1,0 +1,131 @@
+"""The list of tensors of a launch, as a table in device memory, kept from call to call."""
+
+from __future__ import annotations
+
+import functools
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+import triton.language as tl
+
+from zokernels.backends.plan import Pass
+from zokernels.backends.triton import group
+from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
+
+TYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+_KEEP_KINDS = {RandomOf: 1, MagnitudeOf: 2, BitsOf: 3}
+_COLUMNS = int(group.COLUMNS)
+P = TypeVar("P", bound=Pass)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What a launch needs to know of its tensors; the columns are those of `group`."""
+
+    rows: torch.Tensor
+    groups: torch.Tensor
+    keep_kind: int
+
+    @property
+    def programs(self) -> int:
+        """How many programs there are, one a group."""
+        return self.groups.numel()
+
+
+def table_of(plan: Pass, memories: Sequence[Sequence[torch.Tensor]], elements: int) -> Table:
+    """The table of a pass.
+
+    Args:
+        plan: The pass; all its tensors of one type.
+        memories: What a program reads or writes of each tensor: lists as long as the tensors.
+        elements: Elements of a group.
+    """
+    rows = tuple(
+        (*(m.data_ptr() for m in mine), p.element_size(), *(m.element_size() for m in mine),
+         p.numel(), offset, stream, *_keep(mask))
+        for p, offset, stream, mask, *mine in zip(
+            plan.params, plan.offsets, plan.streams, plan.masks, *memories, strict=True
+        )
+    )  # fmt: skip
+    kind = _KEEP_KINDS.get(type(plan.masks[0]), 0)
+    return _build(rows, len(memories), elements, kind, plan.params[0].device)
+
+
+@functools.lru_cache(maxsize=64)
+def _build(
+    rows: tuple, memories: int, elements: int, keep_kind: int, device: torch.device
+) -> Table:
+    table, counts, first = [], [], 0
+    for row in rows:
+        addresses, sizes = row[:memories], row[memories + 1 : 2 * memories + 1]
+        numel, offset, stream, keep, keep_seed = row[2 * memories + 1 :]
+        lead = offset % elements
+        starts = [a - lead * s for a, s in zip(addresses, sizes, strict=True)]
+        aligned = all(a % 16 == 0 for a in starts)
+        cells = [
+            first, offset - lead, lead, lead + numel, stream, keep, _signed(keep_seed),
+            int(aligned), *starts,
+        ]  # fmt: skip
+        table.append(cells + [0] * (_COLUMNS - len(cells)))
+        count = -(-(lead + numel) // elements) if numel else 0
+        counts.append(count)
+        first += count
+    which = torch.repeat_interleave(
+        torch.arange(len(rows), dtype=torch.int32), torch.tensor(counts, dtype=torch.int64)
+    )
+    return Table(torch.tensor(table, dtype=torch.int64).to(device), which.to(device), keep_kind)
+
+
+def by_type(plan: P, types: Sequence[Any]) -> Iterator[P]:
+    """The plan split so that each part has one of ``types``, which are those of its tensors."""
+    for kind in dict.fromkeys(types):
+        chosen = [i for i, t in enumerate(types) if t == kind]
+        if len(chosen) == len(types):
+            yield plan
+            return
+        fields = [
+            f for f in ("params", "out", "states", "streams", "offsets", "masks")
+            if hasattr(plan, f)
+        ]  # fmt: skip
+        some: dict[str, Any] = {f: [getattr(plan, f)[i] for i in chosen] for f in fields}
+        yield replace(plan, **some)
+
+
+def numbers_of(
+    plan: Pass, coeffs: Sequence[float], *more: Sequence[float], device: torch.device
+) -> torch.Tensor:
+    """Seeds, coefficients, decays, rounding seeds and what else there is, in one int64 tensor.
+
+    A binary32 number is stored by its bits, so that one upload carries all.
+    """
+    values = [_signed(s) for s in plan.seeds]
+    values += map(_bits, coeffs)
+    values += map(_bits, plan.decays)
+    values += [_signed(s) for s in plan.rounding_seeds]
+    for numbers in more:
+        values += map(_bits, numbers)
+    return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+
+def _keep(mask: MaskOf) -> tuple[int, int]:
+    match mask:
+        case RandomOf(below, seed):
+            return below, seed
+        case MagnitudeOf(threshold):
+            return _bits(threshold), 0
+        case BitsOf(packed):
+            return packed.data_ptr(), 0
+        case _:
+            return 0, 0
+
+
+def _bits(x: float) -> int:
+    return struct.unpack("<I", struct.pack("<f", x))[0]
+
+
+def _signed(seed: int) -> int:
+    return seed - 2**64 if seed >= 2**63 else seed
