@@ -1,9 +1,14 @@
 """What the tests of several rooms share."""
 
+import os
+
 import pytest
 import torch
 
 from zokernels.backends import native
+
+# Triton decides when it is imported whether kernels are interpreted.
+collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,11 @@
-"""The command line: ``zokernels finetune | env``."""
+"""The command line: ``zokernels finetune | bench | env``."""
 
 import sys
 from collections.abc import Sequence
 
 import typer
 
-from zokernels.cli import env, finetune
+from zokernels.cli import bench, env, finetune
 from zokernels.tasks.errors import InputError, RunError
 
 __all__ = ["app", "main"]
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("finetune")(finetune.command)
 app.command("env")(env.command)
+app.add_typer(bench.app, name="bench")
 
 
 @app.callback()

@@ -3,13 +3,28 @@
 import triton
 import triton.language as tl
 
-from zokernels import noise as _noise
 from zokernels.backends.plan import AddNoise
 from zokernels.backends.triton import arithmetic, launch, noise, table
 from zokernels.backends.triton.arithmetic import narrow, nearest, stochastic, widen
 from zokernels.backends.triton.group import (
-    COLUMNS, END, FIRST_GROUP, FIRST_INDEX, KEEP_ALL, KEEP_MAGNITUDE, LEAD, ALIGNED, STREAM,
-    add_noise_to, address, blocks, keep_small, keep_static, load, number, places, store,
+    ALIGNED,
+    COLUMNS,
+    END,
+    FIRST_GROUP,
+    FIRST_INDEX,
+    KEEP_ALL,
+    KEEP_MAGNITUDE,
+    LEAD,
+    STREAM,
+    add_noise_to,
+    address,
+    blocks,
+    keep_small,
+    keep_static,
+    load,
+    number,
+    places,
+    store,
 )  # fmt: skip
 from zokernels.backends.triton.noise import ROUNDING
 
@@ -34,13 +49,13 @@ def _group(
     decays_ptr = coeffs_ptr + seeds
     steps = seeds // queries if STEPS else 1
     for step in range(steps):
+        if KEEP_KIND == KEEP_MAGNITUDE:
+            keep = keep_small(row_ptr, weight)
         acc = weight * number(decays_ptr + step) if DECAY else weight
         first = step * queries
         for k in range(first, first + queries):
             seed = tl.load(numbers_ptr + k)
             acc = add_noise_to(acc, index, stream, seed, number(coeffs_ptr + k), KIND, SMALL, ROWS)
-        if KEEP_KIND == KEEP_MAGNITUDE:
-            keep = keep_small(row_ptr, weight)
         if STOCHASTIC:
             low, high = blocks(index, 8, ROWS)
             u = noise.uniform16(low, high, stream, ROUNDING, tl.load(decays_ptr + steps + step))
@@ -50,8 +65,9 @@ def _group(
         weight = acc if KEEP_KIND == KEEP_ALL else tl.where(keep, acc, weight)
     result = narrow(weight, DTYPE)
     if KEEP_KIND != KEEP_ALL:
-        # Outside the mask a NaN keeps its own bits, which a conversion might not.
-        result = tl.where(keep, result, raw)
+        # A NaN stays one whatever is added, so it may keep its bits, and outside the mask it must.
+        original = widen(raw, DTYPE)
+        result = tl.where(original == original, result, raw)
     store(address(row_ptr, 1, start, MEMORY_TYPE, WHOLE), result, inside, ROWS, WHOLE)
 
 
@@ -64,13 +80,8 @@ def _add_noise_kernel(
 ):  # fmt: skip
     """A program takes one group of one tensor.
 
-    Args:
-        groups_ptr: int32, the tensor of each program.
-        table_ptr: int64 (tensors, COLUMNS).
-        numbers_ptr: int64; see `_group`.
-        seeds: K.
-        queries: Seeds a step.
-        DTYPE, MEMORY_TYPE, KIND, KEEP_KIND, STOCHASTIC, STEPS, DECAY, SMALL, ROWS: What is compiled.
+    ``groups``: int32, the tensor of each program. ``table``: int64 (tensors, COLUMNS).
+    ``numbers``: int64, see `_group`. ``seeds``: K. ``queries``: seeds a step.
     """
     program = tl.program_id(0)
     row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * COLUMNS
@@ -92,10 +103,7 @@ def add_noise(plan: AddNoise) -> None:
 
 def _launch(plan: AddNoise) -> None:
     device, dtype = plan.params[0].device, table.TYPES[plan.params[0].dtype]
-    if plan.kind == _noise.GAUSSIAN:
-        shape = launch.GAUSSIAN if launch.plain(plan) else launch.GENERAL
-    else:
-        shape = launch.SIGNS if launch.plain(plan) else launch.SIGNS_GENERAL
+    shape = launch.shape_of_add_noise(plan.kind, launch.is_plain(plan))
     tensors = table.table_of(plan, [plan.params, plan.out], shape.rows * 8)
     coeffs, small = launch.coefficients(plan)
     launch.run(

@@ -15,7 +15,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @triton.jit
 def fma(a, b, c):
-    """a · b + c, rounded once to binary32."""
+    """The sum a · b + c, rounded once to binary32."""
     if _INTERPRETED:
         # Round the binary64 sum to odd, after which rounding to binary32 is exact (Boldo and
         # Melquiond 2008); the error of the sum is Knuth's two-sum.

@@ -8,6 +8,7 @@ which the compiler lays elsewhere, is left out.
 from __future__ import annotations
 
 import heapq
+import itertools
 import re
 import subprocess
 import tempfile
@@ -16,7 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
+from triton.backends.compiler import GPUTarget
+
+from zokernels import noise
+from zokernels.backends.triton import launch
+from zokernels.backends.triton.add_noise import _add_noise_kernel
+from zokernels.backends.triton.arithmetic import INTERPRETED, memory_type
+from zokernels.backends.triton.table import TYPES
+from zokernels.backends.triton.update import _apply_update_kernel
+
+__all__ = ["INTERPRETED", "Case", "Code", "compile_case", "count", "count_case"]
 
 _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;")
 _LABEL = re.compile(r"^(\.L_x_\d+):")
@@ -33,9 +45,12 @@ class Code:
         elements: Weights that a thread works on.
         seed_instructions: Those of the loop over seeds: the noise of one seed and its sum.
         loads, stores: Width in bits of each access to weights and states on that path.
-        registers, spills, shared: A thread's registers, spilled bytes; a program's shared bytes.
-        fused: Fused multiply–adds in PTX, on both paths.
-        contracted: Those that ptxas made of what PTX keeps apart.
+        registers: A thread's registers.
+        spills: Accesses to local memory on that path.
+        stack: Bytes of local memory a thread, on all paths.
+        shared: Bytes of shared memory a program.
+        fused: Fused multiply–adds in PTX, on all paths.
+        fusible: Products and sums in PTX that do not forbid their fusion (by ``.rn``).
     """
 
     instructions: int
@@ -45,9 +60,15 @@ class Code:
     stores: list[int]
     registers: int
     spills: int
+    stack: int
     shared: int
     fused: int
-    contracted: int
+    fusible: int
+
+    @property
+    def bytes_per_weight(self) -> int:
+        """Bytes of weights and states that are read and written for a weight."""
+        return 2 * sum(self.stores) // (8 * self.elements)
 
     @property
     def per_weight(self) -> float:
@@ -58,6 +79,66 @@ class Code:
     def per_seed(self) -> float:
         """Instructions a weight that each further seed costs."""
         return self.seed_instructions / self.elements
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel to compile: the pass of a training step, unless told otherwise.
+
+    ``op`` is "add_noise" or a rule: "sign", "momentum", "adam", "amsgrad".
+    """
+
+    op: str
+    dtype: str
+    dist: str
+    state: str = "float32"
+    stochastic: bool = False
+    keep_kind: int = 0
+    steps: bool = False
+
+    def __str__(self) -> str:
+        parts = [self.op, self.dtype, self.dist]
+        parts += [f"states {self.state}"] if self.state != "float32" else []
+        parts += ["stochastic"] if self.stochastic else []
+        parts += [("random", "magnitude", "bits")[self.keep_kind - 1]] if self.keep_kind else []
+        return " ".join([*parts, *(["each_step"] if self.steps else [])])
+
+
+def compile_case(case: Case, capability: int) -> tuple[Any, int]:
+    """The kernel for ``sm_{capability}``, and how many elements a thread of it works on."""
+    dtype, state = (TYPES[getattr(torch, name)] for name in (case.dtype, case.state))
+    kind = noise.KINDS[case.dist]
+    plain = not (case.stochastic or case.keep_kind or case.steps)
+    types = dict(
+        groups_ptr="*i32", table_ptr="*i64", numbers_ptr="*i64", seeds="i32", queries="i32"
+    )
+    fixed: dict[str, Any] = dict(
+        DTYPE=dtype, MEMORY_TYPE=memory_type(dtype), KIND=kind, KEEP_KIND=case.keep_kind,
+        STOCHASTIC=case.stochastic, STEPS=case.steps, DECAY=not plain, SMALL=False,
+    )  # fmt: skip
+    if case.op == "add_noise":
+        kernel, shape = _add_noise_kernel, launch.shape_of_add_noise(kind, plain)
+    else:
+        kernel, shape = _apply_update_kernel, launch.shape_of_update(kind)
+        for name in "MVX":
+            fixed |= {f"{name}_TYPE": state, f"{name}_MEMORY": memory_type(state)}
+        fixed["RULE"] = ("sign", "momentum", "adam", "amsgrad").index(case.op)
+    fixed["ROWS"] = shape.rows
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature=types | dict.fromkeys(fixed, "constexpr"),
+        constexprs=fixed,
+        # Allocations are aligned, and the launcher specializes on it.
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
+    )
+    options = dict(num_warps=shape.warps, enable_fp_fusion=False)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compiled, shape.rows * 8 // (shape.warps * 32)
+
+
+def count_case(case: Case, capability: int = 90) -> Code:
+    """Compile and count."""
+    return count(*compile_case(case, capability))
 
 
 @dataclass
@@ -72,12 +153,9 @@ def count(kernel: Any, elements: int) -> Code:
     blocks = _blocks(text)
     path = _path(blocks)
     lines = [line for i in path for line in blocks[i].lines]
-    noisy = max(path, key=lambda i: _noise_in(blocks[i]))
-    loop = _loop_of(blocks, path, noisy)
+    loop = _noise_loop(blocks)
     ptx = kernel.asm["ptx"]
-    fused = len(re.findall(r"\bfma\.rn\.f32", ptx))
     usage = resources(kernel.asm["cubin"])
-    everything = [line for block in blocks for line in block.lines]
     return Code(
         instructions=len(lines),
         elements=elements,
@@ -85,10 +163,11 @@ def count(kernel: Any, elements: int) -> Code:
         loads=_widths(lines, "LDG"),
         stores=_widths(lines, "STG"),
         registers=usage["REG"],
-        spills=usage["STACK"] + usage["LOCAL"],
+        spills=sum(_opcode(x).startswith(("LDL", "STL")) for x in lines),
+        stack=usage["STACK"] + usage["LOCAL"],
         shared=kernel.metadata.shared,
-        fused=fused,
-        contracted=sum(_opcode(x).startswith("FFMA") for x in everything) - fused,
+        fused=len(re.findall(r"\bfma\.rn\.f32", ptx)),
+        fusible=len(re.findall(r"\b(?:mul|add|sub)\.f32", ptx)),
     )
 
 
@@ -108,7 +187,9 @@ def _run_on(cubin: bytes, tool: str, option: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([binary, option, file.name], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            [binary, option, file.name], capture_output=True, text=True, check=True
+        )
     return done.stdout
 
 
@@ -128,7 +209,9 @@ def _blocks(text: str) -> list[_Block]:
         elif instruction := _INSTRUCTION.match(line):
             code = instruction[1]
             blocks[-1].lines.append(code)
-            if _opcode(code).split(".")[0] in ("BRA", "EXIT", "RET"):
+            # On sm_80 a conditional jump out of a loop is written as a call that never returns.
+            jump = code.startswith("@") and "CALL.REL" in code and _TARGET.search(code)
+            if jump or _opcode(code).split(".")[0] in ("BRA", "EXIT", "RET"):
                 targets[len(blocks) - 1] = code
                 blocks.append(_Block([], []))
     blocks = [b for b in blocks if b.lines] if not blocks[-1].lines else blocks
@@ -136,7 +219,7 @@ def _blocks(text: str) -> list[_Block]:
         last = targets.get(i, "")
         if goal := _TARGET.search(last):
             block.to.append(labels[goal[1]])
-        conditional = last.startswith("@")
+        conditional = last.startswith("@") or " UP" in last or "!UP" in last
         if (not last or conditional) and i + 1 < len(blocks):
             block.to.append(i + 1)
     return blocks
@@ -149,25 +232,23 @@ def _noise_in(block: _Block) -> int:
 
 def _path(blocks: list[_Block]) -> list[int]:
     """The shortest way through the wide load, the noise and the wide store to the end."""
-    wide = [_wide(b) for b in blocks]
-    stores = [i for i, (_, store) in enumerate(wide) if store]
-    loads = [i for i, (load, _) in enumerate(wide) if load]
-    best: list[int] = []
-    for load in loads:
-        for store in stores:
-            noisy = sorted(range(len(blocks)), key=lambda i: -_noise_in(blocks[i]))
-            for middle in noisy[:2]:
-                way = _through(blocks, [0, load, middle, store])
-                if way and (not best or _cost(blocks, way) < _cost(blocks, best)):
-                    best = way
+    loads = [i for i, block in enumerate(blocks) if _wide(block, "LDG")]
+    stores = [i for i, block in enumerate(blocks) if _wide(block, "STG")]
+    noisy = sorted(range(len(blocks)), key=lambda i: -_noise_in(blocks[i]))[:4]
+    orders = [
+        order
+        for load, middle, store in itertools.product(loads, noisy, stores)
+        for order in ([0, load, middle, store], [0, middle, load, store])
+    ]
+    ways = [way for order in orders if (way := _through(blocks, order))]
+    best = min(ways, key=lambda way: _cost(blocks, way), default=[])
     if not best:
         raise ValueError("The machine code has no path with 128-bit loads, noise and stores.")
     return best
 
 
-def _wide(block: _Block) -> tuple[bool, bool]:
-    return tuple(any(_opcode(x).startswith(o) and ".128" in _opcode(x) for x in block.lines)
-                 for o in ("LDG", "STG"))  # type: ignore[return-value]  # fmt: skip
+def _wide(block: _Block, kind: str) -> bool:
+    return any(_opcode(x).startswith(kind) and ".128" in _opcode(x) for x in block.lines)
 
 
 def _cost(blocks: list[_Block], way: list[int]) -> int:
@@ -199,11 +280,15 @@ def _shortest(blocks: list[_Block], start: int, done: Any) -> list[int] | None:
     return None
 
 
-def _loop_of(blocks: list[_Block], path: list[int], inside: int) -> list[int]:
-    """The blocks of the shortest cycle through a block; the block alone if there is none."""
-    ways = [_shortest(blocks, to, lambda i: i == inside) for to in blocks[inside].to]
-    known = [way for way in ways if way]
-    return min(known, key=lambda way: _cost(blocks, way)) if known else [inside]
+def _noise_loop(blocks: list[_Block]) -> list[int]:
+    """The shortest cycle through a block that makes noise: the loop over further seeds."""
+    most = max(map(_noise_in, blocks))
+    cycles = []
+    for i, block in enumerate(blocks):
+        if 2 * _noise_in(block) > most:
+            ways = (_shortest(blocks, to, lambda j, i=i: j == i) for to in block.to)
+            cycles += [way for way in ways if way]
+    return min(cycles, key=lambda way: _cost(blocks, way))
 
 
 def _widths(lines: list[str], kind: str) -> list[int]:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from zokernels.backends.triton import noise
-from zokernels.backends.triton.arithmetic import bits_of, float_of, widen
+from zokernels.backends.triton.arithmetic import bits_of, float_of
 from zokernels.backends.triton.noise import MASK, RADEMACHER
 
 # Columns of the table, one row a tensor; all int64.

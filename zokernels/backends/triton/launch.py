@@ -24,14 +24,22 @@ class Shape(NamedTuple):
 
 # From instruction counts (docs/performance.md): more elements a thread spread the fixed work
 # thinner, until registers spill.
-GAUSSIAN = Shape(512, 4)
-SIGNS = Shape(2048, 4)
-SIGNS_GENERAL = Shape(1024, 8)
-GENERAL = Shape(256, 4)
-UPDATE = Shape(256, 4)
+_GAUSSIAN = {True: Shape(512, 4), False: Shape(256, 4)}
+_SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
+_UPDATE = {noise.GAUSSIAN: Shape(512, 4), noise.RADEMACHER: Shape(1024, 8)}
 
 
-def plain(plan: Pass) -> bool:
+def shape_of_add_noise(kind: int, plain: bool) -> Shape:
+    """The group of an add_noise pass."""
+    return (_GAUSSIAN if kind == noise.GAUSSIAN else _SIGNS)[plain]
+
+
+def shape_of_update(kind: int) -> Shape:
+    """The group of an update pass."""
+    return _UPDATE[kind]
+
+
+def is_plain(plan: Pass) -> bool:
     """Whether a pass is what a training step does: no mask, one rounding to nearest."""
     return plan.masks[0] is None and not plan.stochastic and plan.steps == 1
 

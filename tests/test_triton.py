@@ -1,0 +1,143 @@
+"""The Triton backend without a GPU: its kernels interpreted, compiled and counted, and refusals."""
+
+import csv
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zokernels as zk
+from zokernels import backends as backends_function
+from zokernels.backends import select
+
+HERE = Path(__file__).parent
+RESULTS = HERE.parent / "bench" / "results" / "codegen.csv"
+
+triton = pytest.importorskip("triton", reason="needs triton: pip install triton (Linux)")
+
+
+def run_interpreted(*options: str) -> str:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    done = subprocess.run(
+        [*command, str(HERE / "interpreted")],
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        cwd=HERE.parent, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def test_the_kernels_equal_the_reference_in_the_interpreter():
+    passed = re.search(r"(\d+) passed", run_interpreted())
+    assert passed and int(passed[1]) >= 120
+
+
+@pytest.mark.slow
+def test_the_kernels_equal_the_reference_in_every_combination():
+    passed = re.search(r"(\d+) passed", run_interpreted("-m", ""))
+    assert passed and int(passed[1]) >= 1000
+
+
+CODE = {
+    # case: instructions a weight, and a weight and further seed, at most
+    ("add_noise", "bfloat16", "gaussian"): (25, 19),
+    ("add_noise", "float16", "gaussian"): (25, 19),
+    ("add_noise", "float32", "gaussian"): (26, 19),
+    ("add_noise", "bfloat16", "rademacher"): (8, 8),
+    ("add_noise", "float16", "rademacher"): (8, 8),
+    ("add_noise", "float32", "rademacher"): (8, 8),
+    ("adam", "bfloat16", "gaussian"): (62, 22),
+    ("adam", "float32", "gaussian"): (62, 22),
+}
+
+
+@pytest.mark.parametrize("case", CODE, ids="-".join)
+def test_instructions_a_weight_on_sm_90(case):
+    from zokernels.backends.triton import codegen
+
+    code = codegen.count_case(codegen.Case(*case), 90)
+    most, most_of_a_seed = CODE[case]
+    assert 5 < code.per_weight <= most
+    assert 3 < code.per_seed <= most_of_a_seed
+    assert code.spills == 0
+    # 128 bits for every weight and state; what is narrower is the table's.
+    bits = 32 if case[1] == "float32" else 16
+    states = 2 * 32 if case[0] == "adam" else 0
+    accesses = code.elements * (bits + states) // 128
+    assert code.stores == [128] * accesses
+    assert code.loads[:accesses] == [128] * accesses
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("case", [k for k in CODE if k[1] == "bfloat16"], ids="-".join)
+def test_no_product_and_sum_is_fused_that_the_specification_keeps_apart(case, capability):
+    from zokernels.backends.triton import codegen
+
+    code = codegen.count_case(codegen.Case(*case), capability)
+    # A block's transform has 24, and its eight elements' sums 8; with Adam each element has three
+    # more. Whole groups and ragged ends are compiled apart, and in updates also a first seed.
+    blocks = code.elements // 8
+    of_noise = 32 * blocks if case[2] == "gaussian" else 0
+    expected = 4 * of_noise + 2 * 3 * code.elements if case[0] == "adam" else 2 * of_noise
+    assert code.fused == expected
+    assert code.fusible == 0
+    assert code.spills == 0 and set(code.stores) == {128}
+
+
+def test_the_committed_counts_are_those_of_this_code():
+    from zokernels.backends.triton import codegen
+
+    with RESULTS.open(newline="", encoding="utf-8") as file:
+        rows = [r for r in csv.DictReader(file) if r["triton"] == triton.__version__]
+    if not rows:
+        pytest.skip(f"bench/results/codegen.csv has no rows of triton {triton.__version__}")
+    row = next(r for r in rows if r["case"] == "add_noise bfloat16 gaussian" and r["sm"] == "90")
+    code = codegen.count_case(codegen.Case("add_noise", "bfloat16", "gaussian"), 90)
+    assert row["instructions_per_weight"] == f"{code.per_weight:.2f}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a CUDA device")
+def test_without_a_gpu_triton_says_so_and_other_backends_run():
+    state = backends_function()["triton"]
+    assert not state.available and "no CUDA device" in state.reason
+    p = torch.zeros(9)
+    with pytest.raises(ValueError, match="runs on CUDA tensors.*TRITON_INTERPRET"):
+        zk.ops.add_noise_([p], [1], [1.0], backend="triton")
+    assert torch.equal(p, torch.zeros(9))
+    zk.ops.add_noise_([p], [1], [1.0])
+
+
+def test_a_machine_without_triton_says_how_to_get_it():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, zokernels as zk\n"
+        "print(zk.backends()['triton'].reason)\n"
+        "try: zk.ops.add_noise_([torch.zeros(3)], [1], [1.0], backend='triton')\n"
+        "except RuntimeError as error: print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    first, second = done.stdout.splitlines()
+    assert "pip install triton" in first and first in second
+
+
+def test_an_old_triton_is_refused(monkeypatch):
+    # Its division and root flush subnormals, so that Adam would differ.
+    from zokernels.backends import _why_no_triton
+
+    monkeypatch.setattr(triton, "__version__", "3.4.0")
+    _why_no_triton.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=r"3\.6 or newer, and 3\.4\.0"):
+            select([torch.zeros(3)], "triton")
+    finally:
+        monkeypatch.undo()
+        _why_no_triton.cache_clear()
+
+
+def test_importing_zokernels_imports_no_triton():
+    code = "import sys, zokernels; assert 'zokernels.backends.triton' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

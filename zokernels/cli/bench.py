@@ -1,0 +1,85 @@
+"""``zokernels bench``: how fast the kernels are, and what the compiler makes of them."""
+
+import csv
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from zokernels.tasks import folder
+from zokernels.tasks.errors import InputError
+
+app = typer.Typer(help="Measure the kernels on this machine.", no_args_is_help=True)
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+@app.command("codegen")
+def codegen(
+    sm: Annotated[list[int] | None, typer.Option(help="Architectures, as 90 for sm_90.")] = None,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write them to this file.")] = None,
+) -> None:
+    """Compile the Triton kernels, without a GPU, and count their machine instructions."""
+    folder.check_json(json)
+    try:
+        import triton
+
+        from zokernels.backends.triton import codegen as compiler
+    except ImportError as error:
+        raise InputError(f"bench codegen needs triton: {error}; pip install triton.") from None
+    if compiler.INTERPRETED:
+        raise InputError("TRITON_INTERPRET is set, so nothing is compiled; unset it.")
+    rows: list[dict[str, Any]] = []
+    wanted = [(capability, case) for capability in sm or (80, 90, 100) for case in _cases(compiler)]
+    for capability, case in track(wanted, "Compiling", console=Console(stderr=True)):
+        rows.append(_row(triton.__version__, capability, case, compiler))
+    Console().print(_table(rows))
+    if csv_file is not None:
+        with csv_file.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+    if json is not None:
+        folder.write_json(json, {"codegen": rows})
+
+
+def _cases(compiler: Any) -> list[Any]:
+    kinds = [("add_noise", dist) for dist in ("gaussian", "rademacher")]
+    kinds += [(rule, "gaussian") for rule in ("sign", "momentum", "adam", "amsgrad")]
+    return [compiler.Case(op, dtype, dist) for op, dist in kinds for dtype in _DTYPES]
+
+
+def _row(version: str, capability: int, case: Any, compiler: Any) -> dict[str, Any]:
+    code = compiler.count_case(case, capability)
+    counts = asdict(code)
+    return {
+        "triton": version,
+        "sm": capability,
+        "case": str(case),
+        "instructions_per_weight": f"{code.per_weight:.2f}",
+        "instructions_per_further_seed": f"{code.per_seed:.2f}",
+        "elements_per_thread": code.elements,
+        "narrowest_store_bits": min(code.stores),
+        **{name: counts[name] for name in ("registers", "spills", "stack", "shared", "fused")},
+        "fusible": code.fusible,
+        "bytes_per_weight": code.bytes_per_weight,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="Machine instructions: a weight, and a weight and further seed", title_justify="left")
+    shown = {
+        "sm": "sm", "case": "kernel", "instructions_per_weight": "a weight",
+        "instructions_per_further_seed": "a seed", "registers": "registers",
+        "spills": "spills", "narrowest_store_bits": "stores",
+    }  # fmt: skip
+    for name in shown.values():
+        table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in shown))
+    return table
