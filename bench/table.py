@@ -1,14 +1,16 @@
-"""The README's table of add_noise_, from bench/results/ops.csv: ``python -m bench.table``."""
+"""The documents' tables from bench/results: ``python -m bench.table``."""
 
 from __future__ import annotations
 
 import argparse
 import csv
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from bench import roofline
+
 ROOT = Path(__file__).resolve().parent.parent
-BEGIN, END = "<!-- bench:ops -->", "<!-- /bench:ops -->"
 NAMES = {
     "floor": "memory floor, `p.mul_(c)`",
     "mezo": "MeZO's expression",
@@ -21,35 +23,42 @@ Row = dict[str, str]
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the table, or with ``--check`` compare it.
+    """Write the tables, or with ``--check`` compare them.
 
     Returns:
-        0 if the README is up to date now, 1 if the check found it out of date, 2 if there is
+        0 if the documents are up to date now, 1 if the check found one out of date, 2 if there is
         nothing to write or nowhere to write it.
     """
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__)
-    parser.add_argument("--check", action="store_true", help="exit 1 if README.md is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
-    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results" / "ops.csv")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a table is out of date")
     options = parser.parse_args(arguments)
-    if not options.results.exists():
-        return _refuse(f"{options.results} is missing; run `python -m bench.ops` first.")
-    with options.results.open(newline="", encoding="utf-8") as file:
+    return max(_renew(*place, options.check) for place in TABLES)
+
+
+def _renew(
+    document: str, marker: str, results: str, make: Callable[[list[Row]], str], check: bool
+) -> int:
+    """Write one table between its markers."""
+    path, source = ROOT / document, ROOT / "bench" / "results" / results
+    if not source.exists():
+        return _refuse(f"{source} is missing; measure first.")
+    with source.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     if not rows:
-        return _refuse(f"{options.results} has no rows; run `python -m bench.ops` first.")
-    text = options.readme.read_text(encoding="utf-8") if options.readme.exists() else ""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+        return _refuse(f"{source} has no rows; measure first.")
+    begin_mark, end_mark = f"<!-- bench:{marker} -->", f"<!-- /bench:{marker} -->"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    before, begin, rest = text.partition(begin_mark)
+    _, end, after = rest.partition(end_mark)
     if not (begin and end):
-        return _refuse(f"{options.readme} lacks the markers {BEGIN} and {END}.")
-    new = f"{before}{BEGIN}\n{tables(rows)}\n{END}{after}"
+        return _refuse(f"{path} lacks the markers {begin_mark} and {end_mark}.")
+    new = f"{before}{begin}\n{make(rows)}\n{end}{after}"
     if new == text:
         return 0
-    if options.check:
-        print(f"{options.readme} is out of date; run `python -m bench.table`.", file=sys.stderr)
+    if check:
+        print(f"{path} is out of date; run `python -m bench.table`.", file=sys.stderr)
         return 1
-    options.readme.write_text(new, encoding="utf-8")
+    path.write_text(new, encoding="utf-8")
     return 0
 
 
@@ -109,6 +118,13 @@ def label(case: str, dist: str) -> str:
 def _refuse(sentence: str) -> int:
     print(sentence, file=sys.stderr)
     return 2
+
+
+# Document, marker, results, and what makes the table of their rows.
+TABLES: tuple[tuple[str, str, str, Callable[[list[Row]], str]], ...] = (
+    ("README.md", "ops", "ops.csv", tables),
+    ("docs/performance.md", "codegen", "codegen.csv", roofline.table),
+)
 
 
 if __name__ == "__main__":

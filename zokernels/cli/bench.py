@@ -72,10 +72,12 @@ def _row(version: str, capability: int, case: Any, compiler: Any) -> dict[str, A
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="Machine instructions: a weight, and a weight and further seed", title_justify="left")
+    table = Table(
+        title="Machine instructions: a weight, and a weight and further seed", title_justify="left"
+    )
     shown = {
-        "sm": "sm", "case": "kernel", "instructions_per_weight": "a weight",
-        "instructions_per_further_seed": "a seed", "registers": "registers",
+        "sm": "sm", "case": "kernel", "instructions_per_weight": "weight",
+        "instructions_per_further_seed": "seed", "registers": "registers",
         "spills": "spills", "narrowest_store_bits": "stores",
     }  # fmt: skip
     for name in shown.values():

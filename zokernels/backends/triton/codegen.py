@@ -119,7 +119,10 @@ def compile_case(case: Case, capability: int) -> tuple[Any, int]:
     if case.op == "add_noise":
         kernel, shape = _add_noise_kernel, launch.shape_of_add_noise(kind, plain)
     else:
-        kernel, shape = _apply_update_kernel, launch.shape_of_update(kind)
+        kernel, shape = (
+            _apply_update_kernel,
+            launch.shape_of_update(kind, "adam" if case.op == "amsgrad" else case.op),
+        )
         for name in "MVX":
             fixed |= {f"{name}_TYPE": state, f"{name}_MEMORY": memory_type(state)}
         fixed["RULE"] = ("sign", "momentum", "adam", "amsgrad").index(case.op)
@@ -166,8 +169,9 @@ def count(kernel: Any, elements: int) -> Code:
         spills=sum(_opcode(x).startswith(("LDL", "STL")) for x in lines),
         stack=usage["STACK"] + usage["LOCAL"],
         shared=kernel.metadata.shared,
-        fused=len(re.findall(r"\bfma\.rn\.f32", ptx)),
-        fusible=len(re.findall(r"\b(?:mul|add|sub)\.f32", ptx)),
+        # From sm_100 on there are instructions for two at once.
+        fused=sum(1 + bool(x2) for x2 in re.findall(r"\bfma\.rn\.f32(x2)?\b", ptx)),
+        fusible=len(re.findall(r"\b(?:mul|add|sub)\.f32(?:x2)?\b", ptx)),
     )
 
 
@@ -234,7 +238,7 @@ def _path(blocks: list[_Block]) -> list[int]:
     """The shortest way through the wide load, the noise and the wide store to the end."""
     loads = [i for i, block in enumerate(blocks) if _wide(block, "LDG")]
     stores = [i for i, block in enumerate(blocks) if _wide(block, "STG")]
-    noisy = sorted(range(len(blocks)), key=lambda i: -_noise_in(blocks[i]))[:4]
+    noisy = _noisy(blocks)
     orders = [
         order
         for load, middle, store in itertools.product(loads, noisy, stores)
@@ -280,14 +284,18 @@ def _shortest(blocks: list[_Block], start: int, done: Any) -> list[int] | None:
     return None
 
 
+def _noisy(blocks: list[_Block]) -> list[int]:
+    """The blocks that make noise."""
+    most = max(map(_noise_in, blocks))
+    return [i for i, block in enumerate(blocks) if 2 * _noise_in(block) > most]
+
+
 def _noise_loop(blocks: list[_Block]) -> list[int]:
     """The shortest cycle through a block that makes noise: the loop over further seeds."""
-    most = max(map(_noise_in, blocks))
     cycles = []
-    for i, block in enumerate(blocks):
-        if 2 * _noise_in(block) > most:
-            ways = (_shortest(blocks, to, lambda j, i=i: j == i) for to in block.to)
-            cycles += [way for way in ways if way]
+    for i in _noisy(blocks):
+        ways = (_shortest(blocks, to, lambda j, i=i: j == i) for to in blocks[i].to)
+        cycles += [way for way in ways if way]
     return min(cycles, key=lambda way: _cost(blocks, way))
 
 

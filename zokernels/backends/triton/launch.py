@@ -26,7 +26,6 @@ class Shape(NamedTuple):
 # thinner, until registers spill.
 _GAUSSIAN = {True: Shape(512, 4), False: Shape(256, 4)}
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
-_UPDATE = {noise.GAUSSIAN: Shape(512, 4), noise.RADEMACHER: Shape(1024, 8)}
 
 
 def shape_of_add_noise(kind: int, plain: bool) -> Shape:
@@ -34,9 +33,12 @@ def shape_of_add_noise(kind: int, plain: bool) -> Shape:
     return (_GAUSSIAN if kind == noise.GAUSSIAN else _SIGNS)[plain]
 
 
-def shape_of_update(kind: int) -> Shape:
+def shape_of_update(kind: int, rule: str) -> Shape:
     """The group of an update pass."""
-    return _UPDATE[kind]
+    if kind == noise.RADEMACHER:
+        return _SIGNS[False]
+    # With states memory binds, and fewer registers let more warps wait for it.
+    return _GAUSSIAN[rule == "sign"]
 
 
 def is_plain(plan: Pass) -> bool:

@@ -51,8 +51,7 @@ _RULES = {"sign": 0, "momentum": 1, "adam": 2}
 
 @triton.jit
 def _sign(g):
-    counts = (g > 0) | (g < 0)
-    return tl.where(counts, float_of((bits_of(g) & 0x80000000) | 0x3F800000), 0.0)
+    return tl.where(tl.abs(g) > 0, float_of((bits_of(g) & 0x80000000) | 0x3F800000), 0.0)
 
 
 @triton.jit
@@ -86,17 +85,12 @@ def _store(
 
 @triton.jit
 def _gradient(
-    numbers_ptr, seeds, first, queries, index, stream,
+    zero, numbers_ptr, seeds, first, queries, index, stream,
     KIND: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient g of the step whose first seed is number ``first``."""
-    # The first seed apart: a sum that began as a tensor of zeros would have another layout than
-    # the noise, and be converted in every round of the loop.
-    coeff = number(numbers_ptr + seeds + first)
-    zero = tl.full((), 0.0, tl.float32)
-    seed = tl.load(numbers_ptr + first)
-    g = add_noise_to(zero, index, stream, seed, coeff, KIND, SMALL, ROWS)
-    for k in range(first + 1, first + queries):
+    g = zero
+    for k in range(first, first + queries):
         seed = tl.load(numbers_ptr + k)
         coeff = number(numbers_ptr + seeds + k)
         g = add_noise_to(g, index, stream, seed, coeff, KIND, SMALL, ROWS)
@@ -166,11 +160,14 @@ def _group(
     stream = tl.load(row_ptr + STREAM)
     place = start + places(ROWS)
     inside = (place >= tl.load(row_ptr + LEAD)) & (place < tl.load(row_ptr + END))
-    if not STEPS:
-        # Before the loads, so that weights and states do not wait in registers for the noise.
-        g = _gradient(numbers_ptr, seeds, 0, queries, index, stream, KIND, SMALL, ROWS)
     raw = _load(row_ptr, 0, start, inside, DTYPE, MEMORY_TYPE, ROWS, WHOLE)
     weight = widen(raw, DTYPE)
+    # Zeros in the layout of the weights: plain ones would have another, and each round of the loop
+    # over seeds would move the sum through shared memory (4 instructions a weight).
+    zero = float_of((bits_of(weight).to(tl.uint64) >> 32).to(tl.uint32))
+    if not STEPS:
+        # Before the states are loaded, so that they don't wait in registers for the noise.
+        g = _gradient(zero, numbers_ptr, seeds, 0, queries, index, stream, KIND, SMALL, ROWS)
     m, v, x, keep = weight, weight, weight, inside
     if RULE >= MOMENTUM:
         m = widen(_load(row_ptr, 1, start, inside, M_TYPE, M_MEMORY, ROWS, WHOLE), M_TYPE)
@@ -186,7 +183,7 @@ def _group(
         steps = seeds // queries
         for step in range(steps):
             g = _gradient(
-                numbers_ptr, seeds, step * queries, queries, index, stream, KIND, SMALL, ROWS
+                zero, numbers_ptr, seeds, step * queries, queries, index, stream, KIND, SMALL, ROWS
             )
             if KEEP_KIND == KEEP_MAGNITUDE:
                 keep = keep_small(row_ptr, weight)
@@ -261,7 +258,7 @@ def _launch(plan: ApplyUpdate) -> None:
     memories = [plan.params, *zip(*plan.states, strict=True)]
     kinds = [table.TYPES[s.dtype] for s in plan.states[0]]
     kinds += [dtype] * (3 - len(kinds))
-    shape = launch.shape_of_update(plan.kind)
+    shape = launch.shape_of_update(plan.kind, plan.rule)
     tensors = table.table_of(plan, memories, shape.rows * 8)
     coeffs, small = launch.coefficients(plan)
     of_rule = (plan.beta1, plan.one_minus_beta1, plan.beta2, plan.one_minus_beta2, plan.adam_eps)

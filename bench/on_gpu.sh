@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# Everything that needs a CUDA device, in one run of under ten minutes: the native library built in
+# place, the tests marked gpu, and the timings. Nothing is installed; results go to $OUT.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+OUT=${OUT:-runs/gpu}
+PYTHON=${PYTHON:-python3}
+mkdir -p "$OUT"
+
+export PYTHONPATH=$PWD
+"$PYTHON" setup.py -q build_ext --inplace > "$OUT/build.log" 2>&1 || tail -5 "$OUT/build.log"
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv > "$OUT/gpu.txt" 2>&1
+timeout 280 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py > "$OUT/tests.log" 2>&1
+tests=$?
+tail -15 "$OUT/tests.log"
+timeout 280 "$PYTHON" -m bench.gpu --out "$OUT/gpu.csv" 2> "$OUT/bench.err" | tee "$OUT/bench.txt"
+bench=${PIPESTATUS[0]}
+tail -3 "$OUT/bench.err"
+cat "$OUT/gpu.txt"
+echo "tests: exit $tests; bench: exit $bench; results in $OUT"
+[ "$tests" -eq 0 ] && [ "$bench" -eq 0 ]

@@ -1,0 +1,125 @@
+"""The Triton backend on a CUDA device: the CPU's bits. bench/on_gpu.sh runs these."""
+
+import pytest
+import torch
+from conftest import same_bits, varied
+from test_ops import DISTS, DTYPES, SIZES, mask_of, unaligned
+from test_update import RULES, flat, states_of
+
+import zokernels as zk
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device; bench/on_gpu.sh runs it there"
+    ),
+]
+
+
+def to_gpu(tensors):
+    """Copies on the device at the same distance from an aligned address."""
+    out = []
+    for t in tensors:
+        shift = t.storage_offset()
+        whole = torch.zeros(shift + t.numel(), dtype=t.dtype, device="cuda")
+        out.append(whole[shift:].copy_(t))
+    return out
+
+
+def mask_on(mask, tensors, device):
+    made = mask_of(mask, tensors)
+    if isinstance(made, zk.masks.Bits):
+        made.packed = [p.to(device) for p in made.packed]
+    return made
+
+
+def same(cpu, gpu):
+    return all(same_bits(a, b.cpu()) for a, b in zip(cpu, gpu, strict=True))
+
+
+@pytest.mark.parametrize("each_step", [False, 2], ids=["once", "each_step"])
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("mask", ["none", "random", "magnitude", "bits"])
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_add_noise_equals_the_cpu(dtype, dist, mask, rounding, each_step):
+    cpu = [unaligned(size, dtype, i) for i, size in enumerate([*SIZES, 100_003])]
+    gpu = to_gpu(cpu)
+    call = dict(
+        seeds=[3, 2**63 + 5, 7, 8],
+        coeffs=[1e-3, -0.5, 2e-30, 0.25],
+        streams=[5, 2**32 - 1, 0, 1, 2, 3, 4, 6, 7],
+        offsets=[0, 3, 8, 2**35 - 4, 129, 1, 2**40 + 5, 2**35 - 2000, 2**31 - 5],
+        dist=dist,
+        decay=[0.99, 1.0] if each_step else 0.99,
+        rounding=rounding,
+        rounding_seed=[77, 2**64 - 1] if each_step else 2**63,
+        each_step=each_step,
+    )
+    masks = [mask_on(mask, cpu, device) for device in ("cpu", "cuda")]
+    zk.ops.add_noise_(cpu, mask=masks[0], **call)
+    zk.ops.add_noise_(gpu, mask=masks[1], backend="triton", **call)
+    assert same(cpu, gpu)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+@pytest.mark.parametrize("mask", ["none", "random", "magnitude", "bits"])
+@pytest.mark.parametrize("state", [torch.float32, torch.bfloat16], ids=["m32", "m16"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_apply_update_equals_the_cpu(name, dtype, state, mask, rounding):
+    cpu = [unaligned(size, dtype, i) for i, size in enumerate([*SIZES, 100_003])]
+    gpu, cpu_states = to_gpu(cpu), states_of(name, cpu, state)
+    gpu_states = [{k: t.cuda() for k, t in s.items()} for s in cpu_states]
+    call = dict(
+        seeds=[3, 4], coeffs=[1e-3, -0.5], lr=[0.01, 0.02], dist=DISTS[len(name) % 2],
+        decay=0.99, rounding=rounding, rounding_seed=2**64 - 1, each_step=True, **RULES[name],
+    )  # fmt: skip
+    masks = [mask_on(mask, cpu, device) for device in ("cpu", "cuda")]
+    zk.ops.apply_update_(cpu, cpu_states, mask=masks[0], **call)
+    zk.ops.apply_update_(gpu, gpu_states, mask=masks[1], backend="triton", **call)
+    assert same(flat(cpu, cpu_states), flat(gpu, gpu_states))
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_hundred_million_weights_equal_the_cpu(dtype, dist):
+    cpu = varied(10**6 + 3, dtype).repeat(100)
+    gpu = cpu.cuda()
+    call = dict(seeds=[11], coeffs=[-3e-4], dist=dist, offsets=[2**32 - 10**7])
+    zk.ops.add_noise_([cpu], **call)
+    zk.ops.add_noise_([gpu], **call)
+    assert same_bits(cpu, gpu.cpu())
+
+
+def test_a_tensor_of_more_than_two_to_the_31_elements():
+    n = 2**31 + 10_007
+    if torch.cuda.mem_get_info()[0] < 3 * n:
+        pytest.skip("needs 6.5 GB of free GPU memory")
+    p = torch.zeros(n, dtype=torch.bfloat16, device="cuda")
+    zk.ops.add_noise_([p], [5], [1.0], streams=[3])
+    for start in (0, 2**30 - 17, 2**31 - 100, n - 1000):
+        part = torch.zeros(1000, dtype=torch.bfloat16)[: n - start]
+        zk.ops.add_noise_([part], [5], [1.0], streams=[3], offsets=[start])
+        assert same_bits(part, p[start : start + part.numel()].cpu())
+
+
+def test_nothing_is_compiled_anew_when_numbers_change():
+    from zokernels.backends.triton.add_noise import _add_noise_kernel
+
+    def compiled():
+        return sum(len(cache[0]) for cache in _add_noise_kernel.device_caches.values())
+
+    counts = []
+    for k, numel in ((1, 4096), (2, 5000), (7, 12_345), (16, 100_000), (1, 1)):
+        seeds, coeffs = list(range(k)), [0.1 * (i + 1) for i in range(k)]
+        zk.ops.add_noise_([torch.zeros(numel, device="cuda")], seeds, coeffs)
+        counts.append(compiled())
+    assert len(set(counts)) == 1
+
+
+def test_the_default_for_cuda_tensors_is_triton():
+    assert zk.backends()["triton"].available
+    p = torch.zeros(1000, device="cuda", dtype=torch.float64)
+    zk.ops.add_noise_([p], [1], [1.0])
+    assert torch.equal(p.cpu(), zk.noise.gaussian(1000, seed=1).double())
