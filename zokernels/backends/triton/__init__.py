@@ -1,7 +1,7 @@
 """The passes as Triton kernels, for CUDA tensors; and, interpreted, for tensors on the CPU.
 
-noise.py and arithmetic.py are device functions, values in and values out; group.py is what the
-kernels of add_noise.py and update.py share; table.py and launch.py are the host's side.
+noise.py, arithmetic.py and rules.py are device functions, values in and values out; group.py is
+what the kernels of add_noise.py and update.py share; table.py and launch.py are the host's side.
 """
 
 from zokernels.backends.triton.add_noise import add_noise

@@ -1,23 +1,14 @@
-"""g = Σₖ cₖ zₖ through a rule with state, for a list of tensors, in one launch.
-
-The rules are device functions: the gradient and the states before a step in, the states after it
-and the direction d of w ← fma(−lr, d, decay·w) out.
-"""
+"""g = Σₖ cₖ zₖ through a rule with state, for a list of tensors, in one launch."""
 
 import triton
 import triton.language as tl
 
 from zokernels.backends.plan import ApplyUpdate
-from zokernels.backends.triton import arithmetic, launch, noise, table
+from zokernels.backends.triton import arithmetic, launch, table
 from zokernels.backends.triton.arithmetic import (
     bits_of,
-    divide,
     float_of,
-    fma,
     narrow,
-    nearest,
-    sqrt,
-    stochastic,
     widen,
 )  # fmt: skip
 from zokernels.backends.triton.group import (
@@ -32,7 +23,6 @@ from zokernels.backends.triton.group import (
     STREAM,
     add_noise_to,
     address,
-    blocks,
     keep_small,
     keep_static,
     load,
@@ -40,29 +30,9 @@ from zokernels.backends.triton.group import (
     places,
     store,
 )  # fmt: skip
-from zokernels.backends.triton.noise import ROUNDING
+from zokernels.backends.triton.rules import ADAM, AMSGRAD, MOMENTUM, take_step
 
-SIGN = tl.constexpr(0)
-MOMENTUM = tl.constexpr(1)
-ADAM = tl.constexpr(2)
-AMSGRAD = tl.constexpr(3)
 _RULES = {"sign": 0, "momentum": 1, "adam": 2}
-
-
-@triton.jit
-def _sign(g):
-    return tl.where(tl.abs(g) > 0, float_of((bits_of(g) & 0x80000000) | 0x3F800000), 0.0)
-
-
-@triton.jit
-def _store_rounded(x, index, stream, seed, DTYPE: tl.constexpr, ROWS: tl.constexpr):
-    """A new state as its type holds it: a 16-bit state is always rounded stochastically."""
-    if DTYPE == tl.float32:
-        return x
-    else:
-        low, high = blocks(index, 8, ROWS)
-        u = noise.uniform16(low, high, stream, ROUNDING, seed)
-        return stochastic(x, u, DTYPE)
 
 
 @triton.jit
@@ -98,55 +68,6 @@ def _gradient(
 
 
 @triton.jit
-def _step(
-    g, weight, m, v, x, keep, index, stream, decays_ptr, step, steps,
-    DTYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, RULE: tl.constexpr,
-    MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr,
-    ROWS: tl.constexpr,
-):  # fmt: skip
-    """Weight and states after a step.
-
-    ``decays``: of each step decay, rounding seed, −lr, factor on v̂; then β₁, 1 − β₁, β₂, 1 − β₂, ϵ.
-    """
-    rounding = tl.load(decays_ptr + steps + step)
-    rate = number(decays_ptr + 2 * steps + step)
-    rule_ptr = decays_ptr + 4 * steps
-    new_m, new_v, new_x = m, v, x
-    if RULE == SIGN:
-        direction = _sign(g)
-    elif RULE == MOMENTUM:
-        new_m = _store_rounded(
-            fma(m, number(rule_ptr), g), index, stream, rounding + 1, M_TYPE, ROWS
-        )
-        direction = new_m
-    else:
-        new_m = fma(m, number(rule_ptr), g * number(rule_ptr + 1))
-        new_m = _store_rounded(new_m, index, stream, rounding + 1, M_TYPE, ROWS)
-        new_v = fma(v, number(rule_ptr + 2), g * number(rule_ptr + 3) * g)
-        new_v = _store_rounded(new_v, index, stream, rounding + 2, V_TYPE, ROWS)
-        divisor = new_v
-        if RULE == AMSGRAD:
-            new_x = tl.where(new_v > x, new_v, x)
-            divisor = new_x
-        scale = number(decays_ptr + 3 * steps + step)
-        direction = divide(new_m, sqrt(divisor * scale) + number(rule_ptr + 4))
-    acc = weight * number(decays_ptr + step) if DECAY else weight
-    acc = fma(direction, rate, acc)
-    if STOCHASTIC:
-        low, high = blocks(index, 8, ROWS)
-        u = noise.uniform16(low, high, stream, ROUNDING, rounding)
-        acc = stochastic(acc, u, DTYPE)
-    elif STEPS:
-        acc = nearest(acc, DTYPE)
-    if MASKED:
-        acc = tl.where(keep, acc, weight)
-        new_m = tl.where(keep, new_m, m)
-        new_v = tl.where(keep, new_v, v)
-        new_x = tl.where(keep, new_x, x)
-    return acc, new_m, new_v, new_x
-
-
-@triton.jit
 def _group(
     row_ptr, start, numbers_ptr, seeds, queries,
     DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, M_TYPE: tl.constexpr, M_MEMORY: tl.constexpr,
@@ -155,7 +76,7 @@ def _group(
     STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One group. ``numbers``: seeds, their coefficients, and what `_step` reads."""
+    """One group. ``numbers``: seeds, their coefficients, and what `take_step` reads."""
     index = tl.load(row_ptr + FIRST_INDEX) + start
     stream = tl.load(row_ptr + STREAM)
     place = start + places(ROWS)
@@ -187,14 +108,14 @@ def _group(
             )
             if KEEP_KIND == KEEP_MAGNITUDE:
                 keep = keep_small(row_ptr, weight)
-            weight, m, v, x = _step(
+            weight, m, v, x = take_step(
                 g, weight, m, v, x, keep, index, stream, decays_ptr, step, steps, DTYPE,
                 M_TYPE, V_TYPE, RULE, MASKED, STOCHASTIC, STEPS, DECAY, ROWS,
             )  # fmt: skip
     else:
         if KEEP_KIND == KEEP_MAGNITUDE:
             keep = keep_small(row_ptr, weight)
-        weight, m, v, x = _step(
+        weight, m, v, x = take_step(
             g, weight, m, v, x, keep, index, stream, decays_ptr, 0, 1, DTYPE, M_TYPE, V_TYPE,
             RULE, MASKED, STOCHASTIC, STEPS, DECAY, ROWS,
         )  # fmt: skip
