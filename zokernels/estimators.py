@@ -13,8 +13,9 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# What a seed is for: the direction of a query, or the rounding of a step's update.
-DIRECTION, ROUNDING = 0, 1
+# What a seed is for: the direction of a query, the rounding of a step's update, or a mask that is
+# drawn again every few steps.
+DIRECTION, ROUNDING, SPARSITY = 0, 1, 2
 
 
 @dataclass

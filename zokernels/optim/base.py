@@ -14,12 +14,19 @@ from torch import nn
 
 from zokernels import masks as mask_types
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
+from zokernels.optim import sparse
 from zokernels.optim.groups import check_group, join_masks, trainable
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, choose_mode
 
 Closure = Callable[[], torch.Tensor | float]
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
+
+
+# What a param group cannot have of its own, since a step perturbs all groups together.
+_OF_THE_RUN = (
+    "seed", "step", "num_queries", "two_sided", "sparsity", "resample_every", "threshold",
+)  # fmt: skip
 
 
 @dataclass
@@ -43,6 +50,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         two_sided: Central difference, 2q forwards; otherwise forward difference, q + 1.
         dist: Directions, ``"gaussian"`` or ``"rademacher"``.
         mask: What may be perturbed and updated, one of `zokernels.masks`.
+        sparsity: Share s of the weights to leave out, by the rule of `zokernels.optim.sparse`: more
+            of a tensor the smaller its weights are now. Instead of ``mask``.
+        resample_every: Draw the mask of ``sparsity`` again every so many steps.
         rounding: Of the update of 16-bit weights, ``"nearest"`` or ``"stochastic"``.
         weight_decay: Decoupled: the weights shrink by the factor 1 − η · weight_decay.
         maximize: Step up instead of down.
@@ -72,6 +82,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         two_sided: bool = True,
         dist: str = "gaussian",
         mask: mask_types.Mask | None = None,
+        sparsity: float | None = None,
+        resample_every: int | None = None,
         rounding: str = "nearest",
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -107,6 +119,9 @@ class ZOOptimizer(torch.optim.Optimizer):
             two_sided=two_sided,
             dist=dist,
             mask=mask,
+            sparsity=sparsity,
+            resample_every=resample_every,
+            threshold=None,
             rounding=rounding,
             weight_decay=weight_decay,
             maximize=maximize,
@@ -115,6 +130,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             **(rule_defaults or {}),
         )
         super().__init__(params, defaults)  # type: ignore[arg-type]
+        if sparsity is not None:
+            sparse.install(self.param_groups)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; their streams continue the count, or are their places in the module."""
@@ -123,6 +140,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         try:
             check_group(group)
             self._check_rule(group)
+            if self.param_groups[0]["threshold"] is not None:
+                sparse.refuse_masks([group])
             if not isinstance(group["mask"], dict):
                 mask_types.resolve(group["mask"], group["params"])
                 group["mask"] = mask_types.to_plain(group["mask"])
@@ -138,8 +157,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         group["streams"] = streams
         # A group that joins a run goes on where the others are.
         first = self.param_groups[0]
-        for name in ("seed", "step", "num_queries", "two_sided"):
+        for name in _OF_THE_RUN:
             group[name] = first[name]
+        if group["threshold"] is not None:
+            sparse.mask_group(group)
         self._perturber = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -147,6 +168,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         own = own_states(self)
         super().load_state_dict(state_dict)
         restore_states(self, state_dict, own)
+
+    def sparsity_report(self) -> sparse.SparsityReport:
+        """What ``sparsity`` came to: the shares asked for, expected, and pruned by this mask.
+
+        Raises:
+            ValueError: If the optimizer has no ``sparsity``.
+        """
+        return sparse.report(self.param_groups, self.backend)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
@@ -178,6 +207,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         started = time.perf_counter()
         self.timing = StepTiming()
         group = self.param_groups[0]
+        sparse.redraw(self.param_groups)
         seeds = [derive_seed(group["seed"], group["step"], k) for k in range(group["num_queries"])]
         found, kind = self._forwards(closure, seeds, group["two_sided"])
         if found.is_finite:

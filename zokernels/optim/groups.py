@@ -48,3 +48,13 @@ def check_group(group: dict) -> None:
             f"rounding is {group['rounding']!r}, but it must be 'nearest' or 'stochastic'."
         )
     noise.check_address(0, group["seed"], 0, 0)
+    share, every = group["sparsity"], group["resample_every"]
+    if share is not None and not 0.0 < share < 1.0:
+        raise ValueError(f"sparsity is {share}, but it must be None or lie between 0 and 1.")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"resample_every is {every!r}, but it must be None or at least 1 step.")
+    if every is not None and share is None:
+        raise ValueError(
+            f"resample_every is {every}, but there is no sparsity, whose mask it would draw "
+            "again; give sparsity=0.2, or leave it out."
+        )
