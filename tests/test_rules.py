@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import bits
 from test_optim import Small, batch, state, unchanged
-from textbook import Conservative, Textbook, adam, momentum, sgd, sign
+from textbook import Conservative, Textbook, adam, fma, momentum, sgd, sign, times
 from torch import nn
 
 import zokernels as zk
@@ -274,6 +274,82 @@ def test_bfloat16_states_follow_the_float32_ones(name):
     assert 0 < (ends[0] - ends[1]).norm() < 0.03 * ends[0].norm()
 
 
+# --- momentum without a buffer ---
+
+
+def remade(window):
+    """The textbook's momentum from the last gradients' parts, oldest first."""
+
+    def rule(w, d, z, h, state, t):
+        past = state.setdefault("past", [])
+        past.append((d, z))
+        del past[:-window]
+        acc = times(1 - h["lr"] * h["weight_decay"], w)
+        for age, (d_then, z_then) in zip(range(len(past) - 1, -1, -1), past, strict=True):
+            for dk, zk_ in zip(d_then, z_then, strict=True):
+                acc = fma(-h["lr"] * h["beta"] ** age * (dk / len(d)), zk_, acc)
+        return acc, {}
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    "window, dtype",
+    [(1, torch.float32), (5, torch.float32), (5, torch.float64), (True, torch.float32)],
+)
+def test_fifty_steps_with_a_window_equal_the_textbook(window, dtype):
+    h = dict(lr=0.003, eps=3e-3, weight_decay=0.07, beta=0.8)
+    common = dict(seed=12, two_sided=True, dist="gaussian", maximize=True)
+    model, twin = Odd(dtype), Odd(dtype)
+    opt = zk.ZOSGDMomentum(model, num_queries=2, window=window, **h, **common)
+    assert opt.param_groups[0]["window"] == (32 if window is True else window)
+    params = [(i, p, h) for i, p in enumerate(twin.parameters()) if p.requires_grad]
+    rule = remade(32 if window is True else window)
+    check(opt, model, Textbook(rule, params, twin, q=2, **common), twin, 50)
+    assert not opt.state
+
+
+def test_what_a_window_drops_is_beta_to_the_w_of_the_momentum():
+    # On a linear loss the estimates do not depend on where the weights are.
+    slope = torch.linspace(-1, 2, 30, dtype=torch.float64)
+    beta, window, lr, steps = 0.9, 7, 0.01, 25
+    ends, m_of = [], []
+    for kind in (None, window, steps):
+        theta = nn.Parameter(torch.zeros(30, dtype=torch.float64))
+        opt = zk.ZOSGDMomentum([theta], lr=lr, eps=0.5, beta=beta, window=kind)
+        for _ in range(steps):
+            opt.step(lambda theta=theta: theta @ slope)
+            if kind is None:
+                m_of.append(opt.state[theta]["m"].clone())
+        ends.append(theta.detach())
+    dropped = -lr * beta**window * sum(m_of[: steps - window])
+    # Roundings of binary64, a few hundred of them.
+    assert torch.allclose(ends[0] - ends[1], dropped, rtol=1e-9, atol=1e-12)
+    assert dropped.abs().max() > 1e-3
+    assert torch.allclose(ends[0], ends[2], rtol=1e-9, atol=1e-12)
+
+
+def test_a_window_resumes_from_plain_numbers_bit_for_bit(tmp_path):
+    kw = dict(lr=0.01, seed=2**64 - 1, num_queries=2, sparsity=0.3, resample_every=5)
+    model = Odd(torch.bfloat16)
+    opt = zk.ZOSGDMomentum(model, window=4, rounding="stochastic", **kw)
+    for _ in range(3):
+        opt.step(model)
+    taken = opt.state_dict()
+    torch.save(taken, tmp_path / "opt.pt")
+    twin = Odd(torch.bfloat16)
+    twin.load_state_dict(model.state_dict())
+    resumed = zk.ZOSGDMomentum(twin, rounding="nearest")
+    resumed.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+    kept = []
+    for _ in range(5):
+        assert torch.equal(opt.step(model), resumed.step(twin))
+        kept.append(len(opt.param_groups[0]["history"]))
+    assert unchanged(twin, state(model)) == []
+    # The fifth step ends the first mask, and the sixth begins with its own directions.
+    assert kept == [4, 4, 1, 2, 3] and len(taken["param_groups"][0]["history"]) == 3
+
+
 # --- fairness ---
 
 
@@ -347,6 +423,11 @@ BAD = {
         "below 1",
     ),
     "adam_eps": (lambda: zk.ZOAdam(ONE, adam_eps=-1e-8), "adam_eps is -1e-08"),
+    "window": (lambda: zk.ZOSGDMomentum(ONE, window=0), "window is 0"),
+    "window and state": (
+        lambda: zk.ZOSGDMomentum(ONE, window=8, state_dtype=torch.bfloat16),
+        "no state",
+    ),
     "state_dtype": (lambda: zk.ZOAdam(ONE, state_dtype=torch.float16), "bfloat16"),
     "state float64": (lambda: zk.ZOSGDMomentum(WIDE, state_dtype=torch.float32), "float64"),
     "maximize": (
