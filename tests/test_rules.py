@@ -10,6 +10,7 @@ from textbook import Conservative, Textbook, adam, fma, momentum, sgd, sign, tim
 from torch import nn
 
 import zokernels as zk
+from zokernels.estimators import derive_seed
 
 
 class Odd(nn.Module):
@@ -184,7 +185,8 @@ def with_states(name, dtype, **own):
 
 
 def states(opt):
-    return [{k: t for k, t in opt.state[p].items()} for p in opt.state]
+    tensors = torch.Tensor
+    return [{k: t for k, t in s.items() if isinstance(t, tensors)} for s in opt.state.values()]
 
 
 @pytest.mark.parametrize(
@@ -255,9 +257,20 @@ def test_a_step_with_a_bad_loss_leaves_states_and_adams_count_alone():
     opt.step(model)
     before = [{k: t.clone() for k, t in s.items()} for s in states(opt)]
     opt.step(lambda: math.nan)
-    assert [g["updates"] for g in opt.param_groups] == [1]
+    assert {s["step"] for s in opt.state.values()} == {1}
     for a, b in zip(before, states(opt), strict=True):
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_bias_correction_counts_the_updates_of_each_parameter():
+    # At its first update a parameter moves by lr · sign(g), however late that is.
+    a, b = nn.Parameter(torch.zeros(9)), nn.Parameter(torch.zeros(9), requires_grad=False)
+    opt = zk.ZOAdam([a, b], lr=0.01, amsgrad=False, bias_correction=True, adam_eps=0.0)
+    for step in range(4):
+        b.requires_grad_(step == 3)
+        opt.step(lambda: (a + b).sum())
+    assert [opt.state[p]["step"] for p in (a, b)] == [4, 1]
+    assert torch.allclose(b.abs(), torch.full((9,), 0.01), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["momentum", "amsgrad"])
@@ -344,10 +357,33 @@ def test_a_window_resumes_from_plain_numbers_bit_for_bit(tmp_path):
     kept = []
     for _ in range(5):
         assert torch.equal(opt.step(model), resumed.step(twin))
-        kept.append(len(opt.param_groups[0]["history"]))
+        kept.append(history_of(opt.param_groups[0]))
     assert unchanged(twin, state(model)) == []
     # The fifth step ends the first mask, and the sixth begins with its own directions.
-    assert kept == [4, 4, 1, 2, 3] and len(taken["param_groups"][0]["history"]) == 3
+    assert kept == [4, 4, 1, 2, 3] and history_of(taken["param_groups"][0]) == 3
+
+
+def history_of(group):
+    (of_all,) = group["history"]
+    return len(of_all["steps"])
+
+
+def test_a_parameter_that_joins_has_no_part_in_directions_from_before():
+    model, x = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)]), torch.ones(4)
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    groups = [{"params": list(model.parameters())}]
+    opt, twin = zk.ZOSGDMomentum(groups, lr=0.1, window=8), []
+    for step in range(6):
+        if step == 3:
+            model.requires_grad_(True)
+            before = model[0].weight.detach().clone()
+        opt.step(lambda: model[1](model[0](x)).square().sum())
+        twin.append(opt.projected_gradients[0])
+        if step == 3:
+            z = zk.noise.gaussian(16, seed=derive_seed(0, 3, 0), stream=0).view(4, 4)
+            assert torch.allclose(model[0].weight, before - 0.1 * twin[3] * z, atol=1e-6)
+    assert history_of(opt.param_groups[0]) == 3
 
 
 # --- fairness ---

@@ -22,13 +22,15 @@ DIRECTION, ROUNDING, SPARSITY = 0, 1, 2
 class Estimate:
     """What the forwards of a step gave.
 
-    ``differences[k]`` is L₊ − L₋ (over 2) or L₊ − L, before division by ε.
+    ``differences[k]`` is L₊ − L₋ (over 2) or L₊ − L, before division by ε. ``side`` is the step to
+    take: 1 for −η ĝ, −1 for +η ĝ, 0 for none.
     """
 
     seeds: list[int]
     losses: list[float]
     differences: list[float]
     loss: float
+    side: int = 1
 
     @property
     def is_finite(self) -> bool:

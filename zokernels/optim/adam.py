@@ -59,7 +59,6 @@ class ZOAdam(ZOOptimizer):
             amsgrad=amsgrad,
             bias_correction=bias_correction,
             state_dtype=state_dtype,
-            updates=0,
         )
         super().__init__(params, lr, eps, rule_defaults=own, **common)
 
@@ -71,20 +70,34 @@ class ZOAdam(ZOOptimizer):
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
     ) -> None:
-        # Steps with a loss that is not finite do not count: they leave the states alone.
-        group["updates"] += 1
         params = [group["params"][i] for i in chosen]
         names = rules.state_names("adam", group["amsgrad"])
-        ops.apply_update_(
-            params,
-            states_of(self, params, names, group["state_dtype"]),
-            "adam",
-            seeds,
-            mean_coefficients(group, gradients),
-            lr=float(group["lr"]),
-            betas=group["betas"],
-            adam_eps=group["adam_eps"],
-            amsgrad=group["amsgrad"],
-            step=group["updates"] if group["bias_correction"] else None,
-            **self._pass_options(group, chosen),
-        )
+        states = states_of(self, params, names, group["state_dtype"])
+        for step, alike in self._by_step(group, states).items():
+            ops.apply_update_(
+                [params[j] for j in alike],
+                [states[j] for j in alike],
+                "adam",
+                seeds,
+                mean_coefficients(group, gradients),
+                lr=float(group["lr"]),
+                betas=group["betas"],
+                adam_eps=group["adam_eps"],
+                amsgrad=group["amsgrad"],
+                step=step,
+                **self._pass_options(group, [chosen[j] for j in alike]),
+            )
+
+    def _by_step(self, group: dict, states: list[dict[str, Any]]) -> dict[int | None, list[int]]:
+        """Positions by the number of the update, which bias correction counts for each parameter.
+
+        One pass takes all of them, unless a parameter was frozen for some steps. A step with a
+        loss that is not finite does not count: it leaves the states alone.
+        """
+        if not group["bias_correction"]:
+            return {None: list(range(len(states)))}
+        found: dict[int | None, list[int]] = {}
+        for j, state in enumerate(states):
+            state["step"] = state.get("step", 0) + 1
+            found.setdefault(state["step"], []).append(j)
+        return found

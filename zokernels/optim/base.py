@@ -15,7 +15,7 @@ from torch import nn
 from zokernels import masks as mask_types
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
 from zokernels.optim import sparse
-from zokernels.optim.groups import check_group, join_masks, trainable
+from zokernels.optim.groups import Chosen, check_group, join_masks, trainable
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, choose_mode
 
@@ -281,16 +281,18 @@ class ZOOptimizer(torch.optim.Optimizer):
         with perturber.session(), _same_randomness(self.model, params) as replay_random:
             found = estimate(loss_at, seeds, two_sided)
             if found.is_finite:
-                self._judge(found, loss_of)
+                self._judge(found, loss_of, groups)
             return found, kind
 
-    def _judge(self, found: Estimate, loss_of: LossOf) -> None:
+    def _judge(self, found: Estimate, loss_of: LossOf, groups: Chosen) -> None:
         """Look at further points of the same batch before the update; most rules need none.
 
         Args:
-            found: The estimate; a loss that is not finite, added to its losses, makes a bad step.
-            loss_of: ``loss_of(moves, seeds, rounding_seed)``: the loss with each parameter moved,
-                in the order of the groups' trainable parameters; ``moves=None`` is θ itself.
+            found: The estimate, whose ``side`` may be set; a loss that is not finite, added to its
+                losses, makes a bad step.
+            loss_of: ``loss_of(moves, seeds, rounding_seed)``: the loss with each parameter of
+                ``groups`` moved; ``moves=None`` is θ itself.
+            groups: The groups, each with the positions of what the estimate is for.
         """
 
     def _apply(self, found: Estimate) -> None:
@@ -299,8 +301,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             if group is self.param_groups[0]:
                 self.projected_gradients = gradients
             chosen = trainable(group)
-            if chosen:
-                self._update(group, chosen, found.seeds, gradients)
+            if chosen and found.side:
+                self._update(group, chosen, found.seeds, [found.side * d for d in gradients])
 
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]

@@ -14,7 +14,7 @@ import math
 
 from zokernels.estimators import Estimate
 from zokernels.optim.base import LossOf
-from zokernels.optim.groups import trainable
+from zokernels.optim.groups import Chosen
 from zokernels.optim.sgd import ZOSGD, step_coefficients
 from zokernels.perturb import Move
 
@@ -40,30 +40,24 @@ class ZOSGDConservative(ZOSGD):
                 "candidates move all groups together; give all groups the same."
             )
 
-    def _judge(self, found: Estimate, loss_of: LossOf) -> None:
+    def _judge(self, found: Estimate, loss_of: LossOf, groups: Chosen) -> None:
         first = self.param_groups[0]
         best = loss_of(None, [], 0) if first["two_sided"] else found.losses[0]
-        self.side = 0
+        self.side = found.side = 0
         if not math.isfinite(best):
             found.losses.append(best)
             return
         for side in (1, -1):
-            moves = [
-                move for g in self.param_groups for move in self._moves(g, found.differences, side)
-            ]
+            moves = [m for g, chosen in groups for m in [_move(g, found, side)] * len(chosen)]
             loss = loss_of(moves, found.seeds, self._rounding_seed())
             better = loss > best if first["maximize"] else loss < best
             if math.isfinite(loss) and better:
                 self.side, best = side, loss
+        found.side = self.side
 
-    def _moves(self, group: dict, differences: list[float], side: int) -> list[Move]:
-        gradients = [side * d / float(group["eps"]) for d in differences]
-        decay = 1.0 - float(group["lr"]) * group["weight_decay"]
-        move = Move(tuple(step_coefficients(group, gradients)), decay, group["rounding"])
-        return [move] * len(trainable(group))
 
-    def _update(
-        self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
-    ) -> None:
-        if self.side:
-            super()._update(group, chosen, seeds, [self.side * d for d in gradients])
+def _move(group: dict, found: Estimate, side: int) -> Move:
+    """What the update of a group does to each of its parameters."""
+    gradients = [side * (d / float(group["eps"])) for d in found.differences]
+    decay = 1.0 - float(group["lr"]) * group["weight_decay"]
+    return Move(tuple(step_coefficients(group, gradients)), decay, group["rounding"])

@@ -6,6 +6,9 @@ import math
 
 from zokernels import masks, noise
 
+# Param groups, each with the positions of the parameters in it that a pass is for.
+Chosen = list[tuple[dict, list[int]]]
+
 
 def mean_coefficients(group: dict, gradients: list[float]) -> list[float]:
     """The factors dₖ/q of the directions in ĝ; negated where the loss is maximized."""
@@ -18,8 +21,8 @@ def trainable(group: dict) -> list[int]:
     return [i for i, p in enumerate(group["params"]) if p.requires_grad]
 
 
-def join_masks(groups: list[tuple[dict, list[int]]]) -> masks.Mask | None:
-    """One mask over the trainable parameters of all groups: (group, its trainable positions)."""
+def join_masks(groups: Chosen) -> masks.Mask | None:
+    """One mask over the chosen parameters of all groups."""
     if len({str(g["mask"] and g["mask"]["kind"]) for g, _ in groups}) > 1:
         raise ValueError(
             "The param groups have masks of different kinds, but a step perturbs all of them "

@@ -85,21 +85,22 @@ class ZOSGDMomentum(ZOOptimizer):
     ) -> None:
         mask = group["mask"] and group["mask"].get("seed")
         now = dict(seeds=seeds, coefficients=mean_coefficients(group, gradients), mask=mask)
-        past = [step for step in group["history"] if step["mask"] == mask]
-        # Oldest first. A new list each time: a state_dict taken before holds the old one.
-        history = [*past, now][-group["window"] :]
-        oldest = len(history) - 1
+        past = [s for h in group["history"] if h["params"] == chosen for s in h["steps"]]
+        # Oldest first. New lists each time: a state_dict taken before holds the old ones.
+        steps = [*(s for s in past if s["mask"] == mask), now][-group["window"] :]
+        others = [h for h in group["history"] if not set(h["params"]) & set(chosen)]
+        oldest = len(steps) - 1
         ops.add_noise_(
             [group["params"][i] for i in chosen],
-            [seed for step in history for seed in step["seeds"]],
+            [seed for step in steps for seed in step["seeds"]],
             [
                 -float(group["lr"]) * group["beta"] ** (oldest - j) * c
-                for j, step in enumerate(history)
+                for j, step in enumerate(steps)
                 for c in step["coefficients"]
             ],
             **self._pass_options(group, chosen),
         )
-        group["history"] = history
+        group["history"] = [*others, dict(params=chosen, steps=steps)]
 
     def _update_buffer(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
