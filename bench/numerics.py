@@ -210,14 +210,21 @@ def tables(rows: list[document.Row]) -> dict[str, str]:
     chosen = {
         e: [r for r in rows if r["experiment"] == e] for e in ("estimate", "update", "restore")
     }
+    of = {(r["dtype"], r["scale"], r["rounding"], r["forward"]): r for r in chosen["estimate"]}
+    columns = (
+        ("none", "float32"), ("nearest", "float32"), ("stochastic", "float32"),
+        ("nearest", "16 bits"), ("stochastic", "16 bits"),
+    )  # fmt: skip
+    lines = []
+    for dtype, scale in dict.fromkeys((r["dtype"], r["scale"]) for r in chosen["estimate"]):
+        here = [of[(dtype, scale, *column)] for column in columns]
+        gains = [f"{float(r['gain']):.3f} ± {float(r['gain_error']):.3f}" for r in here[:3]]
+        noises = [f"{float(r['noise']):.2g}" for r in here]
+        lines.append([dtype, scale, *gains, *noises, percent(here[1]["unmoved"])])
     estimate = document.table(
-        ("weights", "ε", "θ ± εz rounded", "forward in", "gain", "± (1 s.e.)", "noise", "unmoved"),
-        [
-            [r["dtype"], f"{float(r['scale']):g}", r["rounding"], r["forward"]]
-            + [r[k] for k in ("gain", "gain_error", "noise")] + [percent(r["unmoved"])]
-            for r in chosen["estimate"]
-        ],
-        "lrllrrrr",
+        ("weights", "ε", "gain, float32", "nearest", "stochastic", "noise, float32", "nearest",
+         "stochastic", "nearest, 16-bit forward", "stochastic, 16-bit forward", "unmoved, nearest"),
+        lines, "l" + "r" * 10,
     )  # fmt: skip
     update = document.table(
         ("weights", "update / weights", "rounded", "gain", "± (1 s.e.)", "noise", "unmoved"),
