@@ -5,9 +5,20 @@ Public names only; importing touches no CUDA and no transformers.
 
 from zokernels import masks, noise, ops
 from zokernels.backends import backends
-from zokernels.optim import ZOSGD
+from zokernels.optim import ZOSGD, ZOAdam, ZOSGDConservative, ZOSGDMomentum, ZOSGDSign
 from zokernels.perturb import perturbed
 
 __version__ = "0.1.0"
 
-__all__ = ["ZOSGD", "backends", "masks", "noise", "ops", "perturbed"]
+__all__ = [
+    "ZOSGD",
+    "ZOAdam",
+    "ZOSGDConservative",
+    "ZOSGDMomentum",
+    "ZOSGDSign",
+    "backends",
+    "masks",
+    "noise",
+    "ops",
+    "perturbed",
+]

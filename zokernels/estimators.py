@@ -13,21 +13,24 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-# What a seed is for: the direction of a query, or the rounding of a step's update.
-DIRECTION, ROUNDING = 0, 1
+# What a seed is for: the direction of a query, the rounding of a step's update, or a mask that is
+# drawn again every few steps.
+DIRECTION, ROUNDING, SPARSITY = 0, 1, 2
 
 
 @dataclass
 class Estimate:
     """What the forwards of a step gave.
 
-    ``differences[k]`` is L₊ − L₋ (over 2) or L₊ − L, before division by ε.
+    ``differences[k]`` is L₊ − L₋ (over 2) or L₊ − L, before division by ε. ``side`` is the step to
+    take: 1 for −η ĝ, −1 for +η ĝ, 0 for none.
     """
 
     seeds: list[int]
     losses: list[float]
     differences: list[float]
     loss: float
+    side: int = 1
 
     @property
     def is_finite(self) -> bool:

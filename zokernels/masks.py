@@ -45,6 +45,11 @@ class Random:
 class Magnitude:
     """Keep the elements with ``|w| ≤ threshold``, judged on the stored, unperturbed weight.
 
+    This is Sparse-MeZO's rule (Liu et al., 2024). The two sides of a perturbation and the update
+    see the same mask, since none of them judges a perturbed weight. A pass of several steps
+    (``each_step``) judges afresh before every step; one of several directions judges once, for
+    all of them.
+
     Args:
         threshold: Largest magnitude kept, at least 0; it is rounded once to binary32.
 

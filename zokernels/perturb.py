@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -21,32 +22,47 @@ from torch.utils._pytree import tree_map_only
 from zokernels import masks, ops
 
 
+class Move(NamedTuple):
+    """How a parameter moves along K directions: w ↦ decay · w + Σₖ scaleₖ · zₖ, rounded once."""
+
+    scales: tuple[float, ...]
+    decay: float = 1.0
+    rounding: str = "nearest"
+
+
 @dataclass
 class Direction:
-    """Trainable parameters and the noise that moves them: one entry a parameter in each list."""
+    """Trainable parameters and the K seeds of the noise that moves them.
+
+    ``params``, ``streams`` and ``moves`` have one entry a parameter.
+    """
 
     params: Sequence[nn.Parameter]
     streams: Sequence[int]
-    scales: Sequence[float]
-    seed: int
+    moves: Sequence[Move]
+    seeds: Sequence[int]
     dist: str = "gaussian"
     mask: masks.Mask | None = None
     backend: str | None = None
+    rounding_seed: int = 0
 
     def fill(self, sources: Sequence[torch.Tensor], out: list, chosen: Sequence[int]) -> None:
-        """Write θ + scale · z of the chosen parameters into ``out``."""
-        by_scale: dict[float, list[int]] = {}
+        """Write the moved values of the chosen parameters into ``out``."""
+        alike: dict[Move, list[int]] = {}
         for place, i in enumerate(chosen):
-            by_scale.setdefault(self.scales[i], []).append(place)
-        for scale, places in by_scale.items():
+            alike.setdefault(self.moves[i], []).append(place)
+        for move, places in alike.items():
             ops.add_noise(
                 [sources[j] for j in places],
                 [out[j] for j in places],
-                [self.seed],
-                [scale],
+                self.seeds,
+                move.scales,
                 streams=[self.streams[chosen[j]] for j in places],
                 dist=self.dist,
                 mask=masks.take(self.mask, [chosen[j] for j in places]),
+                decay=move.decay,
+                rounding=move.rounding,
+                rounding_seed=self.rounding_seed,
                 backend=self.backend,
             )
 
@@ -322,7 +338,8 @@ def perturbed(
     chosen = [(i, p) for i, p in enumerate(model.parameters()) if p.requires_grad]
     params = [p for _, p in chosen]
     streams = [i for i, _ in chosen]
-    direction = Direction(params, streams, [scale] * len(params), seed, dist, mask, backend)
+    moves = [Move((scale,))] * len(params)
+    direction = Direction(params, streams, moves, [seed], dist, mask, backend)
     with torch.no_grad():
         if choose_mode(model, perturb) == "in_place":
             with InPlace(params).at(direction):

@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
 from zokernels import masks as mask_types
-from zokernels import noise
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
-from zokernels.perturb import Direction, InPlace, OnEntry, choose_mode
+from zokernels.optim import sparse
+from zokernels.optim.groups import Chosen, check_group, join_masks, trainable
+from zokernels.optim.state import own_states, restore_states
+from zokernels.perturb import Direction, InPlace, Move, OnEntry, choose_mode
 
 Closure = Callable[[], torch.Tensor | float]
+LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
+
+
+# What a param group cannot have of its own, since a step perturbs all groups together.
+_OF_THE_RUN = (
+    "seed", "step", "num_queries", "two_sided", "sparsity", "resample_every", "threshold",
+)  # fmt: skip
 
 
 @dataclass
@@ -40,6 +50,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         two_sided: Central difference, 2q forwards; otherwise forward difference, q + 1.
         dist: Directions, ``"gaussian"`` or ``"rademacher"``.
         mask: What may be perturbed and updated, one of `zokernels.masks`.
+        sparsity: Share s of the weights to leave out, by the rule of `zokernels.optim.sparse`: more
+            of a tensor the smaller its weights are now. Instead of ``mask``.
+        resample_every: Draw the mask of ``sparsity`` again every so many steps.
         rounding: Of the update of 16-bit weights, ``"nearest"`` or ``"stochastic"``.
         weight_decay: Decoupled: the weights shrink by the factor 1 − η · weight_decay.
         maximize: Step up instead of down.
@@ -48,6 +61,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             ``"in_place"`` (default for parameters: a copy of the trainable weights).
         backend: As for `zokernels.ops.add_noise_`.
         max_bad_steps: Raise after this many steps in a row with a loss that was not finite.
+        rule_defaults: For authors of rules: the rule's own defaults of a param group.
 
     Attributes:
         projected_gradients: The dₖ of the last step, as Python floats.
@@ -68,6 +82,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         two_sided: bool = True,
         dist: str = "gaussian",
         mask: mask_types.Mask | None = None,
+        sparsity: float | None = None,
+        resample_every: int | None = None,
         rounding: str = "nearest",
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -75,6 +91,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         perturb: str | None = None,
         backend: str | None = None,
         max_bad_steps: int = 10,
+        rule_defaults: dict[str, Any] | None = None,
     ):
         self.model = params if isinstance(params, nn.Module) else None
         self.perturb = choose_mode(self.model, perturb)
@@ -102,20 +119,29 @@ class ZOOptimizer(torch.optim.Optimizer):
             two_sided=two_sided,
             dist=dist,
             mask=mask,
+            sparsity=sparsity,
+            resample_every=resample_every,
+            threshold=None,
             rounding=rounding,
             weight_decay=weight_decay,
             maximize=maximize,
             seed=seed,
             step=0,
+            **(rule_defaults or {}),
         )
         super().__init__(params, defaults)  # type: ignore[arg-type]
+        if sparsity is not None:
+            sparse.install(self.param_groups)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; their streams continue the count, or are their places in the module."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            _check_group(group)
+            check_group(group)
+            self._check_rule(group)
+            if self.param_groups[0]["threshold"] is not None:
+                sparse.refuse_masks([group])
             if not isinstance(group["mask"], dict):
                 mask_types.resolve(group["mask"], group["params"])
                 group["mask"] = mask_types.to_plain(group["mask"])
@@ -131,9 +157,25 @@ class ZOOptimizer(torch.optim.Optimizer):
         group["streams"] = streams
         # A group that joins a run goes on where the others are.
         first = self.param_groups[0]
-        for name in ("seed", "step", "num_queries", "two_sided"):
+        for name in _OF_THE_RUN:
             group[name] = first[name]
+        if group["threshold"] is not None:
+            sparse.mask_group(group)
         self._perturber = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave; a state keeps the type it was saved in."""
+        own = own_states(self)
+        super().load_state_dict(state_dict)
+        restore_states(self, state_dict, own)
+
+    def sparsity_report(self) -> sparse.SparsityReport:
+        """What ``sparsity`` came to: the shares asked for, expected, and pruned by this mask.
+
+        Raises:
+            ValueError: If the optimizer has no ``sparsity``.
+        """
+        return sparse.report(self.param_groups, self.backend)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
@@ -165,6 +207,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         started = time.perf_counter()
         self.timing = StepTiming()
         group = self.param_groups[0]
+        sparse.redraw(self.param_groups)
         seeds = [derive_seed(group["seed"], group["step"], k) for k in range(group["num_queries"])]
         found, kind = self._forwards(closure, seeds, group["two_sided"])
         if found.is_finite:
@@ -189,12 +232,12 @@ class ZOOptimizer(torch.optim.Optimizer):
     def _forwards(
         self, closure: Closure, seeds: list[int], two_sided: bool
     ) -> tuple[Estimate, torch.Tensor]:
-        groups = [(g, _trainable(g)) for g in self.param_groups]
+        groups = [(g, trainable(g)) for g in self.param_groups]
         params = [g["params"][i] for g, chosen in groups for i in chosen]
         streams = [g["streams"][i] for g, chosen in groups for i in chosen]
         eps = [float(g["eps"]) for g, chosen in groups for _ in chosen]
         perturber = self._get_perturber(params)
-        mask = _join_masks(groups)
+        mask = join_masks(groups)
         dist = self.param_groups[0]["dist"]
         kind = torch.zeros((), dtype=torch.float32)
 
@@ -212,13 +255,16 @@ class ZOOptimizer(torch.optim.Optimizer):
                 kind = loss.detach().to(wide)
             return float(loss)
 
-        def loss_at(seed: int, side: float) -> float:
+        def loss_of(
+            moves: Sequence[Move] | None, seeds: Sequence[int], rounding_seed: int
+        ) -> float:
             before, noise_before = time.perf_counter(), perturber.seconds
-            if side == 0:
+            if moves is None:
                 loss = forward()
             else:
-                scales = [side * e for e in eps]
-                at = Direction(params, streams, scales, seed, dist, mask, self.backend)
+                at = Direction(
+                    params, streams, moves, seeds, dist, mask, self.backend, rounding_seed
+                )
                 if isinstance(perturber, OnEntry):
                     loss = perturber.run(at, forward)
                 else:
@@ -229,23 +275,55 @@ class ZOOptimizer(torch.optim.Optimizer):
             self.timing.forwards += time.perf_counter() - before - noise_time
             return loss
 
+        def loss_at(seed: int, side: float) -> float:
+            return loss_of([Move((side * e,)) for e in eps] if side else None, [seed], 0)
+
         with perturber.session(), _same_randomness(self.model, params) as replay_random:
-            return estimate(loss_at, seeds, two_sided), kind
+            found = estimate(loss_at, seeds, two_sided)
+            if found.is_finite:
+                self._judge(found, loss_of, groups)
+            return found, kind
+
+    def _judge(self, found: Estimate, loss_of: LossOf, groups: Chosen) -> None:
+        """Look at further points of the same batch before the update; most rules need none.
+
+        Args:
+            found: The estimate, whose ``side`` may be set; a loss that is not finite, added to its
+                losses, makes a bad step.
+            loss_of: ``loss_of(moves, seeds, rounding_seed)``: the loss with each parameter of
+                ``groups`` moved; ``moves=None`` is θ itself.
+            groups: The groups, each with the positions of what the estimate is for.
+        """
 
     def _apply(self, found: Estimate) -> None:
         for group in self.param_groups:
             gradients = [d / float(group["eps"]) for d in found.differences]
             if group is self.param_groups[0]:
                 self.projected_gradients = gradients
-            chosen = _trainable(group)
-            if chosen:
-                self._update(group, chosen, found.seeds, gradients)
+            chosen = trainable(group)
+            if chosen and found.side:
+                self._update(group, chosen, found.seeds, [found.side * d for d in gradients])
 
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
     ) -> None:
         """Apply the rule to the chosen parameters of a group."""
         raise NotImplementedError
+
+    def _check_rule(self, group: dict) -> None:
+        """Raise unless the rule's own numbers of a group are in range."""
+
+    def _pass_options(self, group: dict, chosen: list[int]) -> dict[str, Any]:
+        """Keywords of the pass that updates the chosen parameters: the same for every rule."""
+        return dict(
+            streams=[group["streams"][i] for i in chosen],
+            dist=group["dist"],
+            mask=mask_types.take(mask_types.from_plain(group["mask"]), chosen),
+            decay=1.0 - float(group["lr"]) * group["weight_decay"],
+            rounding=group["rounding"],
+            rounding_seed=self._rounding_seed(),
+            backend=self.backend,
+        )
 
     def _rounding_seed(self) -> int:
         first = self.param_groups[0]
@@ -261,41 +339,6 @@ class ZOOptimizer(torch.optim.Optimizer):
                 known = InPlace(params)
             self._perturber = known
         return known
-
-
-def _trainable(group: dict) -> list[int]:
-    return [i for i, p in enumerate(group["params"]) if p.requires_grad]
-
-
-def _join_masks(groups: list[tuple[dict, list[int]]]) -> mask_types.Mask | None:
-    """One mask over the trainable parameters of all groups."""
-    if len({str(g["mask"] and g["mask"]["kind"]) for g, _ in groups}) > 1:
-        raise ValueError(
-            "The param groups have masks of different kinds, but a step perturbs all of them "
-            "together; give all groups the same kind of mask."
-        )
-    taken = [(mask_types.take(mask_types.from_plain(g["mask"]), c), len(c)) for g, c in groups]
-    return mask_types.concatenate(taken)
-
-
-def _check_group(group: dict) -> None:
-    for name in ("lr", "weight_decay"):
-        value = float(group[name])
-        if not (math.isfinite(value) and value >= 0):
-            raise ValueError(f"{name} is {value}, but it must be a finite number of at least 0.")
-    if not (math.isfinite(float(group["eps"])) and float(group["eps"]) > 0):
-        raise ValueError(f"eps is {group['eps']}, but it must be a finite number above 0.")
-    if not isinstance(group["num_queries"], int) or group["num_queries"] < 1:
-        raise ValueError(f"num_queries is {group['num_queries']!r}, but it must be at least 1.")
-    if group["dist"] not in noise.KINDS:
-        raise ValueError(
-            f"dist is {group['dist']!r}, but it must be one of {', '.join(noise.KINDS)}."
-        )
-    if group["rounding"] not in ("nearest", "stochastic"):
-        raise ValueError(
-            f"rounding is {group['rounding']!r}, but it must be 'nearest' or 'stochastic'."
-        )
-    noise.check_address(0, group["seed"], 0, 0)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ Source: MeZO (Malladi et al., NeurIPS 2023, Algorithm 1); ZO-SGD of Ghadimi and 
 
 from __future__ import annotations
 
-from zokernels import masks, ops
+from zokernels import ops
 from zokernels.optim.base import ZOOptimizer
 
 
@@ -21,17 +21,15 @@ class ZOSGD(ZOOptimizer):
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
     ) -> None:
-        lr = float(group["lr"])
-        step = lr if group["maximize"] else -lr
         ops.add_noise_(
             [group["params"][i] for i in chosen],
             seeds,
-            [step * d / len(seeds) for d in gradients],
-            streams=[group["streams"][i] for i in chosen],
-            dist=group["dist"],
-            mask=masks.take(masks.from_plain(group["mask"]), chosen),
-            decay=1.0 - lr * group["weight_decay"],
-            rounding=group["rounding"],
-            rounding_seed=self._rounding_seed(),
-            backend=self.backend,
+            step_coefficients(group, gradients),
+            **self._pass_options(group, chosen),
         )
+
+
+def step_coefficients(group: dict, gradients: list[float]) -> list[float]:
+    """The factors −η dₖ/q on the directions, in binary64; +η where the loss is maximized."""
+    step = float(group["lr"]) if group["maximize"] else -float(group["lr"])
+    return [step * d / len(gradients) for d in gradients]

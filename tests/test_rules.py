@@ -1,0 +1,482 @@
+"""The optimizers against the textbook, their states, and that estimates and roundings are fair."""
+
+import math
+
+import pytest
+import torch
+from conftest import bits
+from test_optim import Small, batch, state, unchanged
+from textbook import Conservative, Textbook, adam, fma, momentum, sgd, sign, times
+from torch import nn
+
+import zokernels as zk
+from zokernels.estimators import derive_seed
+
+
+class Odd(nn.Module):
+    """Tied, frozen, one-element and empty parameters."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = nn.Embedding(7, 5)
+        self.hidden = nn.Linear(5, 5)
+        self.frozen = nn.Linear(5, 5).requires_grad_(False)
+        self.head = nn.Linear(5, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+        self.empty = nn.Parameter(torch.empty(0, 4))
+        self.to(dtype)
+        generator = torch.Generator().manual_seed(4)
+        self.x, self.y = torch.randint(7, (2, 12), generator=generator)
+
+    def forward(self):
+        h = self.frozen(self.hidden(self.embed(self.x)).tanh())
+        return nn.functional.cross_entropy(self.head(h * self.scale), self.y) + self.empty.sum()
+
+
+BETAS = dict(betas=(0.8, 0.95), adam_eps=1e-6)
+RULES = {
+    "sgd": (zk.ZOSGD, sgd, {}),
+    "sign": (zk.ZOSGDSign, sign, {}),
+    "momentum": (zk.ZOSGDMomentum, momentum, dict(beta=0.8)),
+    "amsgrad": (zk.ZOAdam, adam, BETAS),
+    "adam": (zk.ZOAdam, adam, dict(**BETAS, amsgrad=False, bias_correction=True)),
+    "conservative": (zk.ZOSGDConservative, sgd, {}),
+}
+ALL = [*RULES]
+
+
+@pytest.mark.parametrize(
+    "two_sided, dtype",
+    [(True, torch.float32), (False, torch.float32), (True, torch.float64)],
+    ids=["two_sided", "one_sided", "float64"],
+)
+@pytest.mark.parametrize("name", ALL)
+def test_fifty_steps_equal_the_textbook_to_the_last_bit(name, two_sided, dtype):
+    make, rule, own = RULES[name]
+    kind = Conservative if name == "conservative" else Textbook
+    h = dict(lr=0.013, eps=3e-3, weight_decay=0.07, **own)
+    common = dict(seed=2**63 + 11, two_sided=two_sided, dist="rademacher", maximize=False)
+    model, twin = Odd(dtype), Odd(dtype)
+    named = list(enumerate(twin.parameters()))
+    opt = make(
+        model, num_queries=2, rounding="stochastic", mask=zk.masks.Random(0.8, 6), **h, **common
+    )
+    params = [(i, p, h) for i, p in named if p.requires_grad]
+    book = kind(rule, params, twin, q=2, masks=lambda t: ([0.8] * len(params), 6), **common)
+    check(opt, model, book, twin, 50)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_groups_with_numbers_of_their_own_equal_the_textbook_too(name):
+    make, rule, own = RULES[name]
+    kind = Conservative if name == "conservative" else Textbook
+    first = dict(lr=0.011, eps=2e-3, weight_decay=0.0, **own)
+    second = dict(lr=0.004, eps=7e-3, weight_decay=0.3, **own)
+    if name in ("amsgrad", "adam"):
+        second |= dict(betas=(0.7, 0.9), adam_eps=1e-4)
+    if name == "momentum":
+        second |= dict(beta=0.5)
+    common = dict(seed=5, two_sided=True, dist="gaussian", maximize=True)
+    model, twin = Odd(torch.float32), Odd(torch.float32)
+    # Streams follow the order of the groups, the frozen ones counted.
+    split = [list(m.parameters()) for m in (model, twin)]
+    opt = make(
+        [{"params": split[0][3:], **first}, {"params": split[0][:3], **second}],
+        num_queries=3, **common,
+    )  # fmt: skip
+    placed = [(p, first) for p in split[1][3:]] + [(p, second) for p in split[1][:3]]
+    params = [(i, p, h) for i, (p, h) in enumerate(placed) if p.requires_grad]
+    check(opt, model, kind(rule, params, twin, q=3, **common), twin, 20)
+
+
+def check(opt, model, book, twin, steps):
+    start = [p.detach().clone() for p in model.parameters()]
+    for t in range(steps):
+        opt.step(model)
+        book.step(t)
+        for (n, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+            assert torch.equal(bits(a), bits(b)), f"{n} differs after step {t + 1}"
+    moved = [not torch.equal(a, b) for a, b in zip(model.parameters(), start, strict=True)]
+    assert moved == [p.requires_grad and p.numel() > 0 for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize(
+    "two_sided, queries", [(True, 1), (True, 3), (False, 1), (False, 4)], ids=str
+)
+def test_forwards_a_step(name, two_sided, queries):
+    model, calls = Odd(torch.float32), []
+    opt = RULES[name][0](model, num_queries=queries, two_sided=two_sided)
+    opt.step(lambda: calls.append(1) or model())
+    expected = 2 * queries if two_sided else queries + 1
+    assert len(calls) == expected + (name == "conservative") * (2 + two_sided)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_all_queries_update_in_one_pass(name, monkeypatch):
+    written = []
+
+    def counted(op):
+        return lambda params, *args, **kw: (written.append(params), op(params, *args, **kw))
+
+    for op in ("add_noise_", "apply_update_"):
+        monkeypatch.setattr(zk.ops, op, counted(getattr(zk.ops, op)))
+    model = Odd(torch.float32)
+    opt = RULES[name][0](model, lr=1e-3, num_queries=5)
+    for _ in range(3):
+        opt.step(model)
+    trainable = sum(p.requires_grad for p in model.parameters())
+    # The conservative rule may also keep θ.
+    assert len(written) == 3 if name != "conservative" else 0 < len(written) <= 3
+    assert all(len(params) == trainable for params in written)
+
+
+# --- the conservative rule ---
+
+
+@pytest.mark.parametrize("mode", ["on_entry", "in_place"])
+def test_what_is_written_is_the_candidate_that_was_judged(mode):
+    model, (x, y) = Small(torch.bfloat16).eval(), batch()
+    opt = zk.ZOSGDConservative(
+        model, lr=0.1, eps=0.5, weight_decay=0.1, num_queries=2, rounding="stochastic", perturb=mode
+    )
+    sides = set()
+    for _ in range(25):
+        losses = []
+        opt.step(lambda losses=losses: losses.append(model(x, y)) or losses[-1])
+        # Four of the estimate, then θ, θ − η ĝ and θ + η ĝ.
+        base, down, up = (loss.item() for loss in losses[4:])
+        assert opt.side == {base: 0, down: 1, up: -1}[min(base, down, up)]
+        assert model(x, y).item() == min(base, down, up)
+        sides.add(opt.side)
+    assert sides == {0, 1, -1}
+
+
+def test_where_no_move_helps_nothing_is_written():
+    model = Odd(torch.float32)
+    before = state(model)
+    # Once the estimate is made every other point is worse, or not a number at all.
+    for worse in (9.0, math.inf, math.nan):
+        losses = iter([1.0, 0.5, 0.8, worse, worse])
+        opt = zk.ZOSGDConservative(model, lr=0.1, weight_decay=0.5, perturb="in_place")
+        opt.step(lambda losses=losses: next(losses))
+        assert opt.side == 0 and opt.bad_steps == 0 and unchanged(model, before) == []
+    losses = iter([1.0, 0.5, math.nan])
+    opt.step(lambda: next(losses))
+    assert opt.bad_steps == 1 and unchanged(model, before) == []
+
+
+def test_the_one_sided_base_loss_is_that_of_theta():
+    model = Odd(torch.float32)
+    losses = iter([1.0, 0.5, 0.2, 0.1])
+    opt = zk.ZOSGDConservative(model, lr=0.1, two_sided=False, perturb="in_place")
+    assert opt.step(lambda: next(losses)).item() == 1.0 and opt.side == -1
+
+
+# --- states ---
+
+
+def with_states(name, dtype, **own):
+    model = Odd(dtype)
+    opt = RULES[name][0](model, lr=1e-2, eps=1e-2, seed=7, **{**RULES[name][2], **own})
+    return model, opt
+
+
+def states(opt):
+    tensors = torch.Tensor
+    return [{k: t for k, t in s.items() if isinstance(t, tensors)} for s in opt.state.values()]
+
+
+@pytest.mark.parametrize(
+    "dtype, state_dtype, expected",
+    [
+        (torch.float32, None, torch.float32),
+        (torch.bfloat16, None, torch.float32),
+        (torch.float16, None, torch.float32),
+        (torch.float64, None, torch.float64),
+        (torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["momentum", "amsgrad", "adam"])
+def test_a_state_keeps_its_type_and_bits_through_a_file(
+    name, dtype, state_dtype, expected, tmp_path
+):
+    model, opt = with_states(name, dtype, state_dtype=state_dtype)
+    for _ in range(3):
+        opt.step(model)
+    names = {"momentum": {"m"}, "adam": {"m", "v"}, "amsgrad": {"m", "v", "v_max"}}[name]
+    assert all(set(s) == names for s in states(opt))
+    torch.save(opt.state_dict(), tmp_path / "opt.pt")
+    twin, resumed = with_states(name, dtype)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+    for a, b in zip(states(opt), states(resumed), strict=True):
+        assert all(b[k].dtype is expected and torch.equal(bits(a[k]), bits(b[k])) for k in names)
+    for _ in range(4):
+        assert torch.equal(opt.step(model), resumed.step(twin))
+    assert unchanged(twin, state(model)) == []
+
+
+@pytest.mark.parametrize("name", ["momentum", "amsgrad", "adam"])
+def test_a_round_trip_within_the_process_shares_no_state(name):
+    model, opt = with_states(name, torch.bfloat16)
+    opt.step(model)
+    twin, other = with_states(name, torch.bfloat16)
+    twin.load_state_dict(model.state_dict())
+    other.load_state_dict(opt.state_dict())
+    before = [{k: t.clone() for k, t in s.items()} for s in states(other)]
+    opt.step(model)
+    for a, b in zip(before, states(other), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    # Loading one's own state, as accelerate does, copies nothing.
+    held = [t.data_ptr() for s in states(other) for t in s.values()]
+    other.load_state_dict(other.state_dict())
+    assert held == [t.data_ptr() for s in states(other) for t in s.values()]
+
+
+@pytest.mark.hf
+def test_accelerate_leaves_float32_states_of_bfloat16_weights_alone():
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    (model, opt), (twin, plain) = (with_states("adam", torch.bfloat16) for _ in range(2))
+    for m, o in ((model, opt), (twin, plain)):
+        o.step(m)
+    accelerator.prepare(opt)
+    for _ in range(3):
+        assert torch.equal(opt.step(model), plain.step(twin))
+    assert all(t.dtype is torch.float32 for s in states(opt) for t in s.values())
+    assert unchanged(twin, state(model)) == []
+
+
+def test_a_step_with_a_bad_loss_leaves_states_and_adams_count_alone():
+    model, opt = with_states("adam", torch.float32)
+    opt.step(model)
+    before = [{k: t.clone() for k, t in s.items()} for s in states(opt)]
+    opt.step(lambda: math.nan)
+    assert {s["step"] for s in opt.state.values()} == {1}
+    for a, b in zip(before, states(opt), strict=True):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_bias_correction_counts_the_updates_of_each_parameter():
+    # At its first update a parameter moves by lr · sign(g), however late that is.
+    a, b = nn.Parameter(torch.zeros(9)), nn.Parameter(torch.zeros(9), requires_grad=False)
+    opt = zk.ZOAdam([a, b], lr=0.01, amsgrad=False, bias_correction=True, adam_eps=0.0)
+    for step in range(4):
+        b.requires_grad_(step == 3)
+        opt.step(lambda: (a + b).sum())
+    assert [opt.state[p]["step"] for p in (a, b)] == [4, 1]
+    assert torch.allclose(b.abs(), torch.full((9,), 0.01), rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["momentum", "amsgrad"])
+def test_bfloat16_states_follow_the_float32_ones(name):
+    ends = []
+    for kind in (torch.float32, torch.bfloat16):
+        model, opt = with_states(name, torch.float32, state_dtype=kind)
+        start = model.hidden.weight.detach().clone()
+        for _ in range(40):
+            opt.step(model)
+        ends.append(model.hidden.weight.detach() - start)
+    # A bfloat16 holds 8 bits: each m is off by up to 2⁻⁷ of itself, a walk's sum by less than
+    # that on average; v_max, the running maximum of noisy v, is biased up by as much.
+    assert 0 < (ends[0] - ends[1]).norm() < 0.03 * ends[0].norm()
+
+
+# --- momentum without a buffer ---
+
+
+def remade(window):
+    """The textbook's momentum from the last gradients' parts, oldest first."""
+
+    def rule(w, d, z, h, state, t):
+        past = state.setdefault("past", [])
+        past.append((d, z))
+        del past[:-window]
+        acc = times(1 - h["lr"] * h["weight_decay"], w)
+        for age, (d_then, z_then) in zip(range(len(past) - 1, -1, -1), past, strict=True):
+            for dk, zk_ in zip(d_then, z_then, strict=True):
+                acc = fma(-h["lr"] * h["beta"] ** age * (dk / len(d)), zk_, acc)
+        return acc, {}
+
+    return rule
+
+
+@pytest.mark.parametrize(
+    "window, dtype",
+    [(1, torch.float32), (5, torch.float32), (5, torch.float64), (True, torch.float32)],
+)
+def test_fifty_steps_with_a_window_equal_the_textbook(window, dtype):
+    h = dict(lr=0.003, eps=3e-3, weight_decay=0.07, beta=0.8)
+    common = dict(seed=12, two_sided=True, dist="gaussian", maximize=True)
+    model, twin = Odd(dtype), Odd(dtype)
+    opt = zk.ZOSGDMomentum(model, num_queries=2, window=window, **h, **common)
+    assert opt.param_groups[0]["window"] == (32 if window is True else window)
+    params = [(i, p, h) for i, p in enumerate(twin.parameters()) if p.requires_grad]
+    rule = remade(32 if window is True else window)
+    check(opt, model, Textbook(rule, params, twin, q=2, **common), twin, 50)
+    assert not opt.state
+
+
+def test_what_a_window_drops_is_beta_to_the_w_of_the_momentum():
+    # On a linear loss the estimates do not depend on where the weights are.
+    slope = torch.linspace(-1, 2, 30, dtype=torch.float64)
+    beta, window, lr, steps = 0.9, 7, 0.01, 25
+    ends, m_of = [], []
+    for kind in (None, window, steps):
+        theta = nn.Parameter(torch.zeros(30, dtype=torch.float64))
+        opt = zk.ZOSGDMomentum([theta], lr=lr, eps=0.5, beta=beta, window=kind)
+        for _ in range(steps):
+            opt.step(lambda theta=theta: theta @ slope)
+            if kind is None:
+                m_of.append(opt.state[theta]["m"].clone())
+        ends.append(theta.detach())
+    dropped = -lr * beta**window * sum(m_of[: steps - window])
+    # Roundings of binary64, a few hundred of them.
+    assert torch.allclose(ends[0] - ends[1], dropped, rtol=1e-9, atol=1e-12)
+    assert dropped.abs().max() > 1e-3
+    assert torch.allclose(ends[0], ends[2], rtol=1e-9, atol=1e-12)
+
+
+def test_a_window_resumes_from_plain_numbers_bit_for_bit(tmp_path):
+    kw = dict(lr=0.01, seed=2**64 - 1, num_queries=2, sparsity=0.3, resample_every=5)
+    model = Odd(torch.bfloat16)
+    opt = zk.ZOSGDMomentum(model, window=4, rounding="stochastic", **kw)
+    for _ in range(3):
+        opt.step(model)
+    taken = opt.state_dict()
+    torch.save(taken, tmp_path / "opt.pt")
+    twin = Odd(torch.bfloat16)
+    twin.load_state_dict(model.state_dict())
+    resumed = zk.ZOSGDMomentum(twin, rounding="nearest")
+    resumed.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
+    kept = []
+    for _ in range(5):
+        assert torch.equal(opt.step(model), resumed.step(twin))
+        kept.append(history_of(opt.param_groups[0]))
+    assert unchanged(twin, state(model)) == []
+    # The fifth step ends the first mask, and the sixth begins with its own directions.
+    assert kept == [4, 4, 1, 2, 3] and history_of(taken["param_groups"][0]) == 3
+
+
+def history_of(group):
+    (of_all,) = group["history"]
+    return len(of_all["steps"])
+
+
+def test_a_parameter_that_joins_has_no_part_in_directions_from_before():
+    model, x = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 1)]), torch.ones(4)
+    for p in model[0].parameters():
+        p.requires_grad_(False)
+    groups = [{"params": list(model.parameters())}]
+    opt, twin = zk.ZOSGDMomentum(groups, lr=0.1, window=8), []
+    for step in range(6):
+        if step == 3:
+            model.requires_grad_(True)
+            before = model[0].weight.detach().clone()
+        opt.step(lambda: model[1](model[0](x)).square().sum())
+        twin.append(opt.projected_gradients[0])
+        if step == 3:
+            z = zk.noise.gaussian(16, seed=derive_seed(0, 3, 0), stream=0).view(4, 4)
+            assert torch.allclose(model[0].weight, before - 0.1 * twin[3] * z, atol=1e-6)
+    assert history_of(opt.param_groups[0]) == 3
+
+
+# --- fairness ---
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != "conservative"])
+def test_stochastic_rounding_of_bfloat16_weights_is_unbiased(name):
+    n, seeds, off, along = 4096, 24, {}, {}
+    generator = torch.Generator().manual_seed(1)
+    start = (torch.rand(n, generator=generator) + 1).to(torch.bfloat16)
+    for rounding in ("stochastic", "nearest"):
+        errors, signs = [], []
+        for seed in range(seeds):
+            ends = []
+            for dtype in (torch.bfloat16, torch.float32):
+                theta = nn.Parameter(start.to(dtype, copy=True))
+                losses = iter([1.5, 1.0])
+                opt = RULES[name][0](
+                    [theta], lr=2e-4, eps=0.25, seed=seed, rounding=rounding, **RULES[name][2]
+                )
+                opt.step(lambda losses=losses: next(losses))
+                ends.append(theta.detach().double())
+            errors.append(ends[0] - ends[1])
+            signs.append((ends[1] - start.double()).sign())
+        off[rounding] = torch.stack(errors)
+        along[rounding] = (off[rounding] * torch.stack(signs)).mean()
+    # Between 1 and 2 a step of bfloat16 is 2⁻⁷, hence the deviation of a rounding at most half of
+    # it; its grain is 2⁻¹⁶ of a step. Five standard deviations of a mean of all roundings, and 6.5,
+    # for there are 4096 of them, of the mean over seeds at a weight.
+    ulp, count = 2.0**-7, n * seeds
+    bound = ulp * (2.5 / math.sqrt(count) + 2.0**-16)
+    assert off["stochastic"].mean().abs() < bound and along["stochastic"].abs() < bound
+    assert off["stochastic"].mean(0).abs().max() < ulp * (3.25 / math.sqrt(seeds))
+    # To nearest these steps are lost, all of them: the bound can be missed.
+    assert along["nearest"] < -1.5 * bound
+
+
+QUADRATIC = torch.tensor([[3.0, 1.0, -0.5], [1.0, 2.0, 0.25], [-0.5, 0.25, 4.0]])
+
+
+@pytest.mark.parametrize("two_sided, masked, dist", [
+    (True, False, "gaussian"), (True, True, "rademacher"), (False, True, "gaussian"),
+    (False, False, "rademacher"),
+])  # fmt: skip
+def test_the_mean_of_ten_thousand_estimates_is_the_gradient(two_sided, masked, dist):
+    # q = 10⁴ queries of one step at lr 1 write θ − ĝ, the mean of 10⁴ estimates.
+    q, theta = 10_000, nn.Parameter(torch.tensor([0.3, -0.7, 1.1]))
+    keep = torch.tensor([True, not masked, True])
+    g, start = torch.where(keep, QUADRATIC @ theta.detach(), 0.0), theta.detach().clone()
+    opt = zk.ZOSGD(
+        [theta], lr=1.0, eps=0.0625, num_queries=q, two_sided=two_sided, dist=dist,
+        mask=zk.masks.Bits([keep]) if masked else None,
+    )  # fmt: skip
+    opt.step(lambda: theta @ (QUADRATIC @ theta) / 2)
+    mean = start - theta.detach()
+    # Var ĝᵢ = |g|² + gᵢ² for a Gaussian direction and |g|² − gᵢ² for a Rademacher one; the
+    # one-sided term ε (zᵀAz)/2 zᵢ has mean 0 and adds less than (3 · ε · trace A / 2)² < 3.
+    variance = g @ g + g * g if dist == "gaussian" else g @ g - g * g
+    error = ((variance + (0.0 if two_sided else 3.0)) / q).sqrt()
+    assert ((mean - g).abs() <= torch.where(keep, 4 * error, 0.0)).all()
+    assert ((mean - g).abs() > 0)[keep].all()
+
+
+# --- refusals ---
+
+ONE = [nn.Parameter(torch.ones(2))]
+WIDE = [nn.Parameter(torch.ones(2, dtype=torch.float64))]
+BAD = {
+    "beta": (lambda: zk.ZOSGDMomentum(ONE, beta=1.5), "beta is 1.5"),
+    "betas": (lambda: zk.ZOAdam(ONE, betas=(0.9, -0.1)), r"betas\[1\] is -0.1"),
+    "betas corrected": (
+        lambda: zk.ZOAdam(ONE, betas=(1.0, 0.9), bias_correction=True),
+        "below 1",
+    ),
+    "adam_eps": (lambda: zk.ZOAdam(ONE, adam_eps=-1e-8), "adam_eps is -1e-08"),
+    "window": (lambda: zk.ZOSGDMomentum(ONE, window=0), "window is 0"),
+    "window and state": (
+        lambda: zk.ZOSGDMomentum(ONE, window=8, state_dtype=torch.bfloat16),
+        "no state",
+    ),
+    "state_dtype": (lambda: zk.ZOAdam(ONE, state_dtype=torch.float16), "bfloat16"),
+    "state float64": (lambda: zk.ZOSGDMomentum(WIDE, state_dtype=torch.float32), "float64"),
+    "maximize": (
+        lambda: zk.ZOSGDConservative(
+            [{"params": ONE}, {"params": WIDE, "maximize": True}], maximize=False
+        ),
+        "same",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_a_sentence(name):
+    make, words = BAD[name]
+    with pytest.raises(ValueError, match=words):
+        make()

@@ -1,0 +1,1 @@
+"""What `zokernels bench` measures: whole steps, beside plain forwards and the peers."""

@@ -1,0 +1,70 @@
+"""Model configurations by name, built with random weights: nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from zokernels.tasks.errors import InputError
+
+_OPT = {
+    # hidden, layers, heads, feed-forward
+    "opt-125m": (768, 12, 12, 3072),
+    "opt-350m": (1024, 24, 16, 4096),
+    "opt-1.3b": (2048, 24, 32, 8192),
+    "opt-2.7b": (2560, 32, 32, 10240),
+    "opt-6.7b": (4096, 32, 32, 16384),
+    "opt-13b": (5120, 40, 40, 20480),
+}
+NAMES = (*_OPT, "llama-2-7b", "mistral-7b", "roberta-large")
+
+
+def config(name: str) -> Any:
+    """The transformers configuration.
+
+    Raises:
+        InputError: If the name is unknown.
+    """
+    import transformers as hf
+
+    if name in _OPT:
+        hidden, layers, heads, inner = _OPT[name]
+        return hf.OPTConfig(
+            hidden_size=hidden,
+            word_embed_proj_dim=512 if name == "opt-350m" else hidden,
+            do_layer_norm_before=name != "opt-350m",
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            ffn_dim=inner,
+        )
+    if name == "llama-2-7b":
+        return hf.LlamaConfig()
+    if name == "mistral-7b":
+        return hf.MistralConfig()
+    if name == "roberta-large":
+        return hf.RobertaConfig(
+            vocab_size=50265, hidden_size=1024, num_hidden_layers=24, num_attention_heads=16,
+            intermediate_size=4096, max_position_embeddings=514, type_vocab_size=1,
+            pad_token_id=1, bos_token_id=0, eos_token_id=2,
+        )  # fmt: skip
+    raise InputError(f"--model must be one of {', '.join(NAMES)}, got '{name}'.")
+
+
+def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The model with random weights, in evaluation mode."""
+    import transformers as hf
+
+    torch.manual_seed(0)
+    chosen = config(name)
+    masked = name == "roberta-large"
+    kind = hf.AutoModelForMaskedLM if masked else hf.AutoModelForCausalLM
+    return kind.from_config(chosen, dtype=dtype).to(device).eval()
+
+
+def batch(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
+    """Random tokens, every position with a label."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=generator)
+    ids = ids.to(model.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}

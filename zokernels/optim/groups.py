@@ -1,0 +1,63 @@
+"""What the optimizers read from a param group, and what a group may hold."""
+
+from __future__ import annotations
+
+import math
+
+from zokernels import masks, noise
+
+# Param groups, each with the positions of the parameters in it that a pass is for.
+Chosen = list[tuple[dict, list[int]]]
+
+
+def mean_coefficients(group: dict, gradients: list[float]) -> list[float]:
+    """The factors dₖ/q of the directions in ĝ; negated where the loss is maximized."""
+    sign = -1.0 if group["maximize"] else 1.0
+    return [sign * d / len(gradients) for d in gradients]
+
+
+def trainable(group: dict) -> list[int]:
+    """Positions of the group's parameters that require a gradient."""
+    return [i for i, p in enumerate(group["params"]) if p.requires_grad]
+
+
+def join_masks(groups: Chosen) -> masks.Mask | None:
+    """One mask over the chosen parameters of all groups."""
+    if len({str(g["mask"] and g["mask"]["kind"]) for g, _ in groups}) > 1:
+        raise ValueError(
+            "The param groups have masks of different kinds, but a step perturbs all of them "
+            "together; give all groups the same kind of mask."
+        )
+    taken = [(masks.take(masks.from_plain(g["mask"]), c), len(c)) for g, c in groups]
+    return masks.concatenate(taken)
+
+
+def check_group(group: dict) -> None:
+    """Raise ValueError unless the numbers that every rule has are in range."""
+    for name in ("lr", "weight_decay"):
+        value = float(group[name])
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name} is {value}, but it must be a finite number of at least 0.")
+    if not (math.isfinite(float(group["eps"])) and float(group["eps"]) > 0):
+        raise ValueError(f"eps is {group['eps']}, but it must be a finite number above 0.")
+    if not isinstance(group["num_queries"], int) or group["num_queries"] < 1:
+        raise ValueError(f"num_queries is {group['num_queries']!r}, but it must be at least 1.")
+    if group["dist"] not in noise.KINDS:
+        raise ValueError(
+            f"dist is {group['dist']!r}, but it must be one of {', '.join(noise.KINDS)}."
+        )
+    if group["rounding"] not in ("nearest", "stochastic"):
+        raise ValueError(
+            f"rounding is {group['rounding']!r}, but it must be 'nearest' or 'stochastic'."
+        )
+    noise.check_address(0, group["seed"], 0, 0)
+    share, every = group["sparsity"], group["resample_every"]
+    if share is not None and not 0.0 < share < 1.0:
+        raise ValueError(f"sparsity is {share}, but it must be None or lie between 0 and 1.")
+    if every is not None and (not isinstance(every, int) or every < 1):
+        raise ValueError(f"resample_every is {every!r}, but it must be None or at least 1 step.")
+    if every is not None and share is None:
+        raise ValueError(
+            f"resample_every is {every}, but there is no sparsity, whose mask it would draw "
+            "again; give sparsity=0.2, or leave it out."
+        )
