@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-from bench import roofline
+from bench import document, roofline
+from bench.document import Row
 
-ROOT = Path(__file__).resolve().parent.parent
 NAMES = {
     "floor": "memory floor, `p.mul_(c)`",
     "mezo": "MeZO's expression",
@@ -18,8 +16,6 @@ NAMES = {
     "mezo-compiled": "MeZO's expression, `torch.compile`",
     "mezo-inplace-compiled": "MeZO in place, `torch.compile`",
 }
-
-Row = dict[str, str]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,24 +32,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _renew(
-    document: str, marker: str, results: str, make: Callable[[list[Row]], str], check: bool
+    name: str, marker: str, results: str, make: Callable[[list[Row]], str], check: bool
 ) -> int:
     """Write one table between its markers."""
-    path, source = ROOT / document, ROOT / "bench" / "results" / results
-    if not source.exists():
-        return _refuse(f"{source} is missing; measure first.")
-    with source.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    path, source = document.ROOT / name, document.RESULTS / results
+    rows = document.read_rows(source) if source.exists() else []
     if not rows:
-        return _refuse(f"{source} has no rows; measure first.")
-    begin_mark, end_mark = f"<!-- bench:{marker} -->", f"<!-- /bench:{marker} -->"
-    text = path.read_text(encoding="utf-8") if path.exists() else ""
-    before, begin, rest = text.partition(begin_mark)
-    _, end, after = rest.partition(end_mark)
-    if not (begin and end):
-        return _refuse(f"{path} lacks the markers {begin_mark} and {end_mark}.")
-    new = f"{before}{begin}\n{make(rows)}\n{end}{after}"
-    if new == text:
+        print(f"{source} is missing or has no rows; measure first.", file=sys.stderr)
+        return 2
+    new = document.replaced(path, {f"bench:{marker}": make(rows)})
+    if new == path.read_text(encoding="utf-8"):
         return 0
     if check:
         print(f"{path} is out of date; run `python -m bench.table`.", file=sys.stderr)
@@ -113,11 +101,6 @@ def label(case: str, dist: str) -> str:
     if case.startswith("native-"):
         return f"`add_noise_` {dist}, {case.removeprefix('native-')}"
     return NAMES.get(case, case)
-
-
-def _refuse(sentence: str) -> int:
-    print(sentence, file=sys.stderr)
-    return 2
 
 
 # Document, marker, results, and what makes the table of their rows.
