@@ -7,16 +7,20 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from zokernels import blocks as partitions
 from zokernels import masks as mask_types
 from zokernels import noise
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
+from zokernels.optim.forward import Closure, Forward, same_randomness
 from zokernels.perturb import Direction, InPlace, OnEntry, choose_mode
+from zokernels.prefix import Prefix
 
-Closure = Callable[[], torch.Tensor | float]
+LossAt = Callable[[int, float], float]
 
 
 @dataclass
@@ -40,6 +44,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         two_sided: Central difference, 2q forwards; otherwise forward difference, q + 1.
         dist: Directions, ``"gaussian"`` or ``"rademacher"``.
         mask: What may be perturbed and updated, one of `zokernels.masks`.
+        blocks: Perturb one block of parameters after the other, each with its own noise, and update
+            each from its own losses: ``"layer"`` (embeddings, each layer, head), ``"module"``, a
+            list of lists of parameters, or a function from a parameter's name to its block's label.
+        block_order: ``"sequential"``: a block is updated before the next one is perturbed;
+            ``"simultaneous"``: all are estimated at the same weights, and then updated.
         rounding: Of the update of 16-bit weights, ``"nearest"`` or ``"stochastic"``.
         weight_decay: Decoupled: the weights shrink by the factor 1 − η · weight_decay.
         maximize: Step up instead of down.
@@ -48,9 +57,10 @@ class ZOOptimizer(torch.optim.Optimizer):
             ``"in_place"`` (default for parameters: a copy of the trainable weights).
         backend: As for `zokernels.ops.add_noise_`.
         max_bad_steps: Raise after this many steps in a row with a loss that was not finite.
+        model: The module, where ``params`` are groups of its parameters.
 
     Attributes:
-        projected_gradients: The dₖ of the last step, as Python floats.
+        projected_gradients: The dₖ of the last step, as Python floats, block after block.
         timing: Where the last step's time went.
         bad_steps: Steps in a row whose loss was not finite; they change no weight.
 
@@ -68,6 +78,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         two_sided: bool = True,
         dist: str = "gaussian",
         mask: mask_types.Mask | None = None,
+        blocks: partitions.Blocks = None,
+        block_order: str = "sequential",
         rounding: str = "nearest",
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -75,8 +87,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         perturb: str | None = None,
         backend: str | None = None,
         max_bad_steps: int = 10,
+        model: nn.Module | None = None,
     ):
-        self.model = params if isinstance(params, nn.Module) else None
+        self.model = params if isinstance(params, nn.Module) else model
         self.perturb = choose_mode(self.model, perturb)
         self.backend = backend
         self.max_bad_steps = max_bad_steps
@@ -85,11 +98,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.bad_steps = 0
         self._last_stream = -1
         self._numbers: dict[int, int] = {}
-        self._perturber: InPlace | OnEntry | None = None
+        self._perturbers: dict[tuple[int, ...], InPlace | OnEntry] = {}
+        self._prefix: Prefix | None = None
+        # L(θ) on the step's batch, until a weight changes.
+        self._base_loss: float | None = None
         if self.model is not None:
-            named = list(self.model.parameters())
-            self._numbers = {id(p): i for i, p in enumerate(named)}
-            params = [p for p in named if p.requires_grad]
+            self._numbers = {id(p): i for i, p in enumerate(self.model.parameters())}
+        if isinstance(params, nn.Module):
+            params = [p for p in params.parameters() if p.requires_grad]
             if not params:
                 raise ValueError(
                     "The module has no trainable parameter: every one has requires_grad=False; "
@@ -102,13 +118,15 @@ class ZOOptimizer(torch.optim.Optimizer):
             two_sided=two_sided,
             dist=dist,
             mask=mask,
+            blocks=blocks,
+            block_order=block_order,
             rounding=rounding,
             weight_decay=weight_decay,
             maximize=maximize,
             seed=seed,
             step=0,
         )
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; their streams continue the count, or are their places in the module."""
@@ -119,6 +137,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             if not isinstance(group["mask"], dict):
                 mask_types.resolve(group["mask"], group["params"])
                 group["mask"] = mask_types.to_plain(group["mask"])
+            if group["blocks"] is not None:
+                group["blocks"] = partitions.number(group["blocks"], self.model, group["params"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -131,9 +151,9 @@ class ZOOptimizer(torch.optim.Optimizer):
         group["streams"] = streams
         # A group that joins a run goes on where the others are.
         first = self.param_groups[0]
-        for name in ("seed", "step", "num_queries", "two_sided"):
+        for name in ("seed", "step", "num_queries", "two_sided", "block_order"):
             group[name] = first[name]
-        self._perturber = None
+        self._perturbers.clear()
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
@@ -164,82 +184,109 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         started = time.perf_counter()
         self.timing = StepTiming()
+        self.projected_gradients = []
+        self._base_loss = None
         group = self.param_groups[0]
-        seeds = [derive_seed(group["seed"], group["step"], k) for k in range(group["num_queries"])]
-        found, kind = self._forwards(closure, seeds, group["two_sided"])
-        if found.is_finite:
+        params = [g["params"][i] for g in self.param_groups for i in _trainable(g)]
+        with same_randomness(self.model, params) as replay_random:
+            forward = Forward(closure, replay_random)
+            found = self._sweep(forward)
+        if all(one.is_finite for one in found):
             self.bad_steps = 0
-            before = time.perf_counter()
-            self._apply(found)
-            self.timing.update = time.perf_counter() - before
         else:
             self.bad_steps += 1
-            self.projected_gradients = [math.nan] * len(seeds)
+            self.projected_gradients = [math.nan] * group["num_queries"] * len(self._blocks())
         for g in self.param_groups:
             g["step"] = group["step"] + (1 if g is group else 0)
         self.timing.total = time.perf_counter() - started
         if self.bad_steps >= self.max_bad_steps:
             raise FloatingPointError(
                 f"The loss was not finite in {self.bad_steps} steps in a row (the last losses: "
-                f"{found.losses}), so no weight was changed in them; lower lr or eps, or look at "
-                "the data."
+                f"{found[-1].losses}), so no weight was changed in them; lower lr or eps, or look "
+                "at the data."
             )
-        return torch.tensor(found.loss, dtype=kind.dtype, device=kind.device)
+        loss = sum(one.loss for one in found) / len(found)
+        return torch.tensor(loss, dtype=forward.kind.dtype, device=forward.kind.device)
 
-    def _forwards(
-        self, closure: Closure, seeds: list[int], two_sided: bool
-    ) -> tuple[Estimate, torch.Tensor]:
-        groups = [(g, _trainable(g)) for g in self.param_groups]
+    def _sweep(self, forward: Forward) -> list[Estimate]:
+        """Every block's estimate, and its update: at once, or when all of them are known."""
+        blocks, found = self._blocks(), []
+        at_once = self.param_groups[0]["block_order"] == "sequential"
+        with self._get_prefix().step(forward) if blocks != [None] else contextlib.nullcontext():
+            for block in blocks:
+                found.append(self._estimate(forward, block))
+                # What is not finite ends the step: this block and those after it stay.
+                if not found[-1].is_finite:
+                    return found
+                if at_once:
+                    self._apply(found[-1], block)
+        if not at_once:
+            for one, block in zip(found, blocks, strict=True):
+                self._apply(one, block)
+        return found
+
+    def _estimate(self, forward: Forward, block: int | None) -> Estimate:
+        with self._evaluator(forward, block) as loss_at:
+            return estimate(loss_at, self._seeds(block), self.param_groups[0]["two_sided"])
+
+    def _seeds(self, block: int | None) -> list[int]:
+        group = self.param_groups[0]
+        return [
+            derive_seed(group["seed"], group["step"], k, block=block or 0)
+            for k in range(group["num_queries"])
+        ]
+
+    @contextlib.contextmanager
+    def _evaluator(self, forward: Callable[[], Any], block: int | None) -> Iterator[LossAt]:
+        """Yields the loss as a function of (seed, side): at θ + side · εz of a block, or of all."""
+        groups = [(g, _trainable(g, block)) for g in self.param_groups]
         params = [g["params"][i] for g, chosen in groups for i in chosen]
         streams = [g["streams"][i] for g, chosen in groups for i in chosen]
         eps = [float(g["eps"]) for g, chosen in groups for _ in chosen]
         perturber = self._get_perturber(params)
-        mask = _join_masks(groups)
+        mask = _join_masks([(g, chosen) for g, chosen in groups if chosen])
         dist = self.param_groups[0]["dist"]
-        kind = torch.zeros((), dtype=torch.float32)
 
-        def forward() -> float:
-            nonlocal kind
-            replay_random()
-            loss = closure()
-            if isinstance(loss, torch.Tensor):
-                if loss.numel() != 1:
-                    raise ValueError(
-                        f"The closure returned a tensor of shape {tuple(loss.shape)}, but the "
-                        "loss must be a scalar; take its mean."
-                    )
-                wide = loss.dtype if loss.dtype is torch.float64 else torch.float32
-                kind = loss.detach().to(wide)
-            return float(loss)
+        def run(perturbed: list[nn.Parameter]) -> float:
+            if block is None:
+                return float(forward())
+            return float(self._get_prefix().run(forward, perturbed))
 
         def loss_at(seed: int, side: float) -> float:
             before, noise_before = time.perf_counter(), perturber.seconds
             if side == 0:
-                loss = forward()
+                if self._base_loss is None:
+                    self._base_loss = run([])
+                loss = self._base_loss
             else:
                 scales = [side * e for e in eps]
                 at = Direction(params, streams, scales, seed, dist, mask, self.backend)
                 if isinstance(perturber, OnEntry):
-                    loss = perturber.run(at, forward)
+                    loss = perturber.run(at, lambda: run(params))
                 else:
                     with perturber.at(at):
-                        loss = forward()
+                        loss = run(params)
             noise_time = perturber.seconds - noise_before
             self.timing.noise += noise_time
             self.timing.forwards += time.perf_counter() - before - noise_time
             return loss
 
-        with perturber.session(), _same_randomness(self.model, params) as replay_random:
-            return estimate(loss_at, seeds, two_sided), kind
+        with perturber.session():
+            yield loss_at
 
-    def _apply(self, found: Estimate) -> None:
-        for group in self.param_groups:
-            gradients = [d / float(group["eps"]) for d in found.differences]
-            if group is self.param_groups[0]:
-                self.projected_gradients = gradients
-            chosen = _trainable(group)
+    def _apply(self, found: Estimate, block: int | None) -> None:
+        before = time.perf_counter()
+        groups = [(g, _trainable(g, block)) for g in self.param_groups]
+        eps = [float(g["eps"]) for g, chosen in groups if chosen]
+        self.projected_gradients += [d / eps[0] for d in found.differences]
+        for group, chosen in groups:
             if chosen:
+                gradients = [d / float(group["eps"]) for d in found.differences]
                 self._update(group, chosen, found.seeds, gradients)
+                if block is not None:
+                    self._get_prefix().forget([group["params"][i] for i in chosen])
+        self._base_loss = None
+        self.timing.update += time.perf_counter() - before
 
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
@@ -251,20 +298,37 @@ class ZOOptimizer(torch.optim.Optimizer):
         first = self.param_groups[0]
         return derive_seed(first["seed"], first["step"], 0, ROUNDING)
 
+    def _blocks(self) -> list[int] | list[None]:
+        """The numbers of the blocks with trainable parameters; [None] if there are no blocks."""
+        if self.param_groups[0]["blocks"] is None:
+            return [None]
+        return sorted({g["blocks"][i] for g in self.param_groups for i in _trainable(g)})
+
+    def _get_prefix(self) -> Prefix:
+        if self._prefix is None:
+            self._prefix = Prefix(self.model)
+        return self._prefix
+
     def _get_perturber(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
-        known = self._perturber
-        if known is None or [id(p) for p in known.params] != [id(p) for p in params]:
-            if self.perturb == "on_entry":
-                assert self.model is not None
-                known = OnEntry(self.model, params)
-            else:
-                known = InPlace(params)
-            self._perturber = known
-        return known
+        key = tuple(map(id, params))
+        if key not in self._perturbers:
+            self._perturbers[key] = self._make_perturber(params)
+        return self._perturbers[key]
+
+    def _make_perturber(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
+        if self.perturb == "on_entry":
+            assert self.model is not None
+            return OnEntry(self.model, params)
+        return InPlace(params)
 
 
-def _trainable(group: dict) -> list[int]:
-    return [i for i, p in enumerate(group["params"]) if p.requires_grad]
+def _trainable(group: dict, block: int | None = None) -> list[int]:
+    """The positions of a group's trainable parameters, of one block or of all."""
+    return [
+        i
+        for i, p in enumerate(group["params"])
+        if p.requires_grad and (block is None or group["blocks"][i] == block)
+    ]
 
 
 def _join_masks(groups: list[tuple[dict, list[int]]]) -> mask_types.Mask | None:
@@ -295,40 +359,9 @@ def _check_group(group: dict) -> None:
         raise ValueError(
             f"rounding is {group['rounding']!r}, but it must be 'nearest' or 'stochastic'."
         )
+    if group["block_order"] not in partitions.ORDERS:
+        raise ValueError(
+            f"block_order is {group['block_order']!r}, but it must be one of "
+            f"{', '.join(partitions.ORDERS)}."
+        )
     noise.check_address(0, group["seed"], 0, 0)
-
-
-@contextlib.contextmanager
-def _same_randomness(
-    model: nn.Module | None, params: list[nn.Parameter]
-) -> Iterator[Callable[[], None]]:
-    """Dropout off, buffers kept; yields a function that makes the next forward draw as the first.
-
-    The root keeps its training flag, since trainers read it to tell training from evaluation;
-    what it draws itself is replayed.
-    """
-    device = params[0].device if params else torch.device("cpu")
-    cpu_state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def replay() -> None:
-        torch.set_rng_state(cpu_state)
-        if device_state is not None:
-            torch.cuda.set_rng_state(device_state, device)
-
-    switched: list[nn.Module] = []
-    buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-    if model is not None:
-        leaf = not any(True for _ in model.children())
-        switched = [m for m in model.modules() if m.training and (leaf or m is not model)]
-        buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
-    for m in switched:
-        m.training = False
-    try:
-        yield replay
-    finally:
-        for m in switched:
-            m.training = True
-        for buffer, copy, version in buffers:
-            if buffer._version != version:
-                buffer.copy_(copy)
