@@ -416,7 +416,14 @@ def test_on_entry_needs_scratch_for_the_largest_layer_only():
     model = nn.Sequential(*[nn.Linear(64, 64) for _ in range(20)])
     opt = zk.ZOSGD(model, lr=0.0, perturb="on_entry")
     sizes = []
-    opt.step(lambda: (model(torch.ones(64)).sum(), sizes.append(opt._perturber._scratch[:]))[0])
+
+    def closure():
+        loss = model(torch.ones(64)).sum()
+        (perturber,) = opt._perturbers.values()
+        sizes.append(perturber._scratch[:])
+        return loss
+
+    opt.step(closure)
     assert sum(b.numel() for b in sizes[-1]) == 64 * 64 + 64
 
 

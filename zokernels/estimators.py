@@ -34,8 +34,8 @@ class Estimate:
 
     @property
     def is_finite(self) -> bool:
-        """Whether every loss was a finite number."""
-        return all(map(math.isfinite, self.losses))
+        """Whether every loss was a finite number, and so every difference."""
+        return all(map(math.isfinite, [*self.losses, *self.differences]))
 
 
 def estimate(
@@ -73,7 +73,14 @@ def estimate(
     return Estimate(list(seeds), losses, differences, loss)
 
 
-def derive_seed(run_seed: int, step: int, query: int, purpose: int = DIRECTION) -> int:
-    """The 64-bit seed of a query's direction: a hash of (run seed, step, query, purpose)."""
+def derive_seed(
+    run_seed: int, step: int, query: int, purpose: int = DIRECTION, block: int = 0
+) -> int:
+    """The 64-bit seed of a query's direction: a hash of (run seed, step, query, purpose, block).
+
+    Block 0 has the seeds of a run without blocks.
+    """
     message = struct.pack("<QQQQ", run_seed, step, query, purpose)
+    if block:
+        message += struct.pack("<Q", block)
     return int.from_bytes(hashlib.blake2b(message, digest_size=8).digest(), "little")

@@ -12,20 +12,23 @@ from typing import Any
 import torch
 from torch import nn
 
+from zokernels import blocks as partitions
 from zokernels import masks as mask_types
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
 from zokernels.optim import sparse
+from zokernels.optim.forward import Closure, Forward, same_randomness
 from zokernels.optim.groups import Chosen, check_group, join_masks, trainable
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, choose_mode
+from zokernels.prefix import Prefix
 
-Closure = Callable[[], torch.Tensor | float]
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
 
 
 # What a param group cannot have of its own, since a step perturbs all groups together.
 _OF_THE_RUN = (
-    "seed", "step", "num_queries", "two_sided", "sparsity", "resample_every", "threshold",
+    "seed", "step", "num_queries", "two_sided", "block_order", "sparsity", "resample_every",
+    "threshold",
 )  # fmt: skip
 
 
@@ -53,6 +56,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         sparsity: Share s of the weights to leave out, by the rule of `zokernels.optim.sparse`: more
             of a tensor the smaller its weights are now. Instead of ``mask``.
         resample_every: Draw the mask of ``sparsity`` again every so many steps.
+        blocks: Perturb one block of parameters after the other, each with its own noise, and update
+            each from its own losses: ``"layer"`` (embeddings, each layer, head), ``"module"``, a
+            list of lists of parameters, or a function from a parameter's name to its block's label.
+        block_order: ``"sequential"``: a block is updated before the next one is perturbed;
+            ``"simultaneous"``: all are estimated at the same weights, and then updated.
         rounding: Of the update of 16-bit weights, ``"nearest"`` or ``"stochastic"``.
         weight_decay: Decoupled: the weights shrink by the factor 1 − η · weight_decay.
         maximize: Step up instead of down.
@@ -61,10 +69,11 @@ class ZOOptimizer(torch.optim.Optimizer):
             ``"in_place"`` (default for parameters: a copy of the trainable weights).
         backend: As for `zokernels.ops.add_noise_`.
         max_bad_steps: Raise after this many steps in a row with a loss that was not finite.
+        model: The module, where ``params`` are groups of its parameters.
         rule_defaults: For authors of rules: the rule's own defaults of a param group.
 
     Attributes:
-        projected_gradients: The dₖ of the last step, as Python floats.
+        projected_gradients: The dₖ of the last step, as Python floats, block after block.
         timing: Where the last step's time went.
         bad_steps: Steps in a row whose loss was not finite; they change no weight.
 
@@ -84,6 +93,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         mask: mask_types.Mask | None = None,
         sparsity: float | None = None,
         resample_every: int | None = None,
+        blocks: partitions.Blocks = None,
+        block_order: str = "sequential",
         rounding: str = "nearest",
         weight_decay: float = 0.0,
         maximize: bool = False,
@@ -91,9 +102,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         perturb: str | None = None,
         backend: str | None = None,
         max_bad_steps: int = 10,
+        model: nn.Module | None = None,
         rule_defaults: dict[str, Any] | None = None,
     ):
-        self.model = params if isinstance(params, nn.Module) else None
+        self.model = params if isinstance(params, nn.Module) else model
         self.perturb = choose_mode(self.model, perturb)
         self.backend = backend
         self.max_bad_steps = max_bad_steps
@@ -102,11 +114,14 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.bad_steps = 0
         self._last_stream = -1
         self._numbers: dict[int, int] = {}
-        self._perturber: InPlace | OnEntry | None = None
+        self._perturbers: dict[tuple[int, ...], InPlace | OnEntry] = {}
+        self._prefix: Prefix | None = None
+        # L(θ) on the step's batch, until a weight changes.
+        self._base_loss: float | None = None
         if self.model is not None:
-            named = list(self.model.parameters())
-            self._numbers = {id(p): i for i, p in enumerate(named)}
-            params = [p for p in named if p.requires_grad]
+            self._numbers = {id(p): i for i, p in enumerate(self.model.parameters())}
+        if isinstance(params, nn.Module):
+            params = [p for p in params.parameters() if p.requires_grad]
             if not params:
                 raise ValueError(
                     "The module has no trainable parameter: every one has requires_grad=False; "
@@ -122,6 +137,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             sparsity=sparsity,
             resample_every=resample_every,
             threshold=None,
+            blocks=blocks,
+            block_order=block_order,
             rounding=rounding,
             weight_decay=weight_decay,
             maximize=maximize,
@@ -129,7 +146,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             step=0,
             **(rule_defaults or {}),
         )
-        super().__init__(params, defaults)  # type: ignore[arg-type]
+        super().__init__(params, defaults)
         if sparsity is not None:
             sparse.install(self.param_groups)
 
@@ -145,6 +162,8 @@ class ZOOptimizer(torch.optim.Optimizer):
             if not isinstance(group["mask"], dict):
                 mask_types.resolve(group["mask"], group["params"])
                 group["mask"] = mask_types.to_plain(group["mask"])
+            if group["blocks"] is not None:
+                group["blocks"] = partitions.number(group["blocks"], self.model, group["params"])
         except Exception:
             self.param_groups.pop()
             raise
@@ -161,7 +180,7 @@ class ZOOptimizer(torch.optim.Optimizer):
             group[name] = first[name]
         if group["threshold"] is not None:
             sparse.mask_group(group)
-        self._perturber = None
+        self._perturbers.clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; a state keeps the type it was saved in."""
@@ -206,83 +225,108 @@ class ZOOptimizer(torch.optim.Optimizer):
             )
         started = time.perf_counter()
         self.timing = StepTiming()
+        self.projected_gradients = []
+        self._base_loss = None
         group = self.param_groups[0]
         sparse.redraw(self.param_groups)
-        seeds = [derive_seed(group["seed"], group["step"], k) for k in range(group["num_queries"])]
-        found, kind = self._forwards(closure, seeds, group["two_sided"])
-        if found.is_finite:
+        params = [g["params"][i] for g in self.param_groups for i in trainable(g)]
+        with same_randomness(self.model, params) as replay_random:
+            forward = Forward(closure, replay_random)
+            found = self._sweep(forward)
+        if all(one.is_finite for one in found):
             self.bad_steps = 0
-            before = time.perf_counter()
-            self._apply(found)
-            self.timing.update = time.perf_counter() - before
         else:
             self.bad_steps += 1
-            self.projected_gradients = [math.nan] * len(seeds)
+            self.projected_gradients = [math.nan] * group["num_queries"] * len(self._blocks())
         for g in self.param_groups:
             g["step"] = group["step"] + (1 if g is group else 0)
         self.timing.total = time.perf_counter() - started
         if self.bad_steps >= self.max_bad_steps:
             raise FloatingPointError(
                 f"The loss was not finite in {self.bad_steps} steps in a row (the last losses: "
-                f"{found.losses}), so no weight was changed in them; lower lr or eps, or look at "
-                "the data."
+                f"{found[-1].losses}), so no weight was changed in them; lower lr or eps, or look "
+                "at the data."
             )
-        return torch.tensor(found.loss, dtype=kind.dtype, device=kind.device)
+        loss = sum(one.loss for one in found) / len(found)
+        return torch.tensor(loss, dtype=forward.kind.dtype, device=forward.kind.device)
 
-    def _forwards(
-        self, closure: Closure, seeds: list[int], two_sided: bool
-    ) -> tuple[Estimate, torch.Tensor]:
-        groups = [(g, trainable(g)) for g in self.param_groups]
+    def _sweep(self, forward: Forward) -> list[Estimate]:
+        """Every block's estimate, and its update: at once, or when all of them are known."""
+        blocks, found = self._blocks(), []
+        at_once = self.param_groups[0]["block_order"] == "sequential"
+        with self._get_prefix().step(forward) if blocks != [None] else contextlib.nullcontext():
+            for block in blocks:
+                found.append(self._estimate(forward, block))
+                # What is not finite ends the step: this block and those after it stay.
+                if not found[-1].is_finite:
+                    return found
+                if at_once:
+                    self._apply(found[-1], block)
+        if not at_once:
+            for one, block in zip(found, blocks, strict=True):
+                self._apply(one, block)
+        return found
+
+    def _estimate(self, forward: Forward, block: int | None) -> Estimate:
+        groups = self._chosen(block)
+        eps = [float(g["eps"]) for g, chosen in groups for _ in chosen]
+        with self._losses(forward, block, groups) as loss_of:
+
+            def loss_at(seed: int, side: float) -> float:
+                return loss_of([Move((side * e,)) for e in eps] if side else None, [seed], 0)
+
+            found = estimate(loss_at, self._seeds(block), self.param_groups[0]["two_sided"])
+            if found.is_finite:
+                self._judge(found, loss_of, groups)
+        return found
+
+    def _seeds(self, block: int | None) -> list[int]:
+        group = self.param_groups[0]
+        return [
+            derive_seed(group["seed"], group["step"], k, block=block or 0)
+            for k in range(group["num_queries"])
+        ]
+
+    @contextlib.contextmanager
+    def _losses(
+        self, forward: Callable[[], Any], block: int | None, groups: Chosen
+    ) -> Iterator[LossOf]:
+        """Yields ``loss_of(moves, seeds, rounding_seed)``; see `_judge`."""
         params = [g["params"][i] for g, chosen in groups for i in chosen]
         streams = [g["streams"][i] for g, chosen in groups for i in chosen]
-        eps = [float(g["eps"]) for g, chosen in groups for _ in chosen]
         perturber = self._get_perturber(params)
         mask = join_masks(groups)
         dist = self.param_groups[0]["dist"]
-        kind = torch.zeros((), dtype=torch.float32)
 
-        def forward() -> float:
-            nonlocal kind
-            replay_random()
-            loss = closure()
-            if isinstance(loss, torch.Tensor):
-                if loss.numel() != 1:
-                    raise ValueError(
-                        f"The closure returned a tensor of shape {tuple(loss.shape)}, but the "
-                        "loss must be a scalar; take its mean."
-                    )
-                wide = loss.dtype if loss.dtype is torch.float64 else torch.float32
-                kind = loss.detach().to(wide)
-            return float(loss)
+        def run(perturbed: list[nn.Parameter]) -> float:
+            if block is None:
+                return float(forward())
+            return float(self._get_prefix().run(forward, perturbed))
 
         def loss_of(
             moves: Sequence[Move] | None, seeds: Sequence[int], rounding_seed: int
         ) -> float:
             before, noise_before = time.perf_counter(), perturber.seconds
             if moves is None:
-                loss = forward()
+                if self._base_loss is None:
+                    self._base_loss = run([])
+                loss = self._base_loss
             else:
                 at = Direction(
                     params, streams, moves, seeds, dist, mask, self.backend, rounding_seed
                 )
                 if isinstance(perturber, OnEntry):
-                    loss = perturber.run(at, forward)
+                    loss = perturber.run(at, lambda: run(params))
                 else:
                     with perturber.at(at):
-                        loss = forward()
+                        loss = run(params)
             noise_time = perturber.seconds - noise_before
             self.timing.noise += noise_time
             self.timing.forwards += time.perf_counter() - before - noise_time
             return loss
 
-        def loss_at(seed: int, side: float) -> float:
-            return loss_of([Move((side * e,)) for e in eps] if side else None, [seed], 0)
-
-        with perturber.session(), _same_randomness(self.model, params) as replay_random:
-            found = estimate(loss_at, seeds, two_sided)
-            if found.is_finite:
-                self._judge(found, loss_of, groups)
-            return found, kind
+        with perturber.session():
+            yield loss_of
 
     def _judge(self, found: Estimate, loss_of: LossOf, groups: Chosen) -> None:
         """Look at further points of the same batch before the update; most rules need none.
@@ -295,14 +339,18 @@ class ZOOptimizer(torch.optim.Optimizer):
             groups: The groups, each with the positions of what the estimate is for.
         """
 
-    def _apply(self, found: Estimate) -> None:
-        for group in self.param_groups:
-            gradients = [d / float(group["eps"]) for d in found.differences]
-            if group is self.param_groups[0]:
-                self.projected_gradients = gradients
-            chosen = trainable(group)
-            if chosen and found.side:
-                self._update(group, chosen, found.seeds, [found.side * d for d in gradients])
+    def _apply(self, found: Estimate, block: int | None) -> None:
+        before = time.perf_counter()
+        groups = self._chosen(block)
+        first = float(groups[0][0]["eps"])
+        self.projected_gradients += [d / first for d in found.differences]
+        for group, chosen in groups if found.side else ():
+            gradients = [found.side * (d / float(group["eps"])) for d in found.differences]
+            self._update(group, chosen, found.seeds, gradients)
+            self._base_loss = None
+            if block is not None:
+                self._get_prefix().forget([group["params"][i] for i in chosen])
+        self.timing.update += time.perf_counter() - before
 
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
@@ -329,49 +377,30 @@ class ZOOptimizer(torch.optim.Optimizer):
         first = self.param_groups[0]
         return derive_seed(first["seed"], first["step"], 0, ROUNDING)
 
+    def _blocks(self) -> list[int] | list[None]:
+        """The numbers of the blocks with trainable parameters; [None] if there are no blocks."""
+        if self.param_groups[0]["blocks"] is None:
+            return [None]
+        return sorted({g["blocks"][i] for g in self.param_groups for i in trainable(g)})
+
+    def _chosen(self, block: int | None) -> Chosen:
+        """The groups with trainable parameters in a block, and the positions of these."""
+        found = [(g, trainable(g, block)) for g in self.param_groups]
+        return [(g, chosen) for g, chosen in found if chosen]
+
+    def _get_prefix(self) -> Prefix:
+        if self._prefix is None:
+            self._prefix = Prefix(self.model)
+        return self._prefix
+
     def _get_perturber(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
-        known = self._perturber
-        if known is None or [id(p) for p in known.params] != [id(p) for p in params]:
-            if self.perturb == "on_entry":
-                assert self.model is not None
-                known = OnEntry(self.model, params)
-            else:
-                known = InPlace(params)
-            self._perturber = known
-        return known
+        key = tuple(map(id, params))
+        if key not in self._perturbers:
+            self._perturbers[key] = self._make_perturber(params)
+        return self._perturbers[key]
 
-
-@contextlib.contextmanager
-def _same_randomness(
-    model: nn.Module | None, params: list[nn.Parameter]
-) -> Iterator[Callable[[], None]]:
-    """Dropout off, buffers kept; yields a function that makes the next forward draw as the first.
-
-    The root keeps its training flag, since trainers read it to tell training from evaluation;
-    what it draws itself is replayed.
-    """
-    device = params[0].device if params else torch.device("cpu")
-    cpu_state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def replay() -> None:
-        torch.set_rng_state(cpu_state)
-        if device_state is not None:
-            torch.cuda.set_rng_state(device_state, device)
-
-    switched: list[nn.Module] = []
-    buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
-    if model is not None:
-        leaf = not any(True for _ in model.children())
-        switched = [m for m in model.modules() if m.training and (leaf or m is not model)]
-        buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
-    for m in switched:
-        m.training = False
-    try:
-        yield replay
-    finally:
-        for m in switched:
-            m.training = True
-        for buffer, copy, version in buffers:
-            if buffer._version != version:
-                buffer.copy_(copy)
+    def _make_perturber(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
+        if self.perturb == "on_entry":
+            assert self.model is not None
+            return OnEntry(self.model, params)
+        return InPlace(params)

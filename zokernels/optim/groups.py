@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zokernels import masks, noise
+from zokernels import blocks, masks, noise
 
 # Param groups, each with the positions of the parameters in it that a pass is for.
 Chosen = list[tuple[dict, list[int]]]
@@ -16,9 +16,13 @@ def mean_coefficients(group: dict, gradients: list[float]) -> list[float]:
     return [sign * d / len(gradients) for d in gradients]
 
 
-def trainable(group: dict) -> list[int]:
-    """Positions of the group's parameters that require a gradient."""
-    return [i for i, p in enumerate(group["params"]) if p.requires_grad]
+def trainable(group: dict, block: int | None = None) -> list[int]:
+    """Positions of the group's parameters that require a gradient, of one block or of all."""
+    return [
+        i
+        for i, p in enumerate(group["params"])
+        if p.requires_grad and (block is None or group["blocks"][i] == block)
+    ]
 
 
 def join_masks(groups: Chosen) -> masks.Mask | None:
@@ -49,6 +53,11 @@ def check_group(group: dict) -> None:
     if group["rounding"] not in ("nearest", "stochastic"):
         raise ValueError(
             f"rounding is {group['rounding']!r}, but it must be 'nearest' or 'stochastic'."
+        )
+    if group["block_order"] not in blocks.ORDERS:
+        raise ValueError(
+            f"block_order is {group['block_order']!r}, but it must be one of "
+            f"{', '.join(blocks.ORDERS)}."
         )
     noise.check_address(0, group["seed"], 0, 0)
     share, every = group["sparsity"], group["resample_every"]
