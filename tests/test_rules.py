@@ -239,6 +239,18 @@ def test_a_round_trip_within_the_process_shares_no_state(name):
     assert held == [t.data_ptr() for s in states(other) for t in s.values()]
 
 
+def test_a_run_can_go_on_with_another_rule():
+    model = Odd(torch.float32)
+    opt = zk.ZOSGD(model, lr=1e-3, seed=4)
+    opt.step(model)
+    after = zk.ZOAdam(model, betas=(0.5, 0.75))
+    after.load_state_dict(opt.state_dict())
+    after.step(model)
+    group = after.param_groups[0]
+    assert (group["betas"], group["seed"], group["step"], group["lr"]) == ((0.5, 0.75), 4, 2, 1e-3)
+    assert all(set(s) == {"m", "v", "v_max"} for s in states(after))
+
+
 @pytest.mark.hf
 def test_accelerate_leaves_float32_states_of_bfloat16_weights_alone():
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
