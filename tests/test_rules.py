@@ -32,7 +32,10 @@ class Odd(nn.Module):
 
     def forward(self):
         h = self.frozen(self.hidden(self.embed(self.x)).tanh())
-        return nn.functional.cross_entropy(self.head(h * self.scale), self.y) + self.empty.sum()
+        logits = self.head(h * self.scale)
+        # A loss in bfloat16 would be the same on both sides of most perturbations.
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return nn.functional.cross_entropy(wide, self.y) + self.empty.sum()
 
 
 BETAS = dict(betas=(0.8, 0.95), adam_eps=1e-6)
@@ -217,9 +220,10 @@ def test_a_state_keeps_its_type_and_bits_through_a_file(
     resumed.load_state_dict(torch.load(tmp_path / "opt.pt", weights_only=True))
     for a, b in zip(states(opt), states(resumed), strict=True):
         assert all(b[k].dtype is expected and torch.equal(bits(a[k]), bits(b[k])) for k in names)
+    then = state(model)
     for _ in range(4):
         assert torch.equal(opt.step(model), resumed.step(twin))
-    assert unchanged(twin, state(model)) == []
+    assert unchanged(twin, state(model)) == [] and unchanged(model, then) != []
 
 
 @pytest.mark.parametrize("name", ["momentum", "amsgrad", "adam"])
@@ -239,6 +243,18 @@ def test_a_round_trip_within_the_process_shares_no_state(name):
     assert held == [t.data_ptr() for s in states(other) for t in s.values()]
 
 
+def test_a_run_can_go_on_with_another_rule():
+    model = Odd(torch.float32)
+    opt = zk.ZOSGD(model, lr=1e-3, seed=4)
+    opt.step(model)
+    after = zk.ZOAdam(model, betas=(0.5, 0.75))
+    after.load_state_dict(opt.state_dict())
+    after.step(model)
+    group = after.param_groups[0]
+    assert (group["betas"], group["seed"], group["step"], group["lr"]) == ((0.5, 0.75), 4, 2, 1e-3)
+    assert all(set(s) == {"m", "v", "v_max"} for s in states(after))
+
+
 @pytest.mark.hf
 def test_accelerate_leaves_float32_states_of_bfloat16_weights_alone():
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
@@ -246,6 +262,7 @@ def test_accelerate_leaves_float32_states_of_bfloat16_weights_alone():
     for m, o in ((model, opt), (twin, plain)):
         o.step(m)
     accelerator.prepare(opt)
+    assert any(t.any() for s in states(opt) for t in s.values())
     for _ in range(3):
         assert torch.equal(opt.step(model), plain.step(twin))
     assert all(t.dtype is torch.float32 for s in states(opt) for t in s.values())
@@ -310,7 +327,7 @@ def remade(window):
     "window, dtype",
     [(1, torch.float32), (5, torch.float32), (5, torch.float64), (True, torch.float32)],
 )
-def test_fifty_steps_with_a_window_equal_the_textbook(window, dtype):
+def test_steps_with_a_window_equal_the_textbook(window, dtype):
     h = dict(lr=0.003, eps=3e-3, weight_decay=0.07, beta=0.8)
     common = dict(seed=12, two_sided=True, dist="gaussian", maximize=True)
     model, twin = Odd(dtype), Odd(dtype)
@@ -318,7 +335,8 @@ def test_fifty_steps_with_a_window_equal_the_textbook(window, dtype):
     assert opt.param_groups[0]["window"] == (32 if window is True else window)
     params = [(i, p, h) for i, p in enumerate(twin.parameters()) if p.requires_grad]
     rule = remade(32 if window is True else window)
-    check(opt, model, Textbook(rule, params, twin, q=2, **common), twin, 50)
+    steps = 50 if dtype is torch.float32 else 15
+    check(opt, model, Textbook(rule, params, twin, q=2, **common), twin, steps)
     assert not opt.state
 
 
@@ -345,6 +363,7 @@ def test_what_a_window_drops_is_beta_to_the_w_of_the_momentum():
 def test_a_window_resumes_from_plain_numbers_bit_for_bit(tmp_path):
     kw = dict(lr=0.01, seed=2**64 - 1, num_queries=2, sparsity=0.3, resample_every=5)
     model = Odd(torch.bfloat16)
+    start = state(model)
     opt = zk.ZOSGDMomentum(model, window=4, rounding="stochastic", **kw)
     for _ in range(3):
         opt.step(model)
@@ -358,7 +377,7 @@ def test_a_window_resumes_from_plain_numbers_bit_for_bit(tmp_path):
     for _ in range(5):
         assert torch.equal(opt.step(model), resumed.step(twin))
         kept.append(history_of(opt.param_groups[0]))
-    assert unchanged(twin, state(model)) == []
+    assert unchanged(twin, state(model)) == [] and unchanged(model, start) != []
     # The fifth step ends the first mask, and the sixth begins with its own directions.
     assert kept == [4, 4, 1, 2, 3] and history_of(taken["param_groups"][0]) == 3
 
@@ -425,8 +444,7 @@ QUADRATIC = torch.tensor([[3.0, 1.0, -0.5], [1.0, 2.0, 0.25], [-0.5, 0.25, 4.0]]
 
 
 @pytest.mark.parametrize("two_sided, masked, dist", [
-    (True, False, "gaussian"), (True, True, "rademacher"), (False, True, "gaussian"),
-    (False, False, "rademacher"),
+    (True, False, "gaussian"), (False, True, "gaussian"), (False, False, "rademacher"),
 ])  # fmt: skip
 def test_the_mean_of_ten_thousand_estimates_is_the_gradient(two_sided, masked, dist):
     # q = 10⁴ queries of one step at lr 1 write θ − ĝ, the mean of 10⁴ estimates.

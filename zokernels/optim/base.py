@@ -187,6 +187,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         own = own_states(self)
         super().load_state_dict(state_dict)
         restore_states(self, state_dict, own)
+        # What another rule or an older version did not save.
+        for group in self.param_groups:
+            for name, value in self.defaults.items():
+                group.setdefault(name, value)
 
     def sparsity_report(self) -> sparse.SparsityReport:
         """What ``sparsity`` came to: the shares asked for, expected, and pruned by this mask.
