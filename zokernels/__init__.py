@@ -7,7 +7,18 @@ from zokernels import masks, noise, ops
 from zokernels.backends import backends
 from zokernels.optim import ZOSGD
 from zokernels.perturb import perturbed
+from zokernels.trajectory import Trajectory, TrajectoryError, replay
 
 __version__ = "0.1.0"
 
-__all__ = ["ZOSGD", "backends", "masks", "noise", "ops", "perturbed"]
+__all__ = [
+    "Trajectory",
+    "TrajectoryError",
+    "ZOSGD",
+    "backends",
+    "masks",
+    "noise",
+    "ops",
+    "perturbed",
+    "replay",
+]

@@ -1,0 +1,120 @@
+"""An optimizer and its log: beginning one, and going on from one after a crash."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
+from zokernels.trajectory.recorder import check_recordable
+
+if TYPE_CHECKING:
+    from zokernels.optim.base import ZOOptimizer
+
+# What of a param group may change from step to step, or grows with the steps.
+_CHANGING = {"params", "streams", "mask", "lr", "initial_lr", "step", "updates", "history"}
+
+
+def begin(
+    optimizer: ZOOptimizer, path: str | Path, about: dict[str, Any] | None, sync_every: float
+) -> Recorder:
+    """Starts a trajectory at the optimizer's present step; see `ZOOptimizer.record`."""
+    for group in optimizer.param_groups:
+        check_recordable(group["mask"])
+    if any(state for state in optimizer.state.values()):
+        raise TrajectoryError(
+            "The optimizer has made steps that left a state behind, which a replay could not make "
+            "again; record from its first step."
+        )
+    first = optimizer.param_groups[0]
+    return Recorder.create(
+        path,
+        _named(optimizer),
+        optimizer=type(optimizer).__name__,
+        groups=_constants(optimizer),
+        seed=first["seed"],
+        first=first["step"],
+        replayable=optimizer.replayable,
+        about=about,
+        sync_every=sync_every,
+    )
+
+
+def resume(
+    optimizer: ZOOptimizer, path: str | Path, until: int | None, sync_every: float
+) -> Recorder:
+    """Replays a trajectory onto a new optimizer; see `ZOOptimizer.resume`."""
+    trajectory = Trajectory(path)
+    until = trajectory.until(until)
+    _check_same_run(optimizer, trajectory)
+    named = _named(optimizer)
+    order = [p["name"] for p in trajectory.header["parameters"]]
+    by_name = {name: (name, p, stream) for name, p, stream in named}
+    model = optimizer.model
+    tensors = match(trajectory, [p for _, p, _ in named] if model is None else model)
+    recorder = Recorder.reopen(trajectory, until, [by_name[n] for n in order], sync_every)
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    play(trajectory, tensors, until, states, backend=optimizer.backend)
+    for place, state in states.items():
+        optimizer.state[tensors[place]].update(state)
+    steps = trajectory.steps[: until - trajectory.header["first"]]
+    for group in optimizer.param_groups:
+        group["step"] = until
+        mine = {id(p) for p in group["params"]}
+        touched = [any(id(tensors[i]) in mine for i in d["parameters"]) for d in trajectory.passes]
+        passes = [p for step in steps for p in step.passes or () if touched[p.of]]
+        optimizer._replayed(group, passes)
+    optimizer.bad_steps = 0
+    while optimizer.bad_steps < len(steps) and steps[-1 - optimizer.bad_steps].passes is None:
+        optimizer.bad_steps += 1
+    return recorder
+
+
+def _named(optimizer: ZOOptimizer) -> list[tuple[str, torch.Tensor, int]]:
+    """Every parameter of the module, or of the groups: (name, parameter, stream)."""
+    if optimizer.model is not None:
+        return [(n, p, i) for i, (n, p) in enumerate(optimizer.model.named_parameters())]
+    pairs = [pair for g in optimizer.param_groups for pair in zip(g["params"], g["streams"])]
+    return [(str(i), p, stream) for i, (p, stream) in enumerate(pairs)]
+
+
+def _constants(optimizer: ZOOptimizer) -> list[dict[str, Any]]:
+    """The numbers of each group that stay as they are, as JSON gives them back."""
+    plain = [
+        {
+            k: v
+            for k, v in g.items()
+            if k not in _CHANGING and isinstance(v, bool | int | float | str | tuple | None)
+        }
+        for g in optimizer.param_groups
+    ]
+    return json.loads(json.dumps(plain))
+
+
+def _check_same_run(optimizer: ZOOptimizer, trajectory: Trajectory) -> None:
+    header, name = trajectory.header, type(optimizer).__name__
+    if header["optimizer"] != name:
+        raise TrajectoryError(
+            f"{trajectory.path} was recorded by {header['optimizer']}, but this is {name}; "
+            "make the same optimizer."
+        )
+    if any(state for state in optimizer.state.values()):
+        raise TrajectoryError(
+            "The optimizer has made steps already; resume with a new one and the base model."
+        )
+    now = _constants(optimizer)
+    if len(now) != len(header["groups"]):
+        raise TrajectoryError(
+            f"{trajectory.path} was recorded with {len(header['groups'])} param groups, but the "
+            f"optimizer has {len(now)}; make the same groups."
+        )
+    for here, there in zip(now, header["groups"], strict=True):
+        for key in sorted({*here, *there}):
+            if here.get(key) != there.get(key):
+                raise TrajectoryError(
+                    f"{key} is {here.get(key)!r}, but it was {there.get(key)!r} when "
+                    f"{trajectory.path} was begun; make the optimizer with the same settings."
+                )
