@@ -77,7 +77,9 @@ def _named(optimizer: ZOOptimizer) -> list[tuple[str, torch.Tensor, int]]:
     """Every parameter of the module, or of the groups: (name, parameter, stream)."""
     if optimizer.model is not None:
         return [(n, p, i) for i, (n, p) in enumerate(optimizer.model.named_parameters())]
-    pairs = [pair for g in optimizer.param_groups for pair in zip(g["params"], g["streams"])]
+    pairs = [
+        pair for g in optimizer.param_groups for pair in zip(g["params"], g["streams"], strict=True)
+    ]
     return [(str(i), p, stream) for i, (p, stream) in enumerate(pairs)]
 
 

@@ -217,7 +217,7 @@ class _Player:
             described["rule"],
             seeds,
             coeffs,
-            lr=[step.lr for step in steps],
+            lr=[step.lr or 0.0 for step in steps],
             step=first.count,
             **described["numbers"],
             **options,
@@ -242,6 +242,11 @@ def _joins(last: Scalars, after: Scalars) -> bool:
 
 def _check_written(trajectory: Trajectory, tensors: Sequence[torch.Tensor]) -> None:
     """Refuse, before a byte is written, tensors that no pass would take."""
-    for described in trajectory.passes:
-        checks.check_tensors([tensors[i] for i in described["parameters"]], "the parameters")
-    checks.check_apart(tensors)
+    try:
+        for described in trajectory.passes:
+            chosen = [tensors[i] for i in described["parameters"]]
+            checks.check_tensors(chosen, "the parameters")
+            masks.resolve(masks.from_plain(described["mask"]), chosen)
+        checks.check_apart(tensors)
+    except (TypeError, ValueError) as error:
+        raise TrajectoryError(f"{trajectory.path} can't be replayed: {error}") from None

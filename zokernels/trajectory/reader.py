@@ -98,14 +98,14 @@ class Trajectory:
             if len(head) < form.HEAD_SIZE or (found and at + size > len(data)):
                 break
             if found is None:
-                if not data[at:].rstrip(b"\0"):
+                if len(data[at:].rstrip(b"\0")) < form.HEAD_SIZE:
                     break
                 raise self._damaged(at, "the head of a record does not match its checksum")
             kind, _, first = found
             payload = data[at + form.HEAD_SIZE : at + size - 4]
             after = form.check_payload(payload, data[at + size - 4 : at + size], first)
             if after is None:
-                if len(data[at:].rstrip(b"\0")) <= size - 4:
+                if len(data[at:].rstrip(b"\0")) < size:
                     break
                 raise self._damaged(at, "a record does not match its checksum")
             self._take(kind, payload, at, frames == 0)
@@ -143,8 +143,16 @@ class Trajectory:
     def _add(self, step: Step) -> None:
         if step.number != self.end:
             raise ValueError(f"step {step.number} follows step {self.end - 1}")
-        if any(p.of >= len(self.passes) for p in step.passes or ()):
-            raise ValueError("a pass that was not described")
+        for p in step.passes or ():
+            if p.of >= len(self.passes):
+                raise ValueError("a pass that was not described")
+            described = self.passes[p.of]
+            if (p.lr is None) != (described["rule"] == "add_noise"):
+                raise ValueError("a learning rate that is missing, or that the pass does not have")
+            if p.mask_seed is not None and (described["mask"] or {}).get("kind") != "random":
+                raise ValueError("a mask's seed for a pass without a random mask")
+            if p.count is not None and (described["rule"] != "adam" or p.count < 1):
+                raise ValueError("an update's number that no pass has")
         self.steps.append(step)
 
     def _check_header(self, header: Any) -> dict[str, Any]:
@@ -185,6 +193,8 @@ class Trajectory:
             raise ValueError("a distribution or a rounding that is unknown")
         # Refuses numbers that no pass would take, before any pass runs.
         masks.from_plain(described["mask"])
+        if described["rule"] == "add_noise" and described["states"]:
+            raise ValueError("states of a pass that has none")
         if described["rule"] != "add_noise":
             n = described["numbers"]
             rule, amsgrad = described["rule"], n["amsgrad"]

@@ -38,7 +38,7 @@ class Recorder:
         self._places = {id(p): i for i, p in enumerate(self._tensors)}
         self._wide = _is_wide(self._tensors)
         self._known: dict[Any, int] = {}
-        self._described = len(passes)
+        self._described = [_identity(d) for d in passes]
         self._noted: list[Scalars] = []
         self._fresh: list[dict] = []
         self._mask_seeds: list[int | None] = [_mask_seed(d["mask"]) for d in passes]
@@ -199,20 +199,21 @@ class Recorder:
                 "A pass over shards, or over several steps, was made in one optimizer step, which "
                 "a trajectory cannot record; pass whole parameters, one step at a time."
             )
-        self._fresh.append(
-            {
-                "rule": rule,
-                "parameters": [self._place(p) for p in params],
-                "dist": options["dist"],
-                "rounding": options["rounding"],
-                "mask": mask,
-                "numbers": numbers,
-                "states": [[_dtype(t) for t in state] for state in options.get("states", [])],
-            }
-        )
-        self._mask_seeds.append(_mask_seed(mask))
-        self._known[key] = self._described
-        self._described += 1
+        described = {
+            "rule": rule,
+            "parameters": [self._place(p) for p in params],
+            "dist": options["dist"],
+            "rounding": options["rounding"],
+            "mask": mask,
+            "numbers": numbers,
+            "states": [[_dtype(t) for t in state] for state in options.get("states", [])],
+        }
+        # A resumed run finds its descriptions in the file.
+        if (identity := _identity(described)) not in self._described:
+            self._fresh.append(described)
+            self._described.append(identity)
+            self._mask_seeds.append(_mask_seed(mask))
+        self._known[key] = self._described.index(identity)
         return self._known[key]
 
     def _place(self, p: torch.Tensor) -> int:
@@ -228,7 +229,7 @@ class Recorder:
 def checksum(p: torch.Tensor) -> int:
     """CRC-32 of a tensor's elements in row-major order, little-endian."""
     flat = p.detach().reshape(-1).contiguous()
-    return zlib.crc32(flat.view(torch.uint8).cpu().numpy()) if flat.numel() else 0
+    return zlib.crc32(flat.view(torch.uint8).cpu().numpy().data) if flat.numel() else 0
 
 
 def check_recordable(mask: dict | None) -> None:
@@ -248,6 +249,14 @@ def _mask_seed(mask: dict | None) -> int | None:
     """The seed of a random mask with one seed for all tensors."""
     seed = (mask or {}).get("seed")
     return seed if isinstance(seed, int) else None
+
+
+def _identity(described: dict) -> bytes:
+    """The description as a file holds it, less the mask's seed, which is a step's own number."""
+    mask = described["mask"]
+    if _mask_seed(mask) is not None:
+        mask = {**mask, "seed": 0}
+    return form.pack_json({**described, "mask": mask})
 
 
 def _is_wide(tensors: Sequence[torch.Tensor]) -> bool:
