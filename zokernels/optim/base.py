@@ -6,10 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,10 +14,8 @@ from torch import nn
 from zokernels import masks as mask_types
 from zokernels import noise
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
-from zokernels.optim import recording
+from zokernels.optim.recording import Recorded
 from zokernels.perturb import Direction, InPlace, OnEntry, choose_mode
-from zokernels.trajectory import Recorder
-from zokernels.trajectory.format import Scalars
 
 Closure = Callable[[], torch.Tensor | float]
 
@@ -35,7 +30,7 @@ class StepTiming:
     total: float = 0.0
 
 
-class ZOOptimizer(torch.optim.Optimizer):
+class ZOOptimizer(Recorded, torch.optim.Optimizer):
     """Base of the zeroth-order optimizers: forward passes only, no ``.grad``.
 
     Args:
@@ -59,15 +54,10 @@ class ZOOptimizer(torch.optim.Optimizer):
         projected_gradients: The dₖ of the last step, as Python floats.
         timing: Where the last step's time went.
         bad_steps: Steps in a row whose loss was not finite; they change no weight.
-        trajectory: The log that each step is recorded in, after `record` or `resume`.
-        replayable: For authors of rules: whether the passes of `zokernels.ops` that a step makes
-            are all that it does to the weights.
 
     Raises:
         ValueError: If an argument is out of range.
     """
-
-    replayable = True
 
     def __init__(
         self,
@@ -94,7 +84,6 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.projected_gradients: list[float] = []
         self.timing = StepTiming()
         self.bad_steps = 0
-        self.trajectory: Recorder | None = None
         self._last_stream = -1
         self._numbers: dict[int, int] = {}
         self._perturber: InPlace | OnEntry | None = None
@@ -147,58 +136,6 @@ class ZOOptimizer(torch.optim.Optimizer):
             group[name] = first[name]
         self._perturber = None
 
-    def record(
-        self, path: str | Path, *, about: dict[str, Any] | None = None, sync_every: float = 1.0
-    ) -> Recorder:
-        """Record every step from here on in a new file, a few dozen bytes each.
-
-        `zokernels.replay` makes the weights of any step from it and the weights as they are now.
-        Weights changed by anything but `step` are not in it.
-
-        Args:
-            path: The file; it may not exist.
-            about: What a reader should know besides, as JSON can say it.
-            sync_every: Longest time in seconds before a record is synced to the disk. A kill of
-                the process loses no record, whatever this is.
-
-        Returns:
-            The recorder; ``close()`` syncs the file and ends it.
-
-        Raises:
-            TrajectoryError: If the file exists or cannot be written, or the steps could not be
-                replayed from it.
-        """
-        self.trajectory = recording.begin(self, path, about, sync_every)
-        return self.trajectory
-
-    @torch.no_grad()
-    def resume(
-        self, path: str | Path, *, until: int | None = None, sync_every: float = 1.0
-    ) -> Recorder:
-        """Go on from a trajectory: replay it onto the base model, and record on in it.
-
-        The optimizer is a new one with the settings of the run, over the model that the run began
-        with; the weights, states and counters are then those after the last record.
-
-        Args:
-            path: The file.
-            until: Number of steps to keep; the records behind them are cut off.
-            sync_every: As for `record`.
-
-        Returns:
-            The recorder.
-
-        Raises:
-            TrajectoryError: If the file is damaged or another run's; nothing is changed then.
-        """
-        self.trajectory = recording.resume(self, path, until, sync_every)
-        return self.trajectory
-
-    def _replayed(self, group: dict, passes: list[Scalars]) -> None:
-        """Bring the rule's own counters of a group to where these recorded passes leave them."""
-        if "updates" in group:
-            group["updates"] += len(passes)
-
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
         """One step.
@@ -236,7 +173,7 @@ class ZOOptimizer(torch.optim.Optimizer):
         if found.is_finite:
             self.bad_steps = 0
             before = time.perf_counter()
-            with self.trajectory.listening(group["step"]) if self.trajectory else nullcontext():
+            with self._listening():
                 self._apply(found)
             self.timing.update = time.perf_counter() - before
         else:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
+from zokernels.trajectory.format import Scalars
 from zokernels.trajectory.recorder import check_recordable
 
 if TYPE_CHECKING:
@@ -18,10 +20,81 @@ if TYPE_CHECKING:
 _CHANGING = {"params", "streams", "mask", "lr", "initial_lr", "step", "updates", "history"}
 
 
+class Recorded:
+    """What an optimizer has for its log.
+
+    Attributes:
+        trajectory: The log that each step is recorded in, after `record` or `resume`.
+        replayable: For authors of rules: whether the passes of `zokernels.ops` that a step makes
+            are all that it does to the weights.
+    """
+
+    trajectory: Recorder | None = None
+    replayable = True
+    param_groups: list[dict[str, Any]]
+
+    def record(
+        self, path: str | Path, *, about: dict[str, Any] | None = None, sync_every: float = 1.0
+    ) -> Recorder:
+        """Record every step from here on in a new file, a few dozen bytes each.
+
+        `zokernels.replay` makes the weights of any step from it and the weights as they are now.
+        Weights changed by anything but `step` are not in it.
+
+        Args:
+            path: The file; it may not exist.
+            about: What a reader should know besides, as JSON can say it.
+            sync_every: Longest time in seconds before a record is synced to the disk. A kill of
+                the process loses no record, whatever this is.
+
+        Returns:
+            The recorder; ``close()`` syncs the file and ends it.
+
+        Raises:
+            TrajectoryError: If the file exists or cannot be written, or the steps could not be
+                replayed from it.
+        """
+        self.trajectory = begin(cast(Any, self), path, about, sync_every)
+        return self.trajectory
+
+    @torch.no_grad()
+    def resume(
+        self, path: str | Path, *, until: int | None = None, sync_every: float = 1.0
+    ) -> Recorder:
+        """Go on from a trajectory: replay it onto the base model, and record on in it.
+
+        The optimizer is a new one with the settings of the run, over the model that the run began
+        with; the weights, states and counters are then those after the last record.
+
+        Args:
+            path: The file.
+            until: Number of steps to keep; the records behind them are cut off.
+            sync_every: As for `record`.
+
+        Returns:
+            The recorder.
+
+        Raises:
+            TrajectoryError: If the file is damaged or another run's; nothing is changed then.
+        """
+        self.trajectory = go_on(cast(Any, self), path, until, sync_every)
+        return self.trajectory
+
+    def _replayed(self, group: dict, passes: list[Scalars]) -> None:
+        """Bring the rule's own counters of a group to where these recorded passes leave them."""
+        if "updates" in group:
+            group["updates"] += len(passes)
+
+    def _listening(self) -> AbstractContextManager[None]:
+        """Around the passes of a step: they are noted, if there is a trajectory."""
+        number = self.param_groups[0]["step"]
+        return self.trajectory.listening(number) if self.trajectory else nullcontext()
+
+
 def begin(
     optimizer: ZOOptimizer, path: str | Path, about: dict[str, Any] | None, sync_every: float
 ) -> Recorder:
-    """Starts a trajectory at the optimizer's present step; see `ZOOptimizer.record`."""
+    """Starts a trajectory at the optimizer's present step; see `Recorded.record`."""
     for group in optimizer.param_groups:
         check_recordable(group["mask"])
     if any(state for state in optimizer.state.values()):
@@ -43,10 +116,10 @@ def begin(
     )
 
 
-def resume(
+def go_on(
     optimizer: ZOOptimizer, path: str | Path, until: int | None, sync_every: float
 ) -> Recorder:
-    """Replays a trajectory onto a new optimizer; see `ZOOptimizer.resume`."""
+    """Replays a trajectory onto a new optimizer; see `Recorded.resume`."""
     trajectory = Trajectory(path)
     until = trajectory.until(until)
     _check_same_run(optimizer, trajectory)
