@@ -28,7 +28,15 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-FILES = {"config.json", "metrics.json", "metrics.jsonl", "plot.png", "report.md", "final"}
+FILES = {
+    "config.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "plot.png",
+    "report.md",
+    "final",
+    "trajectory.zk",
+}
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,13 @@ from zokernels import masks, noise, ops
 from zokernels.backends import backends
 from zokernels.optim import ZOSGD, ZOAdam, ZOSGDConservative, ZOSGDMomentum, ZOSGDSign
 from zokernels.perturb import perturbed
+from zokernels.trajectory import Trajectory, TrajectoryError, replay
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Trajectory",
+    "TrajectoryError",
     "ZOSGD",
     "ZOAdam",
     "ZOSGDConservative",
@@ -21,4 +24,5 @@ __all__ = [
     "noise",
     "ops",
     "perturbed",
+    "replay",
 ]

@@ -5,7 +5,9 @@ Every backend gives the same bits; `zokernels.backends.reference` is the specifi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,9 +17,27 @@ from zokernels import checks, masks, rules
 from zokernels.backends import select
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 
-__all__ = ["add_noise", "add_noise_", "apply_update_"]
+__all__ = ["add_noise", "add_noise_", "apply_update_", "listening"]
 
 P = TypeVar("P", bound=Pass)
+
+# What a listener is told of a pass that wrote weights: the rule ("add_noise" for the pass without
+# one), tensors, seeds, coefficients, and the keywords.
+Listener = Callable[[str, Sequence[torch.Tensor], Sequence[int], Sequence[float], dict], None]
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell ``listener`` of every in-place pass of this thread inside the block, once it is done.
+
+    What a trajectory records is thus what entered the pass, whatever rule made the call.
+    """
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
 
 
 def add_noise_(
@@ -75,6 +95,10 @@ def add_noise_(
         if part is not None:
             run.add_noise(part)
             _mark_written(part.out)
+    _tell(
+        "add_noise", params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
+        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
+    )  # fmt: skip
 
 
 def add_noise(
@@ -203,6 +227,24 @@ def apply_update_(
     for run, part in runs:
         run.apply_update(part)
         _mark_written([*part.params, *(s for state in part.states for s in state)])
+    _tell(
+        rule, params, seeds, coeffs, states=plan.states, lr=lr, beta=beta, betas=betas,
+        adam_eps=adam_eps, amsgrad=amsgrad, step=step, streams=streams, offsets=offsets, dist=dist,
+        mask=mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
+        each_step=each_step,
+    )  # fmt: skip
+
+
+def _tell(
+    rule: str,
+    params: Sequence[torch.Tensor],
+    seeds: Sequence[int],
+    coeffs: Sequence[float],
+    **keywords: Any,
+) -> None:
+    listener = _listener.get()
+    if listener is not None:
+        listener(rule, params, seeds, coeffs, keywords)
 
 
 def _by_arithmetic(plan: P) -> list[P]:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from zokernels.tasks import folder, get_task
+from zokernels.tasks import InputError, folder, get_task
+from zokernels.tasks.resume import settings_of
 from zokernels.tasks.run import Finetune
 from zokernels.tasks.settings import Settings
 
@@ -20,7 +21,10 @@ def _option(text: str, panel: str, *names: str) -> Any:
 
 
 def command(
-    model: Annotated[str, _option("Folder made by save_pretrained, or hub name.", _MODEL)],
+    context: typer.Context,
+    model: Annotated[
+        str | None, _option("Folder made by save_pretrained, or hub name.", _MODEL)
+    ] = None,
     task: Annotated[str, _option("Task: sst2.", _DATA)] = "sst2",
     data: Annotated[
         str | None, _option("Folder with the data; else ZOKERNELS_DATA, hub, shipped.", _DATA)
@@ -57,29 +61,57 @@ def command(
     device: Annotated[str, _option("Where to run.", _RUN)] = "cpu",
     json: Annotated[Path | None, _option("Also write the metrics to this file.", _RUN)] = None,
     overwrite: Annotated[bool, _option("Replace an earlier run in --out.", _RUN)] = False,
+    resume: Annotated[
+        Path | None, _option("Go on with the run in this folder; it has all settings.", _RUN)
+    ] = None,
 ) -> int:
     """Fine-tune a model on a task by ZO-SGD and write a run folder."""
     options = dict(locals())
     path = options.pop("json")
     folder.check_json(path)
+    del options["context"], options["resume"]
+    if resume is not None:
+        _check_alone(context)
+        return _report(train(settings_of(resume), _words(), resume=True), path)
+    if model is None:
+        raise InputError(
+            "--model is missing: name a folder made by save_pretrained, or a model on the hub."
+        )
     get_task(task)
     options["out"] = out or Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
-    words = [Path(sys.argv[0]).name, *sys.argv[1:]]
-    metrics = train(Settings(**options), shlex.join(words))
+    return _report(train(Settings(**options), _words()), path)
+
+
+def _report(metrics: dict[str, Any], path: Path | None) -> int:
     if path is not None:
         folder.write_json(path, metrics)
     return 130 if metrics["interrupted"] else 0
 
 
-def train(settings: Settings, command_line: str = "") -> dict[str, Any]:
+def _words() -> str:
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def _check_alone(context: typer.Context) -> None:
+    """Refuses options beside --resume that would change the run."""
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if name not in ("resume", "json") and source is not None and source.name == "COMMANDLINE":
+            raise InputError(
+                f"--resume takes every setting from the run's folder; leave out "
+                f"--{name.replace('_', '-')}."
+            )
+
+
+def train(settings: Settings, command_line: str = "", resume: bool = False) -> dict[str, Any]:
     """Runs the settings under a progress bar, says how it ended, and returns the metrics."""
     # rich's live display takes a moment to load, and `--help` needs none of it.
     from zokernels.cli.progress import ProgressWatcher
 
     settings.check()
-    _quiet()
+    quiet()
     with ProgressWatcher(settings.steps) as watcher:
-        metrics = Finetune(settings, watcher, command_line).run()
+        metrics = Finetune(settings, watcher, command_line, resume).run()
         where = f"{settings.out}/{folder.REPORT}"
         if metrics["interrupted"]:
             watcher.say(
@@ -100,7 +132,7 @@ def ending(metrics: dict[str, Any], where: str) -> str:
     )
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Keeps transformers' own progress bars and load reports out of the run's output."""
     try:
         from transformers.utils import logging

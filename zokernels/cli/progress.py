@@ -26,6 +26,8 @@ class ProgressWatcher(Watcher):
         self.steps = steps
         self._loss = self._weight = self._total = self._outside = 0.0
         self._began: float | None = None
+        # A resumed run does not begin at step 1.
+        self._before = 0
         self._drawn = 0.0
         self._progress = Progress(
             TextColumn("{task.description}"),
@@ -56,7 +58,8 @@ class ProgressWatcher(Watcher):
     def step(self, number: int, loss: float, seconds: float, outside: float) -> None:
         """Moves the bar; a loss that is not finite leaves the shown mean as it is."""
         now = time.perf_counter()
-        self._began = self._began if self._began is not None else now - seconds
+        if self._began is None:
+            self._began, self._before = now - seconds, number - 1
         if math.isfinite(loss):
             self._loss = _MEMORY * self._loss + loss
             self._weight = _MEMORY * self._weight + 1
@@ -64,7 +67,7 @@ class ProgressWatcher(Watcher):
         self._outside += outside
         shown: dict[str, Any] = {
             "loss": f"{self._loss / self._weight:.4f}" if self._weight else "not finite",
-            "speed": f"{number / max(now - self._began, 1e-9):.2f}",
+            "speed": f"{(number - self._before) / max(now - self._began, 1e-9):.2f}",
             "outside": f"{self._outside / self._total:.0%}",
         }
         if not self.console.is_terminal:

@@ -18,6 +18,7 @@ from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
 from zokernels.optim import sparse
 from zokernels.optim.forward import Closure, Forward, same_randomness
 from zokernels.optim.groups import Chosen, check_group, join_masks, trainable
+from zokernels.optim.recording import Recorded
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, choose_mode
 from zokernels.prefix import Prefix
@@ -42,7 +43,7 @@ class StepTiming:
     total: float = 0.0
 
 
-class ZOOptimizer(torch.optim.Optimizer):
+class ZOOptimizer(Recorded, torch.optim.Optimizer):
     """Base of the zeroth-order optimizers: forward passes only, no ``.grad``.
 
     Args:
@@ -213,6 +214,8 @@ class ZOOptimizer(torch.optim.Optimizer):
 
         Raises:
             ValueError: If there is no closure, or its loss is not a scalar.
+            TrajectoryError: If the trajectory cannot take the record. The step is done, and the
+                record is written by the next one.
             FloatingPointError: After ``max_bad_steps`` steps in a row with a loss that is not
                 finite. The weights are those of the last good step.
         """
@@ -234,6 +237,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         group = self.param_groups[0]
         sparse.redraw(self.param_groups)
         params = [g["params"][i] for g in self.param_groups for i in trainable(g)]
+        if self.trajectory:
+            self.trajectory.begin(group["step"])
         with same_randomness(self.model, params) as replay_random:
             forward = Forward(closure, replay_random)
             found = self._sweep(forward)
@@ -242,8 +247,11 @@ class ZOOptimizer(torch.optim.Optimizer):
         else:
             self.bad_steps += 1
             self.projected_gradients = [math.nan] * group["num_queries"] * len(self._blocks())
+        number = group["step"]
         for g in self.param_groups:
-            g["step"] = group["step"] + (1 if g is group else 0)
+            g["step"] = number + 1
+        if self.trajectory:
+            self.trajectory.write(number, skipped=self.bad_steps > 0)
         self.timing.total = time.perf_counter() - started
         if self.bad_steps >= self.max_bad_steps:
             raise FloatingPointError(
@@ -350,7 +358,8 @@ class ZOOptimizer(torch.optim.Optimizer):
         self.projected_gradients += [d / first for d in found.differences]
         for group, chosen in groups if found.side else ():
             gradients = [found.side * (d / float(group["eps"])) for d in found.differences]
-            self._update(group, chosen, found.seeds, gradients)
+            with self._listening():
+                self._update(group, chosen, found.seeds, gradients)
             self._base_loss = None
             if block is not None:
                 self._get_prefix().forget([group["params"][i] for i in chosen])

@@ -4,14 +4,16 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from zokernels.tasks.errors import InputError
+from zokernels.trajectory.writer import sync_folder
 
 CONFIG, METRICS, LOG = "config.json", "metrics.json", "metrics.jsonl"
-PLOT, REPORT, WEIGHTS = "plot.png", "report.md", "final"
-_MARK = "zokernels_run"
+PLOT, REPORT, WEIGHTS, TRAJECTORY = "plot.png", "report.md", "final", "trajectory.zk"
+MARK = "zokernels_run"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -20,6 +22,8 @@ def write_text(path: Path, text: str) -> None:
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         os.chmod(name, 0o666 & ~mask)
@@ -32,6 +36,44 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Writes ``value`` whole or not at all, without the NaN that JSON does not have."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Writes a folder whole or not at all: ``fill`` gets a new one, which then takes its place.
+
+    Raises:
+        OSError: If it could not be written; what was there before is there still.
+    """
+    draft, old = path.with_name(f".{path.name}.new"), path.with_name(f".{path.name}.old")
+    for leftover in (draft, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        draft.mkdir()
+        try:
+            fill(draft)
+        except Exception as error:
+            # Writers of weights have errors of their own for a full disk.
+            raise error if isinstance(error, OSError) else OSError(0, str(error)) from error
+        for file in draft.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as handle:
+                    os.fsync(handle.fileno())
+        if path.exists():
+            path.rename(old)
+        draft.rename(path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a run has begun in this folder."""
+    try:
+        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and MARK in config
 
 
 def check_json(path: Path | None) -> None:
@@ -50,45 +92,52 @@ class RunFolder:
     Args:
         path: Where; it may be absent or empty.
         overwrite: Whether an earlier run there may be replaced.
+        resume: Whether an earlier run there is to go on.
 
     Raises:
         InputError: If it holds something else, or an earlier run and not ``overwrite``. Nothing
             is written or removed before ``begin``.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, overwrite: bool = False, resume: bool = False) -> None:
         self.path = path
         self._log: IO[str] | None = None
         if path.exists() and not path.is_dir():
             raise InputError(f"--out {path} is a file; name a folder.")
         if not path.exists() or not any(path.iterdir()):
             return
-        if not self._is_run():
+        if not is_run(path):
             raise InputError(f"--out {path} exists and is not a run folder; choose another.")
-        if not overwrite:
+        if not overwrite and not resume:
             raise InputError(
                 f"--out {path} holds an earlier run; choose another or pass --overwrite."
             )
-
-    def _is_run(self) -> bool:
-        try:
-            config = json.loads((self.path / CONFIG).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return False
-        return isinstance(config, dict) and _MARK in config
 
     def begin(self, config: dict[str, Any]) -> None:
         """Removes an earlier run's files and writes the new configuration."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS, LOG, PLOT, REPORT):
+            for name in (METRICS, LOG, PLOT, REPORT, TRAJECTORY):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / WEIGHTS).is_dir():
                 shutil.rmtree(self.path / WEIGHTS)
-            write_json(self.path / CONFIG, {_MARK: 1, **config})
+            write_json(self.path / CONFIG, {MARK: 1, **config})
             self._log = (self.path / LOG).open("w", encoding="utf-8")
         except OSError as error:
             raise InputError(f"--out {self.path} cannot be written: {error.strerror}.") from None
+
+    def resume(self, records: list[dict[str, Any]]) -> None:
+        """Goes on with an earlier run's log, of which these records stay."""
+        lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records)
+        try:
+            # Drafts of a process that was killed while it wrote them.
+            for name in (CONFIG, METRICS, LOG, REPORT):
+                for draft in self.path.glob(f".{name}.*"):
+                    draft.unlink()
+            write_text(self.path / LOG, lines)
+            self._log = (self.path / LOG).open("a", encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written: {error.strerror}.") from None
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to the metrics, readable at once."""

@@ -5,14 +5,15 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
 import zokernels as zk
-from zokernels.tasks import data, evaluate, folder, get_task, models, report, schemes
+from zokernels.tasks import data, evaluate, folder, get_task, models, report, resume, schemes
 from zokernels.tasks.batches import batches
 from zokernels.tasks.errors import InputError, RunError
 from zokernels.tasks.scoring import SCORERS, Scorer
@@ -50,16 +51,24 @@ class Finetune:
         settings: What to do.
         watcher: Whom to tell.
         command: The command line, for the report.
+        resume: Go on with the run in the folder ``settings.out``, where it was left.
     """
 
     def __init__(
-        self, settings: Settings, watcher: Watcher | None = None, command: str = ""
+        self,
+        settings: Settings,
+        watcher: Watcher | None = None,
+        command: str = "",
+        resume: bool = False,
     ) -> None:
         self.settings = settings
         self.watcher = watcher or Watcher()
         self.command = command
         self.history = History()
         self.stopped = threading.Event()
+        self.resume = resume
+        # Seconds of the steps that an earlier process did.
+        self.earlier = 0.0
         self._started = time.perf_counter()
         self.best: tuple[float, int, list[torch.Tensor]] | None = None
 
@@ -70,44 +79,77 @@ class Finetune:
 
         Raises:
             InputError: If the settings, the data or the model cannot be used.
-            RunError: If losses stayed non-finite; the run folder is complete all the same.
+            RunError: If losses stayed non-finite; the run folder is complete all the same. If
+                the folder could not be written; then the run can be resumed.
         """
         s = self.settings
         s.check()
         task = get_task(s.task)
-        out = folder.RunFolder(s.out, s.overwrite)
+        out = folder.RunFolder(s.out, s.overwrite, self.resume)
         self.splits = data.load(task, s.data)
         pool = data.by_words(self.splits.train, s.min_words, s.max_words)
         order = batches(
             pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=len(task.words)
         )
-        self.loaded = models.load(s.model, s.dtype)
+        self.load()
+        scorer = SCORERS[self.loaded.kind](self.model, self.loaded.tokenizer, task, s.max_length)
+        optimizer = self._optimizer()
+        for note in (*self.splits.notes, *self.loaded.notes):
+            self.watcher.say(note)
+        self.watcher.say(self._overview(len(pool)))
+        failure = None
+        try:
+            done = self._begin(optimizer, out, resume.fingerprint(pool))
+            with _stop_on_interrupt(self.stopped):
+                if done == 0 or (s.eval_every and done % s.eval_every == 0 and done < s.steps):
+                    self._evaluate(scorer, out, done, whole=done == 0)
+                done, failure = self._train(scorer, optimizer, order, out, done)
+                optimizer.trajectory.close()
+                self._restore_best()
+                if not self.stopped.is_set():
+                    self._evaluate(scorer, out, done, whole=True)
+                metrics = self._finish(out, done, failure)
+        except (OSError, zk.TrajectoryError) as error:
+            raise RunError(
+                f"{s.out} could not be written: {getattr(error, 'strerror', None) or error} "
+                f"Make room, then go on with: zokernels finetune --resume {s.out}"
+            ) from error
+        finally:
+            out.close()
+            if optimizer.trajectory:
+                with suppress(zk.TrajectoryError):
+                    optimizer.trajectory.close()
+        if failure:
+            raise RunError(f"{failure} What was done is in {s.out}.")
+        return metrics
+
+    def load(self) -> None:
+        """Loads the model as every run of these settings begins with it.
+
+        Raises:
+            InputError: If it cannot be had, or the device or the scheme do not fit it.
+        """
+        s = self.settings
+        # Tensors that a checkpoint lacks start random, and must start the same on a resume.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(s.seed)
+            self.loaded = models.load(s.model, s.dtype)
         try:
             model = self.loaded.model.to(s.device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"--device {s.device} cannot hold the model: {reason}") from None
         self.model, self.trained = schemes.apply(model, s.scheme, s.train_only, s.seed)
-        scorer = SCORERS[self.loaded.kind](self.model, self.loaded.tokenizer, task, s.max_length)
-        optimizer = self._optimizer()
-        for note in (*self.splits.notes, *self.loaded.notes):
-            self.watcher.say(note)
-        self.watcher.say(self._overview(len(pool)))
-        out.begin(_plain(asdict(s)))
-        failure = None
-        try:
-            with _stop_on_interrupt(self.stopped):
-                self._evaluate(scorer, out, 0, whole=True)
-                done, failure = self._train(scorer, optimizer, order, out)
-                self._restore_best()
-                if not self.stopped.is_set():
-                    self._evaluate(scorer, out, done, whole=True)
-                metrics = self._finish(out, done, failure)
-        finally:
-            out.close()
-        if failure:
-            raise RunError(f"{failure} What was done is in {s.out}.")
-        return metrics
+
+    def _begin(self, optimizer: Any, out: folder.RunFolder, pool: int) -> int:
+        """Starts the logs, or goes on with them: the number of steps that are done already."""
+        settings = _plain(asdict(self.settings))
+        about = {"settings": settings, "pool": pool}
+        if self.resume and (out.path / folder.TRAJECTORY).exists():
+            return resume.restore(self, optimizer, out, about)
+        out.begin(settings)
+        optimizer.record(out.path / folder.TRAJECTORY, about=about)
+        return 0
 
     def _optimizer(self) -> Any:
         s = self.settings
@@ -142,12 +184,19 @@ class Finetune:
         )
 
     def _train(
-        self, scorer: Scorer, optimizer: Any, order: Iterator[list[Any]], out: folder.RunFolder
+        self,
+        scorer: Scorer,
+        optimizer: Any,
+        order: Iterator[list[Any]],
+        out: folder.RunFolder,
+        done: int,
     ) -> tuple[int, str | None]:
         """Steps until done, stopped, or failed: the number of steps, and why it failed."""
         s = self.settings
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, s.factor)
-        for step in range(1, s.steps + 1):
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: s.factor(n + done))
+        for _ in range(done):
+            next(order)
+        for step in range(done + 1, s.steps + 1):
             if self.stopped.is_set():
                 return step - 1, None
             batch = scorer.collate(next(order))
@@ -178,6 +227,9 @@ class Finetune:
             "projected_gradients": slopes,
             "seconds": round(timing.total, 6),
             "outside_forwards": round(1 - timing.forwards / timing.total, 4),
+            "parts": {
+                part: round(getattr(timing, part), 6) for part in ("forwards", "noise", "update")
+            },
         }
         out.log(record)
         self.watcher.step(step, loss, timing.total, timing.total - timing.forwards)
@@ -193,7 +245,7 @@ class Finetune:
                 valid = data.part(self.splits.valid, count)
                 found = self._measure("valid", scorer, valid, out, step)
                 if self.best is None or found.value > self.best[0]:
-                    weights = [p.detach().clone() for p in self._trainable()]
+                    weights = [p.detach().clone() for p in self.trainable()]
                     self.best = (found.value, step, weights)
         except evaluate.Interrupted:
             return
@@ -221,25 +273,32 @@ class Finetune:
         )
         return found
 
-    def _trainable(self) -> list[torch.nn.Parameter]:
+    def trainable(self) -> list[torch.nn.Parameter]:
+        """The parameters that the run changes."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
     def _restore_best(self) -> None:
         if self.best is None:
             return
         with torch.no_grad():
-            for parameter, kept in zip(self._trainable(), self.best[2], strict=True):
+            for parameter, kept in zip(self.trainable(), self.best[2], strict=True):
                 parameter.copy_(kept)
         self.watcher.say(f"Kept the weights of step {self.best[1]}, the best on valid.")
 
+    def save(self, path: Path) -> None:
+        """Writes the model, or its adapter, and the tokenizer into a folder."""
+        self.model.save_pretrained(path)
+        self.loaded.tokenizer.save_pretrained(path)
+
     def _finish(self, out: folder.RunFolder, done: int, failure: str | None) -> dict[str, Any]:
-        weights = out.path / folder.WEIGHTS
-        self.model.save_pretrained(weights)
-        self.loaded.tokenizer.save_pretrained(weights)
-        metrics = report.metrics(self, done, failure, time.perf_counter() - self._started)
-        folder.write_json(out.path / folder.METRICS, metrics)
+        folder.write_folder(out.path / folder.WEIGHTS, self.save)
+        seconds = time.perf_counter() - self._started + self.earlier
+        metrics = report.metrics(self, done, failure, seconds)
+        metrics["weights_of_step"] = self.best[1] if self.best else done
         report.plot(self.history, out.path / folder.PLOT, self.settings)
         folder.write_text(out.path / folder.REPORT, report.text(self, metrics))
+        # Last, since a run with metrics is finished.
+        folder.write_json(out.path / folder.METRICS, metrics)
         return metrics
 
 

@@ -1,0 +1,195 @@
+"""An optimizer and its log: beginning one, and going on from one after a crash."""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
+from zokernels.trajectory.format import Scalars
+from zokernels.trajectory.recorder import check_recordable
+
+if TYPE_CHECKING:
+    from zokernels.optim.base import ZOOptimizer
+
+# What of a param group may change from step to step, or grows with the steps.
+_CHANGING = {"params", "streams", "mask", "lr", "initial_lr", "step", "updates", "history"}
+
+
+class Recorded:
+    """What an optimizer has for its log.
+
+    Attributes:
+        trajectory: The log that each step is recorded in, after `record` or `resume`.
+        replayable: For authors of rules: whether the passes of `zokernels.ops` that a step makes
+            are all that it does to the weights.
+    """
+
+    trajectory: Recorder | None = None
+    replayable = True
+    param_groups: list[dict[str, Any]]
+
+    def record(
+        self, path: str | Path, *, about: dict[str, Any] | None = None, sync_every: float = 1.0
+    ) -> Recorder:
+        """Record every step from here on in a new file, a few dozen bytes each.
+
+        `zokernels.replay` makes the weights of any step from it and the weights as they are now.
+        Weights changed by anything but `step` are not in it.
+
+        Args:
+            path: The file; it may not exist.
+            about: What a reader should know besides, as JSON can say it.
+            sync_every: Longest time in seconds before a record is synced to the disk. A kill of
+                the process loses no record, whatever this is.
+
+        Returns:
+            The recorder; ``close()`` syncs the file and ends it.
+
+        Raises:
+            TrajectoryError: If the file exists or cannot be written, or the steps could not be
+                replayed from it.
+        """
+        self.trajectory = begin(cast(Any, self), path, about, sync_every)
+        return self.trajectory
+
+    @torch.no_grad()
+    def resume(
+        self, path: str | Path, *, until: int | None = None, sync_every: float = 1.0
+    ) -> Recorder:
+        """Go on from a trajectory: replay it onto the base model, and record on in it.
+
+        The optimizer is a new one with the settings of the run, over the model that the run began
+        with; the weights, states and counters are then those after the last record.
+
+        Args:
+            path: The file.
+            until: Number of steps to keep; the records behind them are cut off.
+            sync_every: As for `record`.
+
+        Returns:
+            The recorder.
+
+        Raises:
+            TrajectoryError: If the file is damaged or another run's; nothing is changed then.
+        """
+        self.trajectory = go_on(cast(Any, self), path, until, sync_every)
+        return self.trajectory
+
+    def _replayed(self, group: dict, passes: list[Scalars]) -> None:
+        """Bring the rule's own counters of a group to where these recorded passes leave them."""
+        if "updates" in group:
+            group["updates"] += len(passes)
+
+    def _listening(self) -> AbstractContextManager[None]:
+        """Around the passes of a step: they are noted, if there is a trajectory."""
+        number = self.param_groups[0]["step"]
+        return self.trajectory.listening(number) if self.trajectory else nullcontext()
+
+
+def begin(
+    optimizer: ZOOptimizer, path: str | Path, about: dict[str, Any] | None, sync_every: float
+) -> Recorder:
+    """Starts a trajectory at the optimizer's present step; see `Recorded.record`."""
+    for group in optimizer.param_groups:
+        check_recordable(group["mask"])
+    if any(state for state in optimizer.state.values()):
+        raise TrajectoryError(
+            "The optimizer has made steps that left a state behind, which a replay could not make "
+            "again; record from its first step."
+        )
+    first = optimizer.param_groups[0]
+    return Recorder.create(
+        path,
+        _named(optimizer),
+        optimizer=type(optimizer).__name__,
+        groups=_constants(optimizer),
+        seed=first["seed"],
+        first=first["step"],
+        replayable=optimizer.replayable,
+        about=about,
+        sync_every=sync_every,
+    )
+
+
+def go_on(
+    optimizer: ZOOptimizer, path: str | Path, until: int | None, sync_every: float
+) -> Recorder:
+    """Replays a trajectory onto a new optimizer; see `Recorded.resume`."""
+    trajectory = Trajectory(path)
+    until = trajectory.until(until)
+    _check_same_run(optimizer, trajectory)
+    named = _named(optimizer)
+    order = [p["name"] for p in trajectory.header["parameters"]]
+    by_name = {name: (name, p, stream) for name, p, stream in named}
+    model = optimizer.model
+    tensors = match(trajectory, [p for _, p, _ in named] if model is None else model)
+    recorder = Recorder.reopen(trajectory, until, [by_name[n] for n in order], sync_every)
+    states: dict[int, dict[str, torch.Tensor]] = {}
+    play(trajectory, tensors, until, states, backend=optimizer.backend)
+    for place, state in states.items():
+        optimizer.state[tensors[place]].update(state)
+    steps = trajectory.steps[: until - trajectory.header["first"]]
+    for group in optimizer.param_groups:
+        group["step"] = until
+        mine = {id(p) for p in group["params"]}
+        touched = [any(id(tensors[i]) in mine for i in d["parameters"]) for d in trajectory.passes]
+        passes = [p for step in steps for p in step.passes or () if touched[p.of]]
+        optimizer._replayed(group, passes)
+    optimizer.bad_steps = 0
+    while optimizer.bad_steps < len(steps) and steps[-1 - optimizer.bad_steps].passes is None:
+        optimizer.bad_steps += 1
+    return recorder
+
+
+def _named(optimizer: ZOOptimizer) -> list[tuple[str, torch.Tensor, int]]:
+    """Every parameter of the module, or of the groups: (name, parameter, stream)."""
+    if optimizer.model is not None:
+        return [(n, p, i) for i, (n, p) in enumerate(optimizer.model.named_parameters())]
+    pairs = [
+        pair for g in optimizer.param_groups for pair in zip(g["params"], g["streams"], strict=True)
+    ]
+    return [(str(i), p, stream) for i, (p, stream) in enumerate(pairs)]
+
+
+def _constants(optimizer: ZOOptimizer) -> list[dict[str, Any]]:
+    """The numbers of each group that stay as they are, as JSON gives them back."""
+    plain = [
+        {
+            k: v
+            for k, v in g.items()
+            if k not in _CHANGING and isinstance(v, bool | int | float | str | tuple | None)
+        }
+        for g in optimizer.param_groups
+    ]
+    return json.loads(json.dumps(plain))
+
+
+def _check_same_run(optimizer: ZOOptimizer, trajectory: Trajectory) -> None:
+    header, name = trajectory.header, type(optimizer).__name__
+    if header["optimizer"] != name:
+        raise TrajectoryError(
+            f"{trajectory.path} was recorded by {header['optimizer']}, but this is {name}; "
+            "make the same optimizer."
+        )
+    if any(state for state in optimizer.state.values()):
+        raise TrajectoryError(
+            "The optimizer has made steps already; resume with a new one and the base model."
+        )
+    now = _constants(optimizer)
+    if len(now) != len(header["groups"]):
+        raise TrajectoryError(
+            f"{trajectory.path} was recorded with {len(header['groups'])} param groups, but the "
+            f"optimizer has {len(now)}; make the same groups."
+        )
+    for here, there in zip(now, header["groups"], strict=True):
+        for key in sorted({*here, *there}):
+            if here.get(key) != there.get(key):
+                raise TrajectoryError(
+                    f"{key} is {here.get(key)!r}, but it was {there.get(key)!r} when "
+                    f"{trajectory.path} was begun; make the optimizer with the same settings."
+                )

@@ -1,0 +1,177 @@
+"""Appending to a trajectory so that a kill or a full disk loses at most the last record."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from zokernels.trajectory import format as form
+from zokernels.trajectory.format import TrajectoryError
+
+try:
+    import fcntl
+except ImportError:  # Windows, which lets no second process write to an open file anyway
+    fcntl = None  # type: ignore[assignment]
+
+
+class Writer:
+    """Appends frames to a file, each with one write to the system.
+
+    A record is in the system's hands when `append` returns, so that the death of the process
+    loses none; it is on the disk within ``sync_every`` seconds of further records and at `close`,
+    so that a power cut loses that much, which a resume computes again.
+
+    A record that cannot be written is taken off the file again and kept: the next `append` or
+    `close` writes it first.
+
+    Args:
+        path: The file; for `create` it may not exist.
+        sync_every: Longest time in seconds from a record to the next one that is synced to disk.
+    """
+
+    def __init__(self, path: Path, fd: int, size: int, check: int, sync_every: float):
+        self.path = path
+        self.size = size
+        self._fd = fd
+        self._check = check
+        self._pending = b""
+        self._sync_every = sync_every
+        self._synced = time.monotonic()
+
+    @classmethod
+    def create(cls, path: Path, header: bytes, sync_every: float = 1.0) -> Writer:
+        """Starts a file that has its header, or does not come to exist.
+
+        Raises:
+            TrajectoryError: If it exists, or cannot be written.
+        """
+        if path.exists():
+            raise TrajectoryError(
+                f"{path} exists, and a trajectory never replaces another; name a new file, or go "
+                "on with it by resume."
+            )
+        first, check = form.frame(form.HEADER, header, 0)
+        draft = path.with_name(path.name + ".new")
+        try:
+            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+            try:
+                _lock(fd, path)
+                _write(fd, form.MAGIC + first)
+                os.fsync(fd)
+                os.rename(draft, path)
+                sync_folder(path.parent)
+            except BaseException:
+                os.close(fd)
+                draft.unlink(missing_ok=True)
+                raise
+        except OSError as error:
+            raise TrajectoryError(
+                f"The trajectory {path} cannot be begun: {error.strerror}; nothing was changed."
+            ) from error
+        return cls(path, fd, len(form.MAGIC + first), check, sync_every)
+
+    @classmethod
+    def reopen(cls, path: Path, size: int, check: int, sync_every: float = 1.0) -> Writer:
+        """Goes on after the first ``size`` bytes, whose check is ``check``; what follows is cut.
+
+        Raises:
+            TrajectoryError: If the file cannot be written, or another process is recording to it.
+        """
+        try:
+            fd = os.open(path, os.O_WRONLY | os.O_APPEND)
+            try:
+                _lock(fd, path)
+                os.ftruncate(fd, size)
+                os.fsync(fd)
+            except BaseException:
+                os.close(fd)
+                raise
+        except OSError as error:
+            raise TrajectoryError(
+                f"The trajectory {path} cannot be written: {error.strerror}."
+            ) from error
+        return cls(path, fd, size, check, sync_every)
+
+    def append(self, frames: Sequence[tuple[bytes, bytes]]) -> None:
+        """Adds frames, each a kind and a payload.
+
+        Raises:
+            TrajectoryError: If it could not be written, or could not be synced. It is kept.
+        """
+        for kind, payload in frames:
+            data, self._check = form.frame(kind, payload, self._check)
+            self._pending += data
+        self._flush()
+        if time.monotonic() - self._synced >= self._sync_every:
+            self._sync()
+
+    def close(self) -> None:
+        """Writes what was kept, syncs, and closes.
+
+        Raises:
+            TrajectoryError: If that fails; the file is closed all the same.
+        """
+        if self._fd < 0:
+            return
+        try:
+            self._flush()
+            self._sync()
+        finally:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _flush(self) -> None:
+        if self._fd < 0:
+            raise TrajectoryError(f"The trajectory {self.path} is closed; nothing can be added.")
+        try:
+            _write(self._fd, self._pending)
+        except OSError as error:
+            # A part may have been written: back to the last whole record, if the disk lets us.
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._fd, self.size)
+            raise TrajectoryError(
+                f"The trajectory {self.path} could not take its last record: {error.strerror}. "
+                "The weights are right and the record is kept; make room, and the next step "
+                "writes both."
+            ) from error
+        self.size += len(self._pending)
+        self._pending = b""
+
+    def _sync(self) -> None:
+        try:
+            os.fsync(self._fd)
+        except OSError as error:
+            raise TrajectoryError(
+                f"The trajectory {self.path} could not be synced to the disk: {error.strerror}."
+            ) from error
+        self._synced = time.monotonic()
+
+
+def sync_folder(path: Path) -> None:
+    """Makes the names in a folder durable, where the system can."""
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def _write(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+def _lock(fd: int, path: Path) -> None:
+    if fcntl is None:
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise TrajectoryError(
+            f"Another process is recording to {path}; wait for it, or end it."
+        ) from None
