@@ -93,11 +93,22 @@ def measure(dtype: str, numel: int, repeats: int) -> dict[str, str | int]:
         "replay_over_floor": f"{each['replay'] / each['floor']:.3f}",
         "bytes_a_step": f"{size:.1f}",
         "record_us": f"{record_seconds() * 1e6:.1f}",
+        "sync_ms": f"{sync_seconds() * 1e3:.2f}",
     }
 
 
+def sync_seconds(syncs: int = 100) -> float:
+    """Median time of bringing a record to the disk."""
+    spent = []
+    with tempfile.TemporaryFile(dir=SCRATCH) as file:
+        for _ in range(syncs):
+            os.write(file.fileno(), b"x" * 36)
+            spent.append(clock(lambda: os.fsync(file.fileno())))
+    return statistics.median(spent)
+
+
 def record_seconds(steps: int = 5000) -> float:
-    """Mean time that recording takes of a step, syncs to the disk included."""
+    """Mean time that recording takes of a step; of short ones, so that syncs hardly count."""
     spent = 0.0
 
     def timed(function: Callable) -> Callable:
