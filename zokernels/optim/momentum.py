@@ -20,6 +20,7 @@ from zokernels import ops, rules
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import mean_coefficients
 from zokernels.optim.state import plain_dtype, states_of
+from zokernels.trajectory import TrajectoryError
 
 WINDOW = 32
 
@@ -71,6 +72,14 @@ class ZOSGDMomentum(ZOOptimizer):
                 "there is no state; give one of the two."
             )
         group["window"] = window
+
+    def _check_resumable(self) -> None:
+        if any(group["window"] for group in self.param_groups):
+            raise TrajectoryError(
+                "Momentum with a window can't be resumed from a trajectory, which has its steps' "
+                "coefficients only as the passes took them; resume from a state_dict, or use "
+                "window=None. A replay of the weights works."
+            )
 
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]

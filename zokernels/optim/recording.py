@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
-from zokernels.trajectory.format import Scalars
 from zokernels.trajectory.recorder import check_recordable
 
 if TYPE_CHECKING:
     from zokernels.optim.base import ZOOptimizer
 
 # What of a param group may change from step to step, or grows with the steps.
-_CHANGING = {"params", "streams", "mask", "lr", "initial_lr", "step", "updates", "history"}
+_CHANGING = {"params", "streams", "mask", "lr", "initial_lr", "step", "history"}
 
 
 class Recorded:
@@ -80,10 +79,8 @@ class Recorded:
         self.trajectory = go_on(cast(Any, self), path, until, sync_every)
         return self.trajectory
 
-    def _replayed(self, group: dict, passes: list[Scalars]) -> None:
-        """Bring the rule's own counters of a group to where these recorded passes leave them."""
-        if "updates" in group:
-            group["updates"] += len(passes)
+    def _check_resumable(self) -> None:
+        """Raise TrajectoryError where a rule keeps what its passes do not tell."""
 
     def _listening(self) -> AbstractContextManager[None]:
         """Around the passes of a step: they are noted, if there is a trajectory."""
@@ -120,6 +117,7 @@ def go_on(
     optimizer: ZOOptimizer, path: str | Path, until: int | None, sync_every: float
 ) -> Recorder:
     """Replays a trajectory onto a new optimizer; see `Recorded.resume`."""
+    optimizer._check_resumable()
     trajectory = Trajectory(path)
     until = trajectory.until(until)
     _check_same_run(optimizer, trajectory)
@@ -134,12 +132,13 @@ def go_on(
     for place, state in states.items():
         optimizer.state[tensors[place]].update(state)
     steps = trajectory.steps[: until - trajectory.header["first"]]
+    for step in steps:
+        for scalars in step.passes or ():
+            if scalars.count is not None:
+                for i in trajectory.passes[scalars.of]["parameters"]:
+                    optimizer.state[tensors[i]]["step"] = scalars.count
     for group in optimizer.param_groups:
         group["step"] = until
-        mine = {id(p) for p in group["params"]}
-        touched = [any(id(tensors[i]) in mine for i in d["parameters"]) for d in trajectory.passes]
-        passes = [p for step in steps for p in step.passes or () if touched[p.of]]
-        optimizer._replayed(group, passes)
     optimizer.bad_steps = 0
     while optimizer.bad_steps < len(steps) and steps[-1 - optimizer.bad_steps].passes is None:
         optimizer.bad_steps += 1
