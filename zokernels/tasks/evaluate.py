@@ -1,4 +1,4 @@
-"""Accuracy on a split, in batches of sentences of like length."""
+"""Accuracy on a split, in batches of texts of like length."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from zokernels.tasks.scoring import Scorer
-from zokernels.tasks.sst2 import Example
+from zokernels.tasks.task import Example, Task
 
 
 class Interrupted(Exception):
@@ -33,14 +33,16 @@ def accuracy(
     examples: Sequence[Example],
     batch_size: int = 64,
     stop: Callable[[], bool] = lambda: False,
+    calibrate: bool = False,
 ) -> Accuracy:
-    """The share of examples whose best-scored label is theirs.
+    """The share of examples whose best-scored candidate is theirs.
 
     Args:
         scorer: The model and its way of scoring.
         examples: At least one.
         batch_size: Examples a forward.
         stop: Asked before each batch.
+        calibrate: As for `Scorer.predict`.
 
     Raises:
         Interrupted: If ``stop`` answered true.
@@ -50,6 +52,13 @@ def accuracy(
     for start in range(0, len(ordered), batch_size):
         if stop():
             raise Interrupted
-        batch = scorer.collate(ordered[start : start + batch_size])
-        right += int((scorer.scores(batch).argmax(-1) == batch["labels"]).sum())
+        batch = ordered[start : start + batch_size]
+        for example, place in zip(batch, scorer.predict(batch, calibrate), strict=True):
+            right += _is_right(scorer.task, example, place)
     return Accuracy(right / len(ordered), len(ordered))
+
+
+def _is_right(task: Task, example: Example, place: int) -> bool:
+    if not example.answers or task.choices is None:
+        return place == example.label
+    return task.choices(example.fields)[place] in example.answers

@@ -79,7 +79,7 @@ class Finetune:
         self.splits = data.load(task, s.data)
         pool = data.by_words(self.splits.train, s.min_words, s.max_words)
         order = batches(
-            pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=len(task.words)
+            pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=len(task.words) or 2
         )
         self.loaded = models.load(s.model, s.dtype)
         try:
