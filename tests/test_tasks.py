@@ -10,7 +10,18 @@ import torch
 import torch.nn.functional as F
 from tiny import build, environment
 
-from zokernels.tasks import SST2, Example, InputError, data, folder, get_task, hub, models, rows, schemes
+from zokernels.tasks import (
+    SST2,
+    Example,
+    InputError,
+    data,
+    folder,
+    get_task,
+    hub,
+    models,
+    rows,
+    schemes,
+)
 from zokernels.tasks.batches import batches
 from zokernels.tasks.evaluate import accuracy
 from zokernels.tasks.scoring import SCORERS

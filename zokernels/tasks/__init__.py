@@ -10,9 +10,9 @@ from zokernels.tasks.pairs import BOOLQ, CB, MNLI, MULTIRC, RTE, SNLI, WIC, WSC
 from zokernels.tasks.sentences import SST2, SST5, TREC
 from zokernels.tasks.task import Example, Task
 
-_ALL = (SST2, SST5, TREC, RTE, CB, BOOLQ, WIC, WSC, MULTIRC, COPA, WINOGRANDE, RECORD)
-_ALL += (SNLI, MNLI, SQUAD, DROP)
-TASKS: dict[str, Task] = {task.name: task for task in _ALL}
+_ROWS = [SST2, SST5, TREC, RTE, CB, BOOLQ, WIC, WSC, MULTIRC, COPA, WINOGRANDE, RECORD]
+_ROWS += [SNLI, MNLI, SQUAD, DROP]
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
 __all__ = ["SST2", "TASKS", "Example", "InputError", "RunError", "Task", "get_task"]
 
@@ -26,6 +26,4 @@ def get_task(name: str) -> Task:
     try:
         return TASKS[name]
     except KeyError:
-        raise InputError(
-            f"There is no task '{name}'; the tasks are: {', '.join(TASKS)}."
-        ) from None
+        raise InputError(f"There is no task '{name}'; the tasks are: {', '.join(TASKS)}.") from None

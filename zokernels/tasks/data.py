@@ -148,7 +148,9 @@ def _read_splits(task: Task, place: Path, source: str, notes: list[str]) -> Spli
         return _cut(task, place, source)
     examples, reported = rows.read(task, train), rows.read(task, dev)
     # Where there is a test file, the one beside it is there to pick by.
-    picks = _file(place, "train_rest", *(("dev", "val", "validation") if dev.stem == "test" else ()))
+    picks = _file(
+        place, "train_rest", *(("dev", "val", "validation") if dev.stem == "test" else ())
+    )
     if picks is not None:
         return Splits(examples, rows.read(task, picks), reported, source, notes)
     return Splits(*_hold_out(examples), reported, source, notes)

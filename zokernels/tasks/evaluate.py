@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from zokernels.tasks import generation
 from zokernels.tasks.scoring import Scorer
 from zokernels.tasks.task import Example, Task
 
@@ -16,15 +17,21 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers and the number of examples it is over."""
+    """A share of right answers, or a mean F1, and the number of examples it is over.
+
+    ``squares`` is the mean of the squares of the examples' own values, which for right and wrong
+    are the values themselves.
+    """
 
     value: float
     examples: int
+    squares: float | None = None
 
     @property
     def error(self) -> float:
-        """The binomial standard error."""
-        return math.sqrt(self.value * (1 - self.value) / self.examples)
+        """The standard error: for right and wrong the binomial one."""
+        squares = self.value if self.squares is None else self.squares
+        return math.sqrt(max(0.0, squares - self.value**2) / self.examples)
 
 
 @torch.no_grad()
@@ -35,7 +42,7 @@ def accuracy(
     stop: Callable[[], bool] = lambda: False,
     calibrate: bool = False,
 ) -> Accuracy:
-    """The share of examples whose best-scored candidate is theirs.
+    """The share of examples judged right, or the mean F1 of what is written.
 
     Args:
         scorer: The model and its way of scoring.
@@ -48,14 +55,19 @@ def accuracy(
         Interrupted: If ``stop`` answered true.
     """
     ordered = sorted(examples, key=lambda e: len(e.sentence))
-    right = 0
+    found: list[float] = []
     for start in range(0, len(ordered), batch_size):
         if stop():
             raise Interrupted
         batch = ordered[start : start + batch_size]
-        for example, place in zip(batch, scorer.predict(batch, calibrate), strict=True):
-            right += _is_right(scorer.task, example, place)
-    return Accuracy(right / len(ordered), len(ordered))
+        if scorer.task.generates:
+            written = generation.answers(scorer, batch)
+            found += [generation.f1(w, e.answers) for w, e in zip(written, batch, strict=True)]
+        else:
+            places = scorer.predict(batch, calibrate)
+            found += [_is_right(scorer.task, e, i) for e, i in zip(batch, places, strict=True)]
+    squares = sum(v * v for v in found) / len(found) if scorer.task.generates else None
+    return Accuracy(sum(found) / len(found), len(found), squares)
 
 
 def _is_right(task: Task, example: Example, place: int) -> bool:

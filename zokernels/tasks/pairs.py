@@ -50,7 +50,12 @@ def _inference(name: str, folder: str, hub: Hub, cut: tuple[int, int] | None = N
     )
 
 
-SNLI = _inference("snli", "SNLI", Hub("stanfordnlp/snli", "plain_text", valid="validation", dev="test"), (400, 100))
+SNLI = _inference(
+    "snli",
+    "SNLI",
+    Hub("stanfordnlp/snli", "plain_text", valid="validation", dev="test"),
+    (400, 100),
+)
 MNLI = _inference("mnli", "MNLI", Hub("nyu-mll/glue", "mnli", dev="validation_matched"), (400, 100))
 
 RTE = Task(

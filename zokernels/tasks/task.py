@@ -215,9 +215,7 @@ class Task:
         fields = {**row, **{name: _column(row, name, where) for name in self.fields}}
         for name in self.fields:
             if not str(fields[name]).strip():
-                raise InputError(
-                    f"{where}: the {name} is empty; give it words or remove the row."
-                )
+                raise InputError(f"{where}: the {name} is empty; give it words or remove the row.")
         sentence = str(fields[self.fields[0]])
         if self.answers is not None:
             return self._answered(row, where, sentence, fields)
@@ -242,7 +240,9 @@ class Task:
             raise InputError(
                 f"{where}: none of the answers ({', '.join(answers)}) is among the candidates."
             )
-        return Example(sentence, next(i for i, c in enumerate(found) if c in answers), fields, answers)
+        return Example(
+            sentence, next(i for i, c in enumerate(found) if c in answers), fields, answers
+        )
 
     def _texts(self, example: Example) -> dict[str, str]:
         fields = {self.fields[0]: example.sentence, **example.fields}
