@@ -74,7 +74,11 @@ BAD = [
     ("tokens of an encoder", ["--objective", "tokens"], "--objective tokens needs a causal LM"),
     ("examples in context of an encoder", ["--demos", "2"], "in context need a causal LM"),
     ("too many shots", ["--shots", "16"], "--shots 16 needs 32 training examples"),
-    ("no data for the task", ["--task", "copa", "--data", "not_a_run"], "neither it nor its SuperGLUE/COPA folder"),
+    (
+        "no data for the task",
+        ["--task", "copa", "--data", "not_a_run"],
+        "neither it nor its SuperGLUE/COPA folder",
+    ),
     ("dtype", ["--dtype", "int8"], "one of float32, bfloat16, float16"),
     ("rounding", ["--rounding", "up"], "one of nearest, stochastic"),
     ("perturb", ["--perturb", "twice"], "one of on_entry, in_place"),

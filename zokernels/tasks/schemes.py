@@ -117,6 +117,10 @@ def _head(model: Any) -> Any:
         )
     if outer.weight is model.get_input_embeddings().weight:
         outer.weight = torch.nn.Parameter(outer.weight.detach().clone())
+        if outer.bias is not None:
+            # The masked models hold it twice; of an untied pair only this one is used and saved.
+            outer.bias.requires_grad_(False)
+            outer.bias = torch.nn.Parameter(outer.bias.detach().clone())
         model.config.tie_word_embeddings = False
     _keep(model, re.compile(rf"^{re.escape(name)}\."))
     return model

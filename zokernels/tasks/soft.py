@@ -90,7 +90,11 @@ def _activations(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     The cache holds the heads that keys and values have, which under grouped-query attention are
     fewer than the queries'.
     """
-    cache = model(input_ids=tokens, use_cache=True).past_key_values
+    from transformers import DynamicCache
+
+    # Of its own making: a cache by the configuration would forget what a sliding window passes.
+    cache = DynamicCache()
+    model(input_ids=tokens, past_key_values=cache, use_cache=True)
     states = [s for layer in cache.layers for s in (layer.keys, layer.values)]
     return torch.cat([s[0].transpose(0, 1).flatten(1) for s in states], dim=1)
 
