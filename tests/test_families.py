@@ -3,7 +3,6 @@
 import pytest
 import torch
 from tiny import build
-from tiny import models as tiny_models
 
 import zokernels as zk
 from zokernels.tasks import SST2, Example, InputError, families, models, schemes, soft

@@ -71,8 +71,9 @@ class ZOTrainerMixin:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        _check(self.args, self.accelerator)  # type: ignore[attr-defined]
-        if self.optimizer is not None:  # type: ignore[has-type]
+        trainer: Any = self
+        _check(trainer.args, trainer.accelerator)
+        if trainer.optimizer is not None:
             raise TypeError(
                 "optimizers got an optimizer, but this Trainer makes its own from the model, so "
                 "that it can perturb layer by layer; pass "
