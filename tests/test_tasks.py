@@ -3,17 +3,28 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from tiny import build, environment
 
-from zokernels.tasks import SST2, InputError, data, folder, get_task, hub, models, schemes
+from zokernels.tasks import (
+    SST2,
+    Example,
+    InputError,
+    data,
+    folder,
+    get_task,
+    hub,
+    models,
+    rows,
+    schemes,
+)
 from zokernels.tasks.batches import batches
 from zokernels.tasks.evaluate import accuracy
 from zokernels.tasks.scoring import SCORERS
-from zokernels.tasks.sst2 import Example
 
 EXAMPLES = [
     Example("a fine film with a good heart", 1),
@@ -116,21 +127,21 @@ def test_a_malformed_file_is_named_with_its_line(tmp_path, content, sentence):
     path = tmp_path / "train.tsv"
     path.write_text(content)
     with pytest.raises(InputError, match=sentence) as caught:
-        data.read_tsv(path)
+        rows.read(SST2, path)
     assert str(path) in str(caught.value)
 
 
 def test_quotes_and_odd_line_breaks_are_part_of_a_sentence(tmp_path):
     path = tmp_path / "dev.tsv"
     path.write_bytes('sentence\tlabel\r\n"so bad it \x85 is\t0\r\ngood" \t1\r\n'.encode())
-    assert [e.label for e in data.read_tsv(path)] == [0, 1]
+    assert [e.label for e in rows.read(SST2, path)] == [0, 1]
 
 
 def test_bytes_that_are_not_text_are_one_sentence(tmp_path):
     path = tmp_path / "dev.tsv"
     path.write_bytes(b"caf\xe9\t1\n")
     with pytest.raises(InputError, match="not UTF-8"):
-        data.read_tsv(path)
+        rows.read(SST2, path)
 
 
 def test_word_limits_count_both_ends():
@@ -203,7 +214,7 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(tmp_path, kind):
 @pytest.mark.parametrize("words", [("terrible", "great"), ("very bad", "good")])
 def test_causal_scores_are_mean_log_probabilities_of_the_candidates(tmp_path, words):
     loaded = models.load(str(build("opt", tmp_path / "opt")))
-    task = type(SST2)("t", "T", "t/t", "t", words)
+    task = replace(SST2, words=words)
     scorer = SCORERS["causal"](loaded.model, loaded.tokenizer, task, 64)
     with torch.no_grad():
         scores = scorer.scores(scorer.collate(EXAMPLES))
@@ -261,7 +272,7 @@ def test_a_long_sentence_loses_words_and_keeps_the_prompt(tmp_path, kind):
 @pytest.mark.hf
 def test_a_label_word_that_is_no_single_token_is_refused(tmp_path):
     loaded = models.load(str(build("roberta", tmp_path / "m")))
-    task = type(SST2)("t", "T", "t/t", "t", ("very bad", "great"))
+    task = replace(SST2, words=("very bad", "great"))
     with pytest.raises(InputError, match="'very bad' must be one known token"):
         SCORERS["masked"](loaded.model, loaded.tokenizer, task, 64)
 

@@ -8,9 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
-from zokernels.tasks import InputError, folder, get_task
+from zokernels.tasks import TASKS, InputError, folder, get_task
+from zokernels.tasks.optimizers import OPTIMIZERS
 from zokernels.tasks.resume import settings_of
 from zokernels.tasks.run import Finetune
+from zokernels.tasks.schemes import SCHEMES
+from zokernels.tasks.scoring import OBJECTIVES
 from zokernels.tasks.settings import Settings
 
 _DATA, _MODEL, _METHOD, _RUN = "Data", "Model", "Method", "Run"
@@ -25,19 +28,32 @@ def command(
     model: Annotated[
         str | None, _option("Folder made by save_pretrained, or hub name.", _MODEL)
     ] = None,
-    task: Annotated[str, _option("Task: sst2.", _DATA)] = "sst2",
+    task: Annotated[str, _option(f"Task: {', '.join(TASKS)}.", _DATA)] = "sst2",
+    template: Annotated[
+        bool, _option("Words around the texts.", _DATA, "--template/--no-template")
+    ] = True,
+    shots: Annotated[int | None, _option("Training examples of each label.", _DATA)] = None,
+    demos: Annotated[int, _option("Solved examples before each prompt.", _DATA)] = 0,
+    calibrate: Annotated[bool, _option("Judge against a prompt without content.", _DATA)] = False,
+    objective: Annotated[
+        str | None, _option(f"What is lowered: {', '.join(OBJECTIVES)}.", _METHOD)
+    ] = None,
     data: Annotated[
         str | None, _option("Folder with the data; else ZOKERNELS_DATA, hub, shipped.", _DATA)
     ] = None,
     out: Annotated[Path | None, _option("Run folder [runs/TASK-TIME].", _RUN)] = None,
     steps: Annotated[int, _option("Optimizer steps.", _METHOD)] = 1000,
     batch_size: Annotated[int, _option("Sentences a step.", _METHOD)] = 16,
+    optimizer: Annotated[str, _option(f"Optimizer: {', '.join(OPTIMIZERS)}.", _METHOD)] = "zosgd",
     lr: Annotated[float, _option("Learning rate.", _METHOD)] = 1e-6,
     schedule: Annotated[str, _option("constant, linear or cosine, to 0.", _METHOD)] = "constant",
     eps: Annotated[float, _option("Scale of the perturbation.", _METHOD)] = 1e-3,
     num_queries: Annotated[int, _option("Directions a step.", _METHOD)] = 1,
+    two_sided: Annotated[
+        bool, _option("Differences on both sides.", _METHOD, "--two-sided/--one-sided")
+    ] = True,
     dist: Annotated[str, _option("gaussian or rademacher.", _METHOD)] = "gaussian",
-    scheme: Annotated[str, _option("full, lora or bitfit.", _MODEL)] = "full",
+    scheme: Annotated[str, _option(f"What is trained: {', '.join(SCHEMES)}.", _MODEL)] = "full",
     train_only: Annotated[
         str | None, _option("Regular expression over parameter names.", _MODEL)
     ] = None,
@@ -65,7 +81,7 @@ def command(
         Path | None, _option("Go on with the run in this folder; it has all settings.", _RUN)
     ] = None,
 ) -> int:
-    """Fine-tune a model on a task by ZO-SGD and write a run folder."""
+    """Fine-tune a model on a task by forward passes and write a run folder."""
     options = dict(locals())
     path = options.pop("json")
     folder.check_json(path)
@@ -127,7 +143,7 @@ def ending(metrics: dict[str, Any], where: str) -> str:
     """The line that a finished run ends with."""
     before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
     return (
-        f"dev accuracy {before:.1%} -> {after:.1%} ({metrics['data']}, "
+        f"dev {metrics['metric']} {before:.1%} -> {after:.1%} ({metrics['data']}, "
         f"{metrics['steps']} steps, {metrics['seconds']:.0f} s): {where}"
     )
 

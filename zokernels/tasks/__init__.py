@@ -3,12 +3,18 @@
 Importing this package imports no transformers; a model is loaded only when a run asks for one.
 """
 
+from zokernels.tasks.answers import DROP, SQUAD
+from zokernels.tasks.choices import COPA, RECORD, WINOGRANDE
 from zokernels.tasks.errors import InputError, RunError
-from zokernels.tasks.sst2 import SST2, Task
+from zokernels.tasks.pairs import BOOLQ, CB, MNLI, MULTIRC, RTE, SNLI, WIC, WSC
+from zokernels.tasks.sentences import SST2, SST5, TREC
+from zokernels.tasks.task import Example, Task
 
-TASKS: dict[str, Task] = {"sst2": SST2}
+_ROWS = [SST2, SST5, TREC, RTE, CB, BOOLQ, WIC, WSC, MULTIRC, COPA, WINOGRANDE, RECORD]
+_ROWS += [SNLI, MNLI, SQUAD, DROP]
+TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
-__all__ = ["TASKS", "InputError", "RunError", "Task", "get_task"]
+__all__ = ["SST2", "TASKS", "Example", "InputError", "RunError", "Task", "get_task"]
 
 
 def get_task(name: str) -> Task:
@@ -20,6 +26,4 @@ def get_task(name: str) -> Task:
     try:
         return TASKS[name]
     except KeyError:
-        raise InputError(
-            f"There is no task '{name}'; the tasks are: {', '.join(sorted(TASKS))}."
-        ) from None
+        raise InputError(f"There is no task '{name}'; the tasks are: {', '.join(TASKS)}.") from None

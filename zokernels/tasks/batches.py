@@ -5,7 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 from zokernels.tasks.errors import InputError
-from zokernels.tasks.sst2 import Example
+from zokernels.tasks.task import Example
 
 
 def batches(

@@ -1,4 +1,4 @@
-"""Accuracy on a split, in batches of sentences of like length."""
+"""Accuracy on a split, in batches of texts of like length."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
+from zokernels.tasks import generation
 from zokernels.tasks.scoring import Scorer
-from zokernels.tasks.sst2 import Example
+from zokernels.tasks.task import Example, Task
 
 
 class Interrupted(Exception):
@@ -16,15 +17,21 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of right answers and the number of examples it is over."""
+    """A share of right answers, or a mean F1, and the number of examples it is over.
+
+    ``squares`` is the mean of the squares of the examples' own values, which for right and wrong
+    are the values themselves.
+    """
 
     value: float
     examples: int
+    squares: float | None = None
 
     @property
     def error(self) -> float:
-        """The binomial standard error."""
-        return math.sqrt(self.value * (1 - self.value) / self.examples)
+        """The standard error: for right and wrong the binomial one."""
+        squares = self.value if self.squares is None else self.squares
+        return math.sqrt(max(0.0, squares - self.value**2) / self.examples)
 
 
 @torch.no_grad()
@@ -33,23 +40,37 @@ def accuracy(
     examples: Sequence[Example],
     batch_size: int = 64,
     stop: Callable[[], bool] = lambda: False,
+    calibrate: bool = False,
 ) -> Accuracy:
-    """The share of examples whose best-scored label is theirs.
+    """The share of examples judged right, or the mean F1 of what is written.
 
     Args:
         scorer: The model and its way of scoring.
         examples: At least one.
         batch_size: Examples a forward.
         stop: Asked before each batch.
+        calibrate: As for `Scorer.predict`.
 
     Raises:
         Interrupted: If ``stop`` answered true.
     """
     ordered = sorted(examples, key=lambda e: len(e.sentence))
-    right = 0
+    found: list[float] = []
     for start in range(0, len(ordered), batch_size):
         if stop():
             raise Interrupted
-        batch = scorer.collate(ordered[start : start + batch_size])
-        right += int((scorer.scores(batch).argmax(-1) == batch["labels"]).sum())
-    return Accuracy(right / len(ordered), len(ordered))
+        batch = ordered[start : start + batch_size]
+        if scorer.task.generates:
+            written = generation.answers(scorer, batch)
+            found += [generation.f1(w, e.answers) for w, e in zip(written, batch, strict=True)]
+        else:
+            places = scorer.predict(batch, calibrate)
+            found += [_is_right(scorer.task, e, i) for e, i in zip(batch, places, strict=True)]
+    squares = sum(v * v for v in found) / len(found) if scorer.task.generates else None
+    return Accuracy(sum(found) / len(found), len(found), squares)
+
+
+def _is_right(task: Task, example: Example, place: int) -> bool:
+    if not example.answers or task.choices is None:
+        return place == example.label
+    return task.choices(example.fields)[place] in example.answers

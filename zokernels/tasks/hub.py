@@ -4,8 +4,28 @@ import os
 import threading
 import urllib.error
 import urllib.request
+from collections.abc import Callable
+from pathlib import Path
 
 _PATIENCE = 3.0
+
+
+def fetcher(repo: str, revision: str | None) -> Callable[[str, bool], Path]:
+    """A function from (file, from the cache only) to the local path of a data set's file.
+
+    Raises:
+        ImportError: If the hub's client or a reader of its files is not installed.
+    """
+    import pyarrow.parquet  # noqa: F401
+    from huggingface_hub import hf_hub_download
+
+    def fetch(name: str, cached: bool) -> Path:
+        found = hf_hub_download(
+            repo, name, repo_type="dataset", revision=revision, local_files_only=cached
+        )
+        return Path(found)
+
+    return fetch
 
 
 def unreachable(timeout: float = _PATIENCE) -> str | None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from zokernels.tasks import folder
+from zokernels.tasks import folder, get_task, optimizers
 from zokernels.tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -51,6 +51,10 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
     finite = [x for x in history.losses if math.isfinite(x)]
     return {
         "task": s.task,
+        "metric": get_task(s.task).metric,
+        "optimizer": optimizers.find(s.optimizer).__name__,
+        "scheme": s.scheme,
+        "template": s.template,
         "model": s.model,
         "kind": run.loaded.kind,
         "data": run.splits.source,
@@ -136,7 +140,7 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
     if s.min_words or s.max_words:
         words = f", sentences of {s.min_words or 1} to {s.max_words or 'any number of'} words"
     picked = (
-        f"the weights of step {run.best[1]}, picked on {len(run.splits.valid):,} other sentences"
+        f"the weights of step {run.best[1]}, picked on {len(run.splits.valid):,} other examples"
         if run.best
         else "the weights of the last step; none were picked"
     )
@@ -152,10 +156,12 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
         f"| Trained | {m['trained_weights']:,} of {m['all_weights']:,} weights"
         f" ({s.scheme}{', names matching `' + pattern + '`' if pattern else ''})"
         f" of `{s.model}`, scored as {KINDS[m['kind']]}, in {s.dtype} |",
-        f"| Data | {run.splits.source}{words}; reported on all {m['dev_examples']:,} sentences"
-        " of dev |",
+        f"| Data | {run.splits.source}{words}; reported on all {m['dev_examples']:,} examples"
+        f" of dev |",
+        f"| Prompts | {_prompts(s)} |",
         f"| Result | {picked} |",
-        f"| Method | ZO-SGD, {m['steps']:,} steps of {s.batch_size} sentences"
+        f"| Method | {optimizers.find(s.optimizer).__name__}, {m['steps']:,} steps of "
+        f"{s.batch_size} examples"
         f"{' with equal class counts' if s.balanced else ''}, lr {s.lr:g} {s.schedule}, "
         f"ε {s.eps:g}, {s.num_queries} {s.dist} direction{'s' * (s.num_queries > 1)} a step, "
         f"weight decay {s.weight_decay:g}, rounding to {s.rounding} |",
@@ -175,6 +181,17 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _prompts(s: Settings) -> str:
+    parts = ["the task's template" if s.template else "no template"]
+    if s.demos:
+        parts.append(f"{s.demos} solved examples in context")
+    if s.calibrate:
+        parts.append("calibrated by a prompt without content")
+    if s.objective:
+        parts.append(f"objective {s.objective}")
+    return ", ".join(parts)
+
+
 def _verdict(m: dict[str, Any]) -> str:
     if m["failure"]:
         return f"The run failed after {m['steps']:,} steps: {m['failure']}"
@@ -186,8 +203,8 @@ def _verdict(m: dict[str, Any]) -> str:
     before, after = m["dev_accuracy_before"], m["dev_accuracy_after"]
     first, last = m["dev_standard_error_before"], m["dev_standard_error_after"]
     return (
-        f"Dev accuracy {before:.1%} ± {first:.1%} before and **{after:.1%} ± {last:.1%}** after "
-        "(± one binomial standard error)."
+        f"Dev {m['metric']} {before:.1%} ± {first:.1%} before and **{after:.1%} ± {last:.1%}** "
+        f"after (± one{' binomial' if m['metric'] == 'accuracy' else ''} standard error)."
     )
 
 

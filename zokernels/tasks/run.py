@@ -13,13 +13,28 @@ from typing import Any
 import torch
 
 import zokernels as zk
-from zokernels.tasks import data, evaluate, folder, get_task, models, report, resume, schemes
+from zokernels.tasks import (
+    data,
+    evaluate,
+    folder,
+    get_task,
+    models,
+    optimizers,
+    report,
+    resume,
+    schemes,
+)
 from zokernels.tasks.batches import batches
 from zokernels.tasks.errors import InputError, RunError
+from zokernels.tasks.probe import ProbeScorer
 from zokernels.tasks.scoring import SCORERS, Scorer
 from zokernels.tasks.settings import Settings
+from zokernels.tasks.task import Task
 
 _MAX_BAD_STEPS = 10
+_OPTIMIZER_OPTIONS = (
+    "lr eps num_queries two_sided dist rounding weight_decay seed perturb backend".split()
+)
 
 
 class Watcher:
@@ -84,15 +99,18 @@ class Finetune:
         """
         s = self.settings
         s.check()
-        task = get_task(s.task)
+        optimizers.find(s.optimizer)
+        task = get_task(s.task).with_template(s.template)
         out = folder.RunFolder(s.out, s.overwrite, self.resume)
         self.splits = data.load(task, s.data)
+        if s.shots:
+            self.splits = data.few(self.splits, s.shots, s.seed)
         pool = data.by_words(self.splits.train, s.min_words, s.max_words)
         order = batches(
-            pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=len(task.words)
+            pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=len(task.words) or 2
         )
         self.load()
-        scorer = SCORERS[self.loaded.kind](self.model, self.loaded.tokenizer, task, s.max_length)
+        scorer = self._scorer(task)
         optimizer = self._optimizer()
         for note in (*self.splits.notes, *self.loaded.notes):
             self.watcher.say(note)
@@ -139,7 +157,9 @@ class Finetune:
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0]
             raise InputError(f"--device {s.device} cannot hold the model: {reason}") from None
-        self.model, self.trained = schemes.apply(model, s.scheme, s.train_only, s.seed)
+        self.model, self.trained = schemes.apply(
+            model, s.scheme, s.train_only, s.seed, len(get_task(s.task).words)
+        )
 
     def _begin(self, optimizer: Any, out: folder.RunFolder, pool: int) -> int:
         """Starts the logs, or goes on with them: the number of steps that are done already."""
@@ -158,27 +178,22 @@ class Finetune:
             raise InputError(f"--backend must be one of {', '.join(states)}, got '{s.backend}'.")
         if s.backend is not None and not states[s.backend].available:
             raise InputError(f"--backend {s.backend} is not there: {states[s.backend].reason}")
-        try:
-            return zk.ZOSGD(
-                self.model,
-                lr=s.lr,
-                eps=s.eps,
-                num_queries=s.num_queries,
-                dist=s.dist,
-                rounding=s.rounding,
-                weight_decay=s.weight_decay,
-                seed=s.seed,
-                perturb=s.perturb,
-                backend=s.backend,
-                max_bad_steps=_MAX_BAD_STEPS,
-            )
-        except (ValueError, RuntimeError, ImportError) as error:
-            raise InputError(str(error)) from error
+        options = {name: getattr(s, name) for name in _OPTIMIZER_OPTIONS}
+        options["max_bad_steps"] = _MAX_BAD_STEPS
+        return optimizers.build(s.optimizer, self.model, options)
+
+    def _scorer(self, task: Task) -> Scorer:
+        s = self.settings
+        demos = data.part(self.splits.train, s.demos) if s.demos else []
+        common = (self.model, self.loaded.tokenizer, task, s.max_length, s.objective, demos)
+        if s.scheme == "probe":
+            return ProbeScorer(*common, kind=self.loaded.kind)
+        return SCORERS[self.loaded.kind](*common)
 
     def _overview(self, pool: int) -> str:
         s, t = self.settings, self.trained
         return (
-            f"Data: {self.splits.source}, {pool:,} training sentences and "
+            f"Data: {self.splits.source}, {pool:,} training {self._examples()} and "
             f"{len(self.splits.dev):,} dev. Model: {s.title} as {report.KINDS[self.loaded.kind]}, "
             f"training {t.weights:,} of {t.of:,} weights."
         )
@@ -254,7 +269,9 @@ class Finetune:
         self, split: str, scorer: Scorer, examples: list[Any], out: folder.RunFolder, step: int
     ) -> evaluate.Accuracy:
         began = time.perf_counter()
-        found = evaluate.accuracy(scorer, examples, stop=self.stopped.is_set)
+        found = evaluate.accuracy(
+            scorer, examples, stop=self.stopped.is_set, calibrate=self.settings.calibrate
+        )
         getattr(self.history, split).append((step, found))
         seconds = round(time.perf_counter() - began, 3)
         out.log(
@@ -268,10 +285,13 @@ class Finetune:
             }
         )
         self.watcher.say(
-            f"Step {step}: {split} accuracy {found.value:.1%} ± {found.error:.1%} "
-            f"({found.examples:,} sentences, {seconds:.1f} s)."
+            f"Step {step}: {split} {scorer.task.metric} {found.value:.1%} ± {found.error:.1%} "
+            f"({found.examples:,} {self._examples()}, {seconds:.1f} s)."
         )
         return found
+
+    def _examples(self) -> str:
+        return "sentences" if get_task(self.settings.task).fields == ("sentence",) else "examples"
 
     def trainable(self) -> list[torch.nn.Parameter]:
         """The parameters that the run changes."""

@@ -1,8 +1,8 @@
-"""Scores of the labels under a model: one class for each kind of model.
+"""Scores of the candidates under a model: one class for each kind of model.
 
 A scorer turns examples into a batch of tensors (``collate``) and a batch into a float32 tensor of
-scores, one row an example and one column a label (``scores``). The loss is their cross-entropy and
-the answer their argmax, for every kind.
+scores, one row an example and one column a candidate (``scores``); where examples have unequal
+numbers of candidates, the spare places hold −∞. The answer is their argmax, for every kind.
 """
 
 import inspect
@@ -13,9 +13,12 @@ import torch
 import torch.nn.functional as F
 
 from zokernels.tasks.errors import InputError
-from zokernels.tasks.sst2 import Example, Task
+from zokernels.tasks.task import Example, Task
 
 Batch = dict[str, torch.Tensor]
+# What training lowers: cross-entropy over the candidates' scores, the loss of the right
+# candidate's own tokens, or the share of wrong answers, which has no gradient.
+OBJECTIVES = ("candidates", "tokens", "accuracy")
 _SCALE = 20.0
 
 
@@ -26,42 +29,89 @@ class Scorer:
         model: A transformers model, perhaps inside an adapter.
         tokenizer: Its tokenizer.
         task: Prompts and label words.
-        max_length: Longest row in tokens; a longer one loses the start of its sentence, so that
+        max_length: Longest row in tokens; a longer one loses the start of its text, so that
             the prompt and the blank stay.
+        objective: One of `OBJECTIVES`; None is "tokens" where answers are generated and else
+            "candidates".
+        demos: Solved examples that stand before every prompt of a causal model.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, task: Task, max_length: int) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        task: Task,
+        max_length: int,
+        objective: str | None = None,
+        demos: Sequence[Example] = (),
+    ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.task = task
         self.max_length = max_length
+        self.objective = objective or ("tokens" if task.generates else "candidates")
+        self.demos = list(demos)
         self.device = next(model.parameters()).device
         self._prepare()
 
     def _prepare(self) -> None:
-        """Work that is done once; a subclass may need some."""
+        """Work that is done once, and refusals."""
+        if self.demos or self.objective == "tokens":
+            what = "Examples in context need" if self.demos else "--objective tokens needs"
+            raise InputError(f"{what} a causal LM, but this model is none.")
+        if not self.task.words:
+            self.task.label_sentences()
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """The tensors of a batch."""
         raise NotImplementedError
 
     def scores(self, batch: Batch) -> torch.Tensor:
-        """Scores of shape (examples, labels), float32."""
+        """Scores of shape (examples, candidates), float32."""
         raise NotImplementedError
 
     def loss(self, batch: Batch) -> torch.Tensor:
-        """Mean cross-entropy of the scores, a float32 scalar."""
-        return F.cross_entropy(self.scores(batch), batch["labels"])
+        """What training lowers, a float32 scalar."""
+        scores = self.scores(batch)
+        if self.objective == "accuracy":
+            return (scores.argmax(-1) != batch["labels"]).float().mean()
+        if self.objective == "tokens":
+            return -scores.gather(1, batch["labels"][:, None]).mean()
+        return F.cross_entropy(scores, batch["labels"])
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        rows: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
-        return [self._cut(row) for row in rows]
+    def prompt(self, example: Example) -> str:
+        """What is read before a candidate: the solved examples, then the example's own prompt."""
+        solved = [
+            self.task.prompt(e) + self.task.candidates(e)[e.label] + "\n\n" for e in self.demos
+        ]
+        return "".join(solved) + self.task.prompt(example)
 
-    def _cut(self, row: list[int]) -> list[int]:
+    def predict(self, examples: Sequence[Example], calibrate: bool = False) -> list[int]:
+        """The index of each example's best candidate.
+
+        Args:
+            examples: At least one.
+            calibrate: Judge by how much a score exceeds that of the same candidate after the
+                prompt with its texts emptied.
+        """
+        scores = self.scores(self.collate(examples))
+        if calibrate:
+            free = [self.task.content_free(e) for e in examples]
+            # Candidates of the task's own are the same for all, so that one row is enough.
+            base = self.scores(self.collate(free[:1] if self.task.words else free))
+            scores = scores - torch.where(base.isinf(), 0.0, base)
+        return [int(i) for i in scores.argmax(-1)]
+
+    def _cut(self, row: list[int], keep: int | None = None) -> list[int]:
+        """The row at ``max_length``: without its start, or without its end if that has ``keep``."""
         over = len(row) - self.max_length
         if over <= 0:
             return row
-        lead = 1 if row[0] in self.tokenizer.all_special_ids else 0
+        special = self.tokenizer.all_special_ids
+        lead = 1 if row[0] in special else 0
+        if keep is not None and keep in row[: lead + over]:
+            tail = 1 if row[-1] in special else 0
+            return row[: len(row) - over - tail] + row[len(row) - tail :]
         return row[:lead] + row[lead + over :]
 
     def _pad(self, rows: list[list[int]]) -> Batch:
@@ -85,41 +135,51 @@ class CausalScorer(Scorer):
         self._can_trim = "logits_to_keep" in inspect.signature(inner.forward).parameters
 
     def collate(self, examples: Sequence[Example]) -> Batch:
-        """One row a candidate, or one an example where every candidate is a single token."""
-        prompts = [self.task.prompt(e.sentence) for e in examples]
-        tails = self.task.candidates()
+        """One row a candidate, or one an example where each of its candidates is one token."""
+        prompts = [self.prompt(e) for e in examples]
+        tails = [self.task.candidates(e) for e in examples]
         heads: list[list[int]] = self.tokenizer(prompts, verbose=False)["input_ids"]
-        whole: list[list[int]] = self.tokenizer(
-            [prompt + tail for prompt in prompts for tail in tails], verbose=False
-        )["input_ids"]
-        rows, targets = [], []
+        texts = [p + tail for p, own in zip(prompts, tails, strict=True) for tail in own]
+        encoded = iter(self.tokenizer(texts, verbose=False)["input_ids"])
+        rows: list[list[int]] = []
+        # For each candidate: its row, its tokens, its example, and its place among that's.
+        found: list[tuple[int, list[int], int, int]] = []
         for i, head in enumerate(heads):
-            options = whole[i * len(tails) : (i + 1) * len(tails)]
+            options = [next(encoded) for _ in tails[i]]
             common = _common_prefix([head, *options])
-            for option in options:
-                start = min(common, len(option) - 1)
-                targets.append(option[start:])
-                rows.append(self._cut(option[:-1]))
-        if all(len(target) == 1 for target in targets):
-            rows = rows[:: len(tails)]
+            # With nothing before it, a candidate's first token has no probability.
+            starts = [max(1, min(common, len(option) - 1)) for option in options]
+            together = all(len(o) - s == 1 for o, s in zip(options, starts, strict=True))
+            for j, (option, start) in enumerate(zip(options, starts, strict=True)):
+                if j == 0 or not together:
+                    rows.append(self._cut(option[:-1]))
+                found.append((len(rows) - 1, option[start:], i, j))
         batch = self._pad(rows)
-        lengths = [len(target) for target in targets]
-        widest = max(lengths)
+        batch.update(self._targets(rows, found))
+        batch["labels"] = self._labels(examples)
+        return batch
+
+    def _targets(
+        self, rows: list[list[int]], found: list[tuple[int, list[int], int, int]]
+    ) -> Batch:
+        widest = max(len(target) for _, target, _, _ in found)
         places, tokens, weights = [], [], []
-        for i, target in enumerate(targets):
-            end = len(rows[i * len(rows) // len(targets)])
+        for row, target, _, _ in found:
+            end = len(rows[row])
             first = end - len(target)
-            if first < 1:
+            if first < 0 or (first == 0 and end == self.max_length):
                 raise InputError(f"--max-length {self.max_length} leaves no room for the prompt.")
             spare = widest - len(target)
             places.append(list(range(first, end)) + [end - 1] * spare)
             tokens.append(target + [0] * spare)
             weights.append([1.0 / len(target)] * len(target) + [0.0] * spare)
-        batch["places"] = torch.tensor(places, device=self.device)
-        batch["targets"] = torch.tensor(tokens, device=self.device)
-        batch["weights"] = torch.tensor(weights, device=self.device)
-        batch["labels"] = self._labels(examples)
-        return batch
+        owners = [(row, example, place) for row, _, example, place in found]
+        return {
+            "places": torch.tensor(places, device=self.device),
+            "targets": torch.tensor(tokens, device=self.device),
+            "weights": torch.tensor(weights, device=self.device),
+            "owners": torch.tensor(owners, device=self.device),
+        }
 
     def scores(self, batch: Batch) -> torch.Tensor:
         """Length-normalised log-probabilities."""
@@ -129,17 +189,22 @@ class CausalScorer(Scorer):
         logits = self.model(
             input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
         ).logits
+        # Counted from the end, where neither trimming nor a soft prompt changes anything.
         places = batch["places"] - (width - logits.shape[1])
-        rows = torch.arange(len(places), device=self.device) * len(logits) // len(places)
+        rows, examples, columns = batch["owners"].unbind(1)
         logs = logits[rows[:, None], places].float().log_softmax(-1)
         chosen = logs.gather(-1, batch["targets"][..., None])[..., 0]
-        return (chosen * batch["weights"]).sum(-1).view(len(batch["labels"]), -1)
+        means = (chosen * batch["weights"]).sum(-1)
+        shape = (len(batch["labels"]), int(columns.max()) + 1)
+        out = torch.full(shape, float("-inf"), device=means.device)
+        return out.index_put((examples, columns), means)
 
 
 class MaskedScorer(Scorer):
     """The logits of the label words at the blank."""
 
     def _prepare(self) -> None:
+        super()._prepare()
         if self.tokenizer.mask_token is None:
             raise InputError("The tokenizer of this masked LM has no mask token to prompt with.")
         self._words = []
@@ -155,10 +220,12 @@ class MaskedScorer(Scorer):
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One row an example, with one blank."""
-        blank = self.tokenizer.mask_token
-        # A sentence that holds the mask token itself would have two blanks; the last one counts.
-        batch = self._pad(self._encode([self.task.cloze(e.sentence, blank) for e in examples]))
-        found = batch["input_ids"] == self.tokenizer.mask_token_id
+        blank, number = self.tokenizer.mask_token, self.tokenizer.mask_token_id
+        texts = [self.task.cloze(e, blank) for e in examples]
+        rows: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
+        # A text that holds the mask token itself would have two blanks; the last one counts.
+        batch = self._pad([self._cut(row, number) for row in rows])
+        found = batch["input_ids"] == number
         if not bool(found.any(1).all()):
             raise InputError(f"--max-length {self.max_length} leaves no room for the prompt.")
         order = torch.arange(found.shape[1], device=self.device)
@@ -168,23 +235,25 @@ class MaskedScorer(Scorer):
 
     def scores(self, batch: Batch) -> torch.Tensor:
         """The label words' logits."""
-        logits = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
-        ).logits
+        ids = batch["input_ids"]
+        logits = self.model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
         rows = torch.arange(len(logits), device=self.device)
-        return logits[rows, batch["places"]][:, self._words].float()
+        # A soft prompt stands before the text.
+        places = batch["places"] + (logits.shape[1] - ids.shape[1])
+        return logits[rows, places][:, self._words].float()
 
 
 class EncoderScorer(Scorer):
-    """The cosine, times 20, between a sentence's mean embedding and each label sentence's.
+    """The cosine, times 20, between a text's mean embedding and each label sentence's.
 
     The label sentences ride in the same batch, so that they are encoded with the weights that
-    the sentences are encoded with, and cost no further forward.
+    the texts are encoded with, and cost no further forward.
     """
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One row an example, then one a label."""
-        texts = [e.sentence.strip() for e in examples] + self.task.label_sentences()
+        plain = self.task.with_template(False)
+        texts = [plain.prompt(e) for e in examples] + self.task.label_sentences()
         rows: list[list[int]] = self.tokenizer(
             texts, truncation=True, max_length=self.max_length, verbose=False
         )["input_ids"]
@@ -196,6 +265,8 @@ class EncoderScorer(Scorer):
         """Scaled cosines."""
         mask = batch["attention_mask"]
         states = self.model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        # A soft prompt stands before the text, and is not part of its meaning.
+        states = states[:, -mask.shape[1] :]
         seen = mask[..., None].to(states.dtype)
         means = (states * seen).sum(1).float() / mask.sum(1, keepdim=True)
         means = F.normalize(means, dim=-1)

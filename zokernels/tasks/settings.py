@@ -7,12 +7,14 @@ from pathlib import Path
 from zokernels.tasks.errors import InputError
 from zokernels.tasks.models import DTYPES
 from zokernels.tasks.schemes import SCHEMES
+from zokernels.tasks.scoring import OBJECTIVES
 
 SCHEDULES = ("constant", "linear", "cosine")
 CHOICES = {
     "schedule": SCHEDULES,
     "dist": ("gaussian", "rademacher"),
     "scheme": SCHEMES,
+    "objective": (None, *OBJECTIVES),
     "dtype": tuple(DTYPES),
     "rounding": ("nearest", "stochastic"),
     "perturb": (None, "on_entry", "in_place"),
@@ -25,6 +27,8 @@ _AT_LEAST = {
     "eval_every": 0,
     "eval_examples": 1,
     "seed": 0,
+    "shots": 1,
+    "demos": 0,
     "min_words": 0,
     "max_words": 1,
 }
@@ -37,13 +41,20 @@ class Settings:
     model: str
     out: Path
     task: str = "sst2"
+    template: bool = True
+    shots: int | None = None
+    demos: int = 0
+    calibrate: bool = False
+    objective: str | None = None
     data: str | None = None
+    optimizer: str = "zosgd"
     steps: int = 1000
     batch_size: int = 16
     lr: float = 1e-6
     schedule: str = "constant"
     eps: float = 1e-3
     num_queries: int = 1
+    two_sided: bool = True
     dist: str = "gaussian"
     scheme: str = "full"
     train_only: str | None = None
