@@ -18,7 +18,6 @@ import zokernels as zk
 from zokernels.backends import native
 from zokernels.cli import main
 from zokernels.estimators import derive_seed
-from zokernels.optim.base import ZOOptimizer
 
 
 class Net(nn.Module):
@@ -43,50 +42,6 @@ class Net(nn.Module):
 TOKENS = torch.arange(24) % 11, (torch.arange(24) * 7) % 11
 
 
-class WithRule(ZOOptimizer):
-    """Any rule of `apply_update_`, as an optimizer with state would call it."""
-
-    rule, numbers, names, state_dtype = "sign", {}, (), torch.float32
-
-    def __init__(self, *args, **options):
-        super().__init__(*args, **options)
-        self.param_groups[0]["updates"] = 0
-
-    def _update(self, group, chosen, seeds, gradients):
-        group["updates"] += 1
-        params = [group["params"][i] for i in chosen]
-        for p in params:
-            for name in self.names:
-                self.state[p].setdefault(name, torch.zeros(p.shape, dtype=self.state_dtype))
-        zk.ops.apply_update_(
-            params,
-            [self.state[p] for p in params],
-            self.rule,
-            seeds,
-            [d / len(seeds) for d in gradients],
-            lr=float(group["lr"]),
-            step=group["updates"] if self.rule == "adam" else None,
-            streams=[group["streams"][i] for i in chosen],
-            decay=1 - float(group["lr"]) * group["weight_decay"],
-            rounding=group["rounding"],
-            rounding_seed=self._rounding_seed(),
-            **self.numbers,
-        )
-
-
-class Sign(WithRule):
-    pass
-
-
-class Momentum(WithRule):
-    rule, numbers, names, state_dtype = "momentum", {"beta": 0.8}, ("m",), torch.bfloat16
-
-
-class Adam(WithRule):
-    rule, names = "adam", ("m", "v", "v_max")
-    numbers = {"betas": (0.8, 0.99), "adam_eps": 1e-7, "amsgrad": True}
-
-
 CASES = {
     "plain": (zk.ZOSGD, torch.float32, {}),
     "queries": (zk.ZOSGD, torch.float32, dict(num_queries=3, two_sided=False)),
@@ -97,9 +52,17 @@ CASES = {
     "float64": (zk.ZOSGD, torch.float64, {}),
     "random mask": (zk.ZOSGD, torch.float32, dict(mask=zk.masks.Random([0.3, 0.5, 0.9, 1.0], 7))),
     "magnitude mask": (zk.ZOSGD, torch.float32, dict(mask=zk.masks.Magnitude(0.4), num_queries=2)),
-    "sign": (Sign, torch.float32, dict(num_queries=2)),
-    "momentum": (Momentum, torch.bfloat16, dict(rounding="stochastic")),
-    "adam": (Adam, torch.float32, dict(num_queries=2)),
+    "sign": (zk.ZOSGDSign, torch.float32, dict(num_queries=2)),
+    "momentum": (
+        zk.ZOSGDMomentum,
+        torch.bfloat16,
+        dict(rounding="stochastic", beta=0.8, state_dtype=torch.bfloat16),
+    ),
+    "adam": (
+        zk.ZOAdam,
+        torch.float32,
+        dict(num_queries=2, betas=(0.8, 0.99), adam_eps=1e-7, bias_correction=True),
+    ),
 }
 
 
