@@ -145,10 +145,9 @@ def test_accuracy_itself_can_be_trained_on(places):
     batch = scorer.collate(found * 4)
     opt = zk.ZOSGD(scorer.model, lr=1e-2, eps=0.1, num_queries=4, seed=2)
     before = accuracy(scorer, found).value
-    best = max(
-        (opt.step(lambda: scorer.loss(batch)), accuracy(scorer, found).value)[1] for _ in range(30)
-    )
-    assert best > before
+    for _ in range(30):
+        opt.step(lambda: scorer.loss(batch))
+    assert accuracy(scorer, found).value > before
 
 
 def test_a_mask_at_the_start_of_a_long_text_stays(places):

@@ -303,3 +303,17 @@ def test_published_files_are_read_whole(name):
         pytest.skip(f"needs ZOKERNELS_DATA with a folder {get_task(name).folder}")
     splits = data.load(get_task(name), place)
     assert (len(splits.train), len(splits.valid), len(splits.dev)) == PUBLISHED[name]
+
+
+def test_every_label_word_is_one_token_of_roberta():
+    pytest.importorskip("tokenizers", reason="pip install 'zokernels[hf]'")
+    from tokenizers import ByteLevelBPETokenizer
+
+    place = Path(os.environ.get(data.VARIABLE) or "no folder") / "tokenizers/gpt2-opt"
+    if not place.is_dir():
+        pytest.skip(
+            "needs ZOKERNELS_DATA with OPT's and RoBERTa's vocabulary in tokenizers/gpt2-opt"
+        )
+    tokenizer = ByteLevelBPETokenizer(str(place / "vocab.json"), str(place / "merges.txt"))
+    words = {word for task in TASKS.values() for word in task.words}
+    assert not {w for w in words if len(tokenizer.encode(f" {w}").ids) != 1}
