@@ -11,16 +11,18 @@ struct Pass {
     const zk_tensor& tensor;
     Directions<KIND, T::SPLIT> noise;
     std::vector<RoundKeys> rounding;
-    bool plain;
+    bool plain, steps;
 
     Pass(const zk_pass& a, const zk_tensor& t, uint64_t index)
         : args(a), tensor(t), noise(a, t, index) {
-        plain = !a.stochastic && a.queries == a.seed_count && t.keep == ZK_KEEP_ALL && noise.exact;
+        steps = !a.stochastic && t.keep == ZK_KEEP_ALL && noise.exact;
+        plain = steps && a.queries == a.seed_count;
         if (a.stochastic) rounding = rounding_keys(a, t, index, 0);
     }
 
     void tile(char* const* tiles, const Place& at) {
-        plain ? tile_plain(tiles[1], tiles[0], at) : tile_general(tiles[1], tiles[0], at);
+        if (plain) return tile_plain(tiles[1], tiles[0], at);
+        steps ? tile_steps(tiles[1], tiles[0], at) : tile_general(tiles[1], tiles[0], at);
     }
 
     // No mask, one rounding to nearest: what a training step does.
@@ -32,6 +34,20 @@ struct Pass {
             for (int r = 0; r < 8; r++) w[r] *= decay;
         noise.add(acc, w, 0, args.seed_count, at.index);
         T::store(out, acc, in);
+    }
+
+    // No mask, and rounding to nearest after each step: what a replay does.
+    void tile_steps(char* out, const char* in, const Place& at) {
+        F w[8];
+        T::load(w, in);
+        for (int64_t step = 0, from = 0; from < args.seed_count; step++, from += args.queries) {
+            const float decay = args.decays[step];
+            if (decay != 1)
+                for (int r = 0; r < 8; r++) w[r] *= decay;
+            noise.add(w, w, from, from + args.queries, at.index);
+            for (int r = 0; r < 8; r++) w[r] = T::nearest(w[r]);
+        }
+        T::store(out, w, in);
     }
 
     void tile_general(char* out, const char* in, const Place& at) {
