@@ -89,6 +89,36 @@ def test_a_run_of_each_kind_writes_its_folder(places, tmp_path, kind):
     assert any(not torch.equal(before[n], after[n]) for n in before)
 
 
+def test_a_run_takes_a_rule_sparsity_and_blocks(places, tmp_path):
+    options = dict(optimizer="zo-adam", sparsity=0.5, resample_every=2, blocks="layer", steps=3)
+    finetune = Finetune(settings(places, tmp_path / "run", "opt", **options))
+    finetune.run()
+    before, after = weights(places / "opt"), weights(tmp_path / "run" / "final")
+    moved = sum(int((after[n] != before[n]).sum()) for n in before)
+    # Two masks of a half each leave a quarter of the weights where they were.
+    assert 0.6 < moved / sum(w.numel() for w in before.values()) < 0.9
+    # Embeddings, layers and head each have a slope of their own.
+    slopes = [r["projected_gradients"] for r in lines(tmp_path / "run") if "loss" in r]
+    assert len(slopes) == 3 and len(slopes[0]) > 2
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(sparsity=1.5), "between 0 and 1"),
+        (dict(resample_every=2), "--sparsity"),
+        (dict(blocks="rows"), "layer, module"),
+        (dict(block_order="random"), "sequential, simultaneous"),
+    ],
+)
+def test_sparsity_and_blocks_are_checked_before_anything_is_written(
+    places, tmp_path, options, words
+):
+    with pytest.raises(InputError, match=words):
+        Finetune(settings(places, tmp_path / "run", "opt", **options)).run()
+    assert not (tmp_path / "run").exists()
+
+
 def test_forward_passes_alone_learn_the_task(places, tmp_path):
     metrics = Finetune(
         settings(

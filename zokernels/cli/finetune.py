@@ -57,6 +57,16 @@ def command(
     train_only: Annotated[
         str | None, _option("Regular expression over parameter names.", _MODEL)
     ] = None,
+    sparsity: Annotated[float | None, _option("Share of the weights left alone.", _METHOD)] = None,
+    resample_every: Annotated[
+        int | None, _option("Steps between draws of the sparse mask.", _METHOD)
+    ] = None,
+    blocks: Annotated[
+        str | None, _option("Perturb block by block: layer or module.", _METHOD)
+    ] = None,
+    block_order: Annotated[
+        str, _option("sequential (update at once) or simultaneous.", _METHOD)
+    ] = "sequential",
     weight_decay: Annotated[float, _option("Decoupled weight decay.", _METHOD)] = 0.0,
     rounding: Annotated[str, _option("nearest or stochastic.", _METHOD)] = "nearest",
     seed: Annotated[int, _option("Fixes data order and directions.", _METHOD)] = 0,

@@ -33,7 +33,8 @@ from zokernels.tasks.task import Task
 
 _MAX_BAD_STEPS = 10
 _OPTIMIZER_OPTIONS = (
-    "lr eps num_queries two_sided dist rounding weight_decay seed perturb backend".split()
+    "lr eps num_queries two_sided dist sparsity resample_every blocks block_order rounding "
+    "weight_decay seed perturb backend".split()
 )
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from zokernels.blocks import ORDERS
 from zokernels.tasks.errors import InputError
 from zokernels.tasks.models import DTYPES
 from zokernels.tasks.schemes import SCHEMES
@@ -13,6 +14,8 @@ SCHEDULES = ("constant", "linear", "cosine")
 CHOICES = {
     "schedule": SCHEDULES,
     "dist": ("gaussian", "rademacher"),
+    "blocks": (None, "layer", "module"),
+    "block_order": ORDERS,
     "scheme": SCHEMES,
     "objective": (None, *OBJECTIVES),
     "dtype": tuple(DTYPES),
@@ -23,6 +26,7 @@ _AT_LEAST = {
     "steps": 1,
     "batch_size": 1,
     "num_queries": 1,
+    "resample_every": 1,
     "max_length": 8,
     "eval_every": 0,
     "eval_examples": 1,
@@ -56,6 +60,10 @@ class Settings:
     num_queries: int = 1
     two_sided: bool = True
     dist: str = "gaussian"
+    sparsity: float | None = None
+    resample_every: int | None = None
+    blocks: str | None = None
+    block_order: str = "sequential"
     scheme: str = "full"
     train_only: str | None = None
     weight_decay: float = 0.0
@@ -101,6 +109,12 @@ class Settings:
                 raise InputError(f"{_option(name)} must be a number from {low:g} up, got {value}.")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise InputError(f"--eps must be a number above 0, got {self.eps}.")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise InputError(f"--sparsity must lie between 0 and 1, got {self.sparsity}.")
+        if self.resample_every and self.sparsity is None:
+            raise InputError(
+                "--resample-every needs --sparsity, whose mask it draws again; add it."
+            )
         if self.min_words and self.max_words and self.min_words > self.max_words:
             raise InputError(
                 f"--min-words {self.min_words} is above --max-words {self.max_words}; swap them."
