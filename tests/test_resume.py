@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import build, environment
 
 import zokernels as zk
@@ -61,6 +62,15 @@ def runs():
     found = Runs()
     yield found
     found.close()
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """As in the process that ran the whole: sums of a model's own kernels depend on threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -5,13 +5,23 @@ Public names only; importing touches no CUDA and no transformers.
 
 from zokernels import masks, noise, ops
 from zokernels.backends import backends
-from zokernels.optim import ZOSGD, ZOAdam, ZOSGDConservative, ZOSGDMomentum, ZOSGDSign
+from zokernels.optim import (
+    ZOSGD,
+    ForwardGrad,
+    HybridZO,
+    ZOAdam,
+    ZOSGDConservative,
+    ZOSGDMomentum,
+    ZOSGDSign,
+)
 from zokernels.perturb import perturbed
 from zokernels.trajectory import Trajectory, TrajectoryError, replay
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "ForwardGrad",
+    "HybridZO",
     "Trajectory",
     "TrajectoryError",
     "ZOSGD",

@@ -251,3 +251,13 @@ def concatenate(parts: Sequence[tuple[Mask | None, int]]) -> Mask | None:
     if isinstance(kinds[0], Random):
         return Random(numbers("keep"), numbers("seed"))
     return Magnitude(numbers("threshold"))
+
+
+def kept(mask: Magnitude, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The elements of each tensor that a mask by magnitude keeps, as bool tensors."""
+    thresholds = _spread(mask.threshold, len(weights), "Magnitude(threshold)")
+    # The threshold is rounded once to binary32, as in the passes; of float64 weights it is not.
+    return [
+        w.abs() <= (t if w.dtype is torch.float64 else float(torch.tensor(t, dtype=torch.float32)))
+        for w, t in zip(weights, thresholds, strict=True)
+    ]

@@ -1,0 +1,180 @@
+"""Hybrid: shallow layers by zeroth order, deep layers by backpropagation.
+
+The shallow part runs without a graph, so that activations are stored for the deep part only.
+Source: the benchmark of Zhang et al., ICML 2024, whose first 8 of 24 layers go by zeroth order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from zokernels import blocks
+from zokernels.estimators import Estimate
+from zokernels.optim.forward import Forward
+from zokernels.optim.sgd import ZOSGD
+
+Split = int | Callable[[str], bool]
+
+
+class HybridZO(ZOSGD):
+    """ZO-SGD on the shallow part of a model, any torch optimizer on the rest, in one step.
+
+    Two variants. By default the deep part's gradient is taken in a forward of its own, at θ. With
+    ``reuse_forward`` it is taken in the estimate's first forward: one forward less, and two-sided
+    the gradient is that at θ + εz; one-sided that forward is at θ anyway.
+
+    The schedule of the deep part is its own optimizer's, ``opt.fo_optimizer``; `state_dict` holds
+    both. A tied weight belongs to the part in which it comes first.
+
+    Args:
+        model: The module.
+        split: How many layers, after the embeddings, go by zeroth order; or a function of a
+            parameter's name that says so.
+        fo_optimizer: Makes the optimizer of the deep parameters from a list of them:
+            ``lambda params: torch.optim.AdamW(params, lr=1e-5)``.
+        lr: Learning rate η of the shallow part.
+        eps: Scale ε of its perturbation.
+        reuse_forward: Take the gradient in the estimate's first forward. Two-sided this perturbs in
+            place, which keeps a copy of the shallow weights.
+        **common: The keywords of `ZOOptimizer`, for the shallow part.
+
+    Raises:
+        TypeError: If ``model`` is no module.
+        ValueError: If the split leaves a part without trainable parameters, or an argument is out
+            of range.
+    """
+
+    # Gradients by backpropagation can't be made again from scalars.
+    replayable = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        split: Split,
+        fo_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        lr: float = 1e-6,
+        eps: float = 1e-3,
+        *,
+        reuse_forward: bool = False,
+        **common: Any,
+    ):
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model is a {type(model).__name__}, but HybridZO needs the module.")
+        shallow, deep = _parts(model, split)
+        if reuse_forward and common.get("two_sided", True):
+            if common.get("perturb") == "on_entry":
+                raise ValueError(
+                    "perturb='on_entry' and reuse_forward=True were asked for, but the backward "
+                    "of a perturbed forward needs the perturbed weights kept; leave one of them "
+                    "out."
+                )
+            common["perturb"] = "in_place"
+        self.reuse_forward = reuse_forward
+        self.fo_optimizer = fo_optimizer(deep)
+        super().__init__(shallow, lr, eps, model=model, **common)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both optimizers' state."""
+        return {**super().state_dict(), "fo_optimizer": self.fo_optimizer.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what `state_dict` gave."""
+        rest = dict(state_dict)
+        self.fo_optimizer.load_state_dict(rest.pop("fo_optimizer"))
+        super().load_state_dict(rest)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the deep part's gradients."""
+        self.fo_optimizer.zero_grad(set_to_none)
+
+    def _estimate(self, forward: Forward, block: int | None) -> Estimate:
+        try:
+            if self.reuse_forward:
+                return super()._estimate(_FirstWithGradient(forward, self), block)  # type: ignore[arg-type]
+            found = super()._estimate(forward, block)
+            if found.is_finite:
+                # A loss that is not finite makes a bad step, in which neither part moves.
+                found.losses.append(self._backward(forward))
+            return found
+        except BaseException:
+            self.zero_grad()
+            raise
+
+    def _backward(self, forward: Forward) -> float:
+        """A forward whose graph begins at the deep part, and its backward; returns the loss."""
+        with self._shallow_frozen(), torch.enable_grad():
+            loss = forward()
+            if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+                raise TypeError(
+                    "The closure's loss has no graph, but HybridZO backpropagates through the deep "
+                    "part; return the model's own loss, and use no torch.no_grad in the closure."
+                )
+            if math.isfinite(float(loss)):
+                loss.backward()
+        return float(loss)
+
+    @contextlib.contextmanager
+    def _shallow_frozen(self) -> Iterator[None]:
+        shallow = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        for p in shallow:
+            p.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for p in shallow:
+                p.requires_grad_(True)
+
+    def _apply(self, found: Estimate, block: int | None) -> None:
+        super()._apply(found, block)
+        self.fo_optimizer.step()
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> torch.Tensor:  # type: ignore[override]
+        """One step of both parts; see `ZOOptimizer.step`."""
+        self.zero_grad()
+        try:
+            return super().step(closure)
+        finally:
+            self.zero_grad()
+
+
+class _FirstWithGradient:
+    """A forward whose first run is followed by its backward."""
+
+    def __init__(self, forward: Forward, optimizer: HybridZO):
+        self.forward, self.optimizer, self.done = forward, optimizer, False
+
+    def __call__(self) -> torch.Tensor | float:
+        if self.done:
+            return self.forward()
+        self.done = True
+        return self.optimizer._backward(self.forward)
+
+
+def _parts(model: nn.Module, split: Split) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The trainable parameters of the shallow and of the deep part."""
+    if callable(split):
+        is_shallow = {id(p): bool(split(name)) for name, p in model.named_parameters()}
+    else:
+        layers = len(blocks.layers_of(model))
+        if isinstance(split, bool) or not isinstance(split, int) or not 0 <= split <= layers:
+            raise ValueError(
+                f"split is {split!r}, but it must be a number of layers from 0 to {layers}, or a "
+                "function from a parameter's name to whether it goes by zeroth order."
+            )
+        is_shallow = {i: number <= split for i, number in blocks.by_layer(model).items()}
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    shallow = [p for p in trainable if is_shallow[id(p)]]
+    deep = [p for p in trainable if not is_shallow[id(p)]]
+    if not shallow or not deep:
+        raise ValueError(
+            f"split={split!r} leaves the {'deep' if shallow else 'shallow'} part without a "
+            "trainable parameter; use ZOSGD, or a torch optimizer, for the whole model."
+        )
+    return shallow, deep
