@@ -25,7 +25,7 @@ class Cost:
 
     Attributes:
         forwards: Calls of the closure.
-        perturbing: Passes that read the weights and write a perturbed copy of them.
+        perturbing: Passes that read the weights and write a perturbed copy of them, or a tangent.
         updating: Passes that read and write the weights.
         directions: Directions that the updating pass makes, for each weight.
         state: Bytes of the optimizer's tensors.
@@ -119,9 +119,13 @@ def _counted() -> Iterator[dict[str, list[int]]]:
         place = {"add_noise": 2, "add_noise_": 1, "apply_update_": 3}[name]
 
         def run(*args: object, **keywords: object) -> None:
-            elements = sum(p.numel() for p in args[0])  # type: ignore[attr-defined]
-            count[0] += elements
-            count[1] += elements * len(args[place])  # type: ignore[arg-type]
+            tensors = list(args[0])  # type: ignore[call-overload]
+            elements = sum(p.numel() for p in tensors)
+            # In place on what is no weight, a pass makes tangents.
+            weights = all(isinstance(p, nn.Parameter) for p in tensors)
+            of = count if weights or name == "add_noise" else seen["add_noise"]
+            of[0] += elements
+            of[1] += elements * len(args[place])  # type: ignore[arg-type]
             op(*args, **keywords)
 
         return run

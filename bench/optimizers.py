@@ -93,6 +93,11 @@ def _with(optimizer: Callable, **keywords: object) -> Callable[..., torch.optim.
     return functools.partial(optimizer, **keywords)
 
 
+def _forward_grad(net: nn.Module, lr: float, num_queries: int, two_sided: bool) -> zk.ForwardGrad:
+    # A derivative has no sides.
+    return zk.ForwardGrad(net, lr=lr, num_queries=num_queries)
+
+
 NOT_THERE = "not there"
 MOMENTUM = "m ← βm + ĝ; θ ← θ − ηm"
 MOMENTS = "m ← β₁m + (1−β₁)ĝ; v ← β₂v + (1−β₂)ĝ²; "
@@ -144,6 +149,11 @@ ENTRIES = [
     Entry(
         "ZOAdam(state_dtype=torch.bfloat16)", "as `ZOAdam`", _with(zk.ZOAdam, **HALF), NOT_THERE,
         numbers=3, state_bytes=2,
+    ),
+    Entry(
+        "ForwardGrad", "d = ∇L·z by forward-mode differentiation; θ ← θ − ηĝ", _forward_grad,
+        "not compared",
+        forwards=(ONCE, ONCE), perturbing=(ONCE, ONCE),
     ),
 ]  # fmt: skip
 
