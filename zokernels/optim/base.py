@@ -6,7 +6,6 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +15,13 @@ from zokernels import blocks as partitions
 from zokernels import masks as mask_types
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
 from zokernels.optim import sparse
-from zokernels.optim.forward import Closure, Forward, same_randomness
+from zokernels.optim.forward import (
+    Closure,
+    Forward,
+    StepTiming,
+    check_closure,
+    same_randomness,
+)
 from zokernels.optim.groups import Chosen, check_group, join_masks, trainable
 from zokernels.optim.recording import Recorded
 from zokernels.optim.state import own_states, restore_states
@@ -31,16 +36,6 @@ _OF_THE_RUN = (
     "seed", "step", "num_queries", "two_sided", "block_order", "sparsity", "resample_every",
     "threshold",
 )  # fmt: skip
-
-
-@dataclass
-class StepTiming:
-    """Seconds of the last step: forwards without the noise made in them, noise, update, all."""
-
-    forwards: float = 0.0
-    noise: float = 0.0
-    update: float = 0.0
-    total: float = 0.0
 
 
 class ZOOptimizer(Recorded, torch.optim.Optimizer):
@@ -219,17 +214,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
             FloatingPointError: After ``max_bad_steps`` steps in a row with a loss that is not
                 finite. The weights are those of the last good step.
         """
-        if closure is None:
-            raise ValueError(
-                "step() got no closure, but the loss is evaluated at several points; pass a "
-                "function that runs the forward and returns the loss: "
-                "opt.step(lambda: model(**batch).loss)."
-            )
-        if torch.is_inference_mode_enabled():
-            raise RuntimeError(
-                "step() runs inside torch.inference_mode, where weights can't be updated; use "
-                "torch.no_grad instead, or nothing."
-            )
+        closure = check_closure(closure)
         started = time.perf_counter()
         self.timing = StepTiming()
         self.projected_gradients = []
@@ -409,11 +394,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
     def _get_perturber(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
         key = tuple(map(id, params))
         if key not in self._perturbers:
-            self._perturbers[key] = self._make_perturber(params)
+            on_entry = self.model if self.perturb == "on_entry" else None
+            made = InPlace(params) if on_entry is None else OnEntry(on_entry, params)
+            self._perturbers[key] = made
         return self._perturbers[key]
-
-    def _make_perturber(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
-        if self.perturb == "on_entry":
-            assert self.model is not None
-            return OnEntry(self.model, params)
-        return InPlace(params)

@@ -1,14 +1,45 @@
-"""The closure, run again and again in one step: each forward draws what the first one drew."""
+"""The forwards of a step: the closure, run again and again, each time as the first time."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 Closure = Callable[[], torch.Tensor | float]
+
+
+@dataclass
+class StepTiming:
+    """Seconds of the last step: forwards without the noise made in them, noise, update, all."""
+
+    forwards: float = 0.0
+    noise: float = 0.0
+    update: float = 0.0
+    total: float = 0.0
+
+
+def check_closure(closure: Closure | None) -> Closure:
+    """The closure of a step, if a step can be made with it here.
+
+    Raises:
+        ValueError: If there is none.
+        RuntimeError: If weights can't be updated here.
+    """
+    if closure is None:
+        raise ValueError(
+            "step() got no closure, but the loss is evaluated at several points; pass a function "
+            "that runs the forward and returns the loss: opt.step(lambda: model(**batch).loss)."
+        )
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "step() runs inside torch.inference_mode, where weights can't be updated; use "
+            "torch.no_grad instead, or nothing."
+        )
+    return closure
 
 
 class Forward:
