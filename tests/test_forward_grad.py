@@ -175,3 +175,21 @@ def test_an_operation_without_a_rule_is_named():
     layer = nn.Linear(4, 1)
     with pytest.raises(RuntimeError, match="no forward-mode derivative.*eager"):
         zk.ForwardGrad(layer, lr=0.1).step(lambda: NoRule.apply(layer(torch.ones(4))).sum())
+    # A recurrent layer's CPU kernel has none either; the setting named avoids it.
+    rnn, x = nn.LSTM(4, 4), torch.randn(3, 1, 4, generator=torch.Generator().manual_seed(3))
+    opt = zk.ForwardGrad(rnn, lr=0.0)
+    if torch.backends.mkldnn.is_available():
+        with pytest.raises(RuntimeError, match="mkldnn.flags"):
+            opt.step(lambda: rnn(x)[0].sum())
+    with torch.backends.mkldnn.flags(enabled=False):
+        opt.step(lambda: rnn(x)[0].sum())
+    expected = derivative(
+        rnn, lambda: rnn(x)[0].sum(), derive_seed(0, opt.param_groups[0]["step"] - 1, 0)
+    )
+    assert opt.projected_gradients[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_compiled_model_is_refused():
+    model = torch.compile(nn.Linear(3, 1), backend="eager")
+    with pytest.raises(ValueError, match="before torch.compile"):
+        zk.ForwardGrad(model)

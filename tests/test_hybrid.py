@@ -154,6 +154,57 @@ def test_an_exception_or_a_bad_loss_leaves_both_parts(at, reuse):
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
 
+@pytest.mark.parametrize("order", ["sequential", "simultaneous"])
+def test_with_blocks_the_deep_part_takes_one_step_at_the_gradient_of_the_start(order):
+    model, twin = Deep(), Deep()
+    names = shallow_names(twin, 2)
+    deep = [p for n, p in twin.named_parameters() if n not in names]
+    opt = zk.HybridZO(
+        model, 2, lambda params: torch.optim.SGD(params, lr=0.05), lr=0.3, blocks="layer",
+        block_order=order,
+    )  # fmt: skip
+    opt.step(lambda: model(X, Y))
+    assert len(opt.projected_gradients) == 3
+    twin(X, Y).backward()
+    torch.optim.SGD(deep, lr=0.05).step()
+    for (n, a), b in zip(model.named_parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b) == (n not in names)
+
+
+def test_a_gradient_that_is_not_finite_makes_a_bad_step():
+    class Overflowing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, g):
+            return g * float("inf")
+
+    for reuse in (False, True):
+        model = Deep()
+        before = {n: bits(p).clone() for n, p in model.named_parameters()}
+        opt = zk.HybridZO(model, 2, sgd, lr=0.1, reuse_forward=reuse)
+        opt.step(lambda model=model: Overflowing.apply(model(X, Y)))
+        assert opt.bad_steps == 1
+        assert all(torch.equal(bits(p), before[n]) for n, p in model.named_parameters())
+
+
+def test_the_deep_optimizer_may_be_made_already():
+    model = Deep()
+    names = shallow_names(model, 2)
+    deep = [p for n, p in model.named_parameters() if n not in names]
+    ready = sgd(deep)
+    assert zk.HybridZO(model, 2, ready).fo_optimizer is ready
+    for wrong, words in (
+        (sgd(deep[1:]), "lacks parameter"),
+        (sgd([*deep, model.embed.weight]), "holds parameter 'embed.weight'"),
+        (sgd([*deep, nn.Parameter(torch.ones(1))]), "not the model's"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            zk.HybridZO(model, 2, wrong)
+
+
 def test_a_predicate_splits_by_name_and_nonsense_is_refused():
     model = Deep()
     opt = zk.HybridZO(model, lambda name: "layers" in name, sgd)
@@ -167,6 +218,10 @@ def test_a_predicate_splits_by_name_and_nonsense_is_refused():
         zk.HybridZO(list(model.parameters()), 2, sgd)
     with pytest.raises(ValueError, match="reuse_forward"):
         zk.HybridZO(model, 2, sgd, reuse_forward=True, perturb="on_entry")
+    with pytest.raises(ValueError, match="blocks and reuse_forward"):
+        zk.HybridZO(model, 2, sgd, reuse_forward=True, blocks="layer")
+    with pytest.raises(ValueError, match="no 'fo_optimizer'"):
+        zk.HybridZO(model, 2, sgd).load_state_dict(zk.ZOSGD(model).state_dict())
 
 
 def test_a_trajectory_of_it_is_not_replayed(tmp_path):

@@ -22,6 +22,7 @@ from zokernels.estimators import Estimate
 from zokernels.optim.forward import Forward
 from zokernels.optim.groups import Chosen, join_masks
 from zokernels.optim.sgd import ZOSGD
+from zokernels.perturb import is_compiled
 
 
 class ForwardGrad(ZOSGD):
@@ -48,9 +49,20 @@ class ForwardGrad(ZOSGD):
                     f"ForwardGrad got {name}, but it takes a derivative and no difference; leave "
                     "it out."
                 )
+        model = params if isinstance(params, nn.Module) else common.get("model")
+        if model is not None and is_compiled(model):
+            raise ValueError(
+                "The model is compiled, but compiled code carries no tangents; pass the model as "
+                "it was before torch.compile, or use ZOSGD."
+            )
         # With ε = 1 a difference over ε is the derivative itself.
         super().__init__(params, lr, 1.0, two_sided=False, **common)
         self._layers: _Layers | None = None
+
+    def _sweep(self, forward: Forward) -> list[Estimate]:
+        # All forwards of a step go the same way, those without a tangent too.
+        with _differentiable_attention():
+            return super()._sweep(forward)
 
     def _estimate(self, forward: Forward, block: int | None) -> Estimate:
         groups, losses, slopes = self._chosen(block), [], []
@@ -82,6 +94,15 @@ class ForwardGrad(ZOSGD):
             # With blocks, what comes from memory enters no layer before the block.
             if math.isfinite(value) and layers.adopt():
                 value, slope = self._pass(forward, block, params, layers.carry(tangents))
+        if slope is None:
+            # A closure may give up on a loss that is not finite before it has run the model.
+            if math.isfinite(value):
+                raise RuntimeError(
+                    "The loss has no tangent: the closure ran none of the trainable parameters, or "
+                    "ran them under torch.inference_mode, or detached the loss; return the model's "
+                    "own loss."
+                )
+            slope = math.nan
         self.timing.noise += tangents.seconds
         self.timing.forwards += time.perf_counter() - started - tangents.seconds
         return value, slope
@@ -92,8 +113,9 @@ class ForwardGrad(ZOSGD):
         block: int | None,
         params: list[nn.Parameter],
         carrying: contextlib.AbstractContextManager[None],
-    ) -> tuple[float, float]:
-        with forward_ad.dual_level(), _differentiable_attention(), carrying:
+    ) -> tuple[float, float | None]:
+        """L(θ), and ∇L·z if the loss has a tangent."""
+        with forward_ad.dual_level(), carrying:
             try:
                 if block is None:
                     loss: Any = forward()
@@ -107,13 +129,7 @@ class ForwardGrad(ZOSGD):
                     "derivative of the loss itself; return the tensor."
                 )
             value, slope = forward_ad.unpack_dual(loss)
-        if slope is None and math.isfinite(float(value)):
-            raise RuntimeError(
-                "The loss has no tangent: the closure ran none of the trainable parameters, or ran "
-                "them under torch.inference_mode, or detached the loss; return the model's own "
-                "loss."
-            )
-        return float(value), math.nan if slope is None else float(slope)
+        return float(value), None if slope is None else float(slope)
 
     def _layers_of(self, params: list[nn.Parameter]) -> _Layers:
         assert self.model is not None
@@ -274,7 +290,16 @@ def _explained(error: Exception) -> Exception:
     text = str(error).splitlines()[0]
     if not any(words in str(error) for words in ("forward AD", "forward mode AD", "forward-mode")):
         return error
+    if "mkldnn" in text or "cudnn" in text:
+        library = "mkldnn" if "mkldnn" in text else "cudnn"
+        way = f"Run the steps inside torch.backends.{library}.flags(enabled=False)"
+    elif "autograd.Function" in text:
+        way = "Load the model without fused kernels (attn_implementation='eager'), or write a jvp"
+    elif "attention" in text or "attn" in text:
+        way = "Load the model with attn_implementation='eager'"
+    else:
+        way = "Write it with operations that have one"
     return RuntimeError(
-        f"An operation of the model has no forward-mode derivative: {text} Load the model with "
-        "attn_implementation='eager', or use ZOSGD, which needs none."
+        f"An operation of the model has no forward-mode derivative: {text} {way}, or use ZOSGD, "
+        "which needs none."
     )

@@ -20,6 +20,7 @@ from zokernels.optim.forward import Forward
 from zokernels.optim.sgd import ZOSGD
 
 Split = int | Callable[[str], bool]
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 class HybridZO(ZOSGD):
@@ -30,14 +31,15 @@ class HybridZO(ZOSGD):
     the gradient is that at θ + εz; one-sided that forward is at θ anyway.
 
     The schedule of the deep part is its own optimizer's, ``opt.fo_optimizer``; `state_dict` holds
-    both. A tied weight belongs to the part in which it comes first.
+    both. A tied weight belongs to the part in which it comes first. With ``blocks`` the shallow
+    part goes block by block, and the deep part takes its one step after the last of them.
 
     Args:
         model: The module.
         split: How many layers, after the embeddings, go by zeroth order; or a function of a
             parameter's name that says so.
-        fo_optimizer: Makes the optimizer of the deep parameters from a list of them:
-            ``lambda params: torch.optim.AdamW(params, lr=1e-5)``.
+        fo_optimizer: Makes the optimizer of the deep parameters from a list of them,
+            ``lambda params: torch.optim.AdamW(params, lr=1e-5)``; or that optimizer itself.
         lr: Learning rate η of the shallow part.
         eps: Scale ε of its perturbation.
         reuse_forward: Take the gradient in the estimate's first forward. Two-sided this perturbs in
@@ -46,8 +48,8 @@ class HybridZO(ZOSGD):
 
     Raises:
         TypeError: If ``model`` is no module.
-        ValueError: If the split leaves a part without trainable parameters, or an argument is out
-            of range.
+        ValueError: If the split leaves a part without trainable parameters, ``fo_optimizer`` has
+            not exactly those of the deep part, or an argument is out of range.
     """
 
     # Gradients by backpropagation can't be made again from scalars.
@@ -57,7 +59,7 @@ class HybridZO(ZOSGD):
         self,
         model: nn.Module,
         split: Split,
-        fo_optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
+        fo_optimizer: MakeOptimizer | torch.optim.Optimizer,
         lr: float = 1e-6,
         eps: float = 1e-3,
         *,
@@ -75,8 +77,17 @@ class HybridZO(ZOSGD):
                     "out."
                 )
             common["perturb"] = "in_place"
+        if reuse_forward and common.get("blocks") is not None:
+            raise ValueError(
+                "blocks and reuse_forward=True were given, but a block's forward runs the layers "
+                "after its start only, and the deep part needs a whole one; leave one of them out."
+            )
         self.reuse_forward = reuse_forward
-        self.fo_optimizer = fo_optimizer(deep)
+        if not isinstance(fo_optimizer, torch.optim.Optimizer):
+            fo_optimizer = fo_optimizer(deep)
+        self.fo_optimizer: torch.optim.Optimizer = fo_optimizer
+        _check_parameters(self.fo_optimizer, deep, model)
+        self._needs_gradient = True
         super().__init__(shallow, lr, eps, model=model, **common)
 
     def state_dict(self) -> dict[str, Any]:
@@ -84,30 +95,51 @@ class HybridZO(ZOSGD):
         return {**super().state_dict(), "fo_optimizer": self.fo_optimizer.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave."""
+        """Load what `state_dict` gave.
+
+        Raises:
+            ValueError: If it is the state of another kind of optimizer.
+        """
         rest = dict(state_dict)
-        self.fo_optimizer.load_state_dict(rest.pop("fo_optimizer"))
+        if "fo_optimizer" not in rest:
+            raise ValueError(
+                "The state has no 'fo_optimizer', so it was not saved by HybridZO; load what "
+                "HybridZO's own state_dict() gave."
+            )
+        deep = rest.pop("fo_optimizer")
         super().load_state_dict(rest)
+        self.fo_optimizer.load_state_dict(deep)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the deep part's gradients."""
         self.fo_optimizer.zero_grad(set_to_none)
 
+    def _sweep(self, forward: Forward) -> list[Estimate]:
+        self._needs_gradient = True
+        found = super()._sweep(forward)
+        if all(one.is_finite for one in found):
+            self.fo_optimizer.step()
+        return found
+
     def _estimate(self, forward: Forward, block: int | None) -> Estimate:
-        try:
-            if self.reuse_forward:
-                return super()._estimate(_FirstWithGradient(forward, self), block)  # type: ignore[arg-type]
-            found = super()._estimate(forward, block)
-            if found.is_finite:
-                # A loss that is not finite makes a bad step, in which neither part moves.
-                found.losses.append(self._backward(forward))
-            return found
-        except BaseException:
-            self.zero_grad()
-            raise
+        # One gradient a step, whatever the number of blocks: that at the weights of its start.
+        if not self._needs_gradient:
+            return super()._estimate(forward, block)
+        self._needs_gradient = False
+        if self.reuse_forward:
+            return super()._estimate(_FirstWithGradient(forward, self), block)  # type: ignore[arg-type]
+        found = super()._estimate(forward, block)
+        if found.is_finite:
+            # A loss that is not finite makes a bad step, in which neither part moves.
+            found.losses.append(self._backward(forward))
+        return found
 
     def _backward(self, forward: Forward) -> float:
-        """A forward whose graph begins at the deep part, and its backward; returns the loss."""
+        """A forward whose graph begins at the deep part, and its backward.
+
+        Returns:
+            The loss; NaN where it is finite and its gradient is not, as float16 can have it.
+        """
         with self._shallow_frozen(), torch.enable_grad():
             loss = forward()
             if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
@@ -115,9 +147,12 @@ class HybridZO(ZOSGD):
                     "The closure's loss has no graph, but HybridZO backpropagates through the deep "
                     "part; return the model's own loss, and use no torch.no_grad in the closure."
                 )
-            if math.isfinite(float(loss)):
+            value = float(loss.detach())
+            if math.isfinite(value):
                 loss.backward()
-        return float(loss)
+        gradients = [p.grad for g in self.fo_optimizer.param_groups for p in g["params"]]
+        finite = all(bool(g.isfinite().all()) for g in gradients if g is not None)
+        return value if finite else math.nan
 
     @contextlib.contextmanager
     def _shallow_frozen(self) -> Iterator[None]:
@@ -129,10 +164,6 @@ class HybridZO(ZOSGD):
         finally:
             for p in shallow:
                 p.requires_grad_(True)
-
-    def _apply(self, found: Estimate, block: int | None) -> None:
-        super()._apply(found, block)
-        self.fo_optimizer.step()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> torch.Tensor:  # type: ignore[override]
@@ -178,3 +209,24 @@ def _parts(model: nn.Module, split: Split) -> tuple[list[nn.Parameter], list[nn.
             "trainable parameter; use ZOSGD, or a torch optimizer, for the whole model."
         )
     return shallow, deep
+
+
+def _check_parameters(
+    optimizer: torch.optim.Optimizer, deep: list[nn.Parameter], model: nn.Module
+) -> None:
+    """Raise unless the optimizer of the deep part has its parameters, all of them and no other."""
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    wrong = held ^ {id(p) for p in deep}
+    for name, p in model.named_parameters():
+        if id(p) in wrong:
+            which = "holds" if id(p) in held else "lacks"
+            part = "is not in" if id(p) in held else "is in"
+            raise ValueError(
+                f"fo_optimizer {which} parameter {name!r}, which {part} the deep part; give a "
+                "function that makes the optimizer from the list of deep parameters."
+            )
+    if wrong:
+        raise ValueError(
+            "fo_optimizer holds parameters that are not the model's; give a function that makes "
+            "the optimizer from the list of deep parameters."
+        )
