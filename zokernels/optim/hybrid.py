@@ -115,9 +115,10 @@ class HybridZO(ZOSGD):
                     "The closure's loss has no graph, but HybridZO backpropagates through the deep "
                     "part; return the model's own loss, and use no torch.no_grad in the closure."
                 )
-            if math.isfinite(float(loss)):
+            value = float(loss.detach())
+            if math.isfinite(value):
                 loss.backward()
-        return float(loss)
+        return value
 
     @contextlib.contextmanager
     def _shallow_frozen(self) -> Iterator[None]:
