@@ -64,7 +64,7 @@ def test_steps_equal_a_textbook_version(order, two_sided):
         w = (p * torch.tensor(decay)).double()
         return (w + torch.tensor(c).double() * z.double()).float()
 
-    for step in range(8):
+    for step in range(50):
         opt.step(lambda: model(x, y))
         updates, base = [], twin(x, y).item()
         for number, block in zip(sorted(set(numbers)), blocks, strict=True):

@@ -80,7 +80,7 @@ def test_steps_equal_a_textbook_version(source, mask):
     opt = zk.ForwardGrad(
         SOURCES[source](model), lr=lr, weight_decay=wd, num_queries=q, seed=seed, mask=mask
     )
-    for step in range(10):
+    for step in range(50):
         opt.step(lambda: loss_of(model))
         seeds = [derive_seed(seed, step, k) for k in range(q)]
         keep = None if mask is None else lambda p: p.detach().abs() <= 0.3
@@ -149,10 +149,20 @@ def test_an_exception_leaves_the_weights(source):
     assert unchanged(model, before) != []
 
 
+def test_what_differences_need_changes_nothing():
+    slopes, (x, y) = [], batch()
+    for options in ({}, dict(eps=1e-3, two_sided=True), dict(perturb="in_place")):
+        model = Small().eval()
+        opt = zk.ForwardGrad(model, lr=0.1, **options)
+        opt.step(lambda m=model: m(x, y))
+        slopes.append(opt.projected_gradients)
+    assert slopes[0] == slopes[1]
+    # Whole tangents enter the same products in the same order.
+    assert slopes[2] == pytest.approx(slopes[0], rel=1e-6)
+
+
 def test_what_cannot_work_is_said():
     model, (x, y) = Small(), batch()
-    with pytest.raises(TypeError, match="eps.*derivative"):
-        zk.ForwardGrad(model, eps=1e-3)
     opt = zk.ForwardGrad(model, lr=0.1)
     with pytest.raises(TypeError, match="return the tensor"):
         opt.step(lambda: model(x, y).item())
@@ -189,7 +199,11 @@ def test_an_operation_without_a_rule_is_named():
     assert opt.projected_gradients[0] == pytest.approx(expected, rel=1e-4)
 
 
-def test_a_compiled_model_is_refused():
-    model = torch.compile(nn.Linear(3, 1), backend="eager")
-    with pytest.raises(ValueError, match="before torch.compile"):
-        zk.ForwardGrad(model)
+def test_a_compiled_model_gets_whole_tangents():
+    plain, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)), torch.ones(3)
+    compiled = torch.compile(plain, backend="eager")
+    with pytest.warns(UserWarning, match="compiled"):
+        opt = zk.ForwardGrad(compiled, lr=0.0, seed=4)
+    opt.step(lambda: compiled(x).sum())
+    expected = derivative(plain, lambda: plain(x).sum(), derive_seed(4, 0, 0))
+    assert opt.projected_gradients[0] == pytest.approx(expected, rel=1e-5)

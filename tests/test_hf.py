@@ -1,5 +1,6 @@
 """The Trainer: what it logs, saves, resumes and refuses with a zeroth-order optimizer inside."""
 
+import functools
 import math
 import subprocess
 import sys
@@ -89,6 +90,9 @@ def test_every_optimizer_trains_and_logs_its_projected_gradient(folders, tmp_pat
     trainer = trainer_of(folders, tmp_path, "llama", cls=cls, max_steps=3)
     if name == "ForwardGrad":
         trainer.optimizer_cls_and_kwargs = (cls, {})
+    if name == "HybridZO":
+        deep = functools.partial(torch.optim.SGD, lr=0.01)
+        trainer.optimizer_cls_and_kwargs = (cls, {"split": 1, "fo_optimizer": deep})
     before = weights(trainer)
     trainer.train()
     assert not same(before, weights(trainer))

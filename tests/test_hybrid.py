@@ -51,7 +51,7 @@ def test_steps_equal_the_two_rules_side_by_side(reuse, two_sided):
     names = shallow_names(twin, 2)
     named = dict(twin.named_parameters())
     fo = sgd([p for n, p in named.items() if n not in names])
-    for step in range(10):
+    for step in range(50):
         calls = []
         opt.step(lambda calls=calls: calls.append(1) or model(X, Y))
         assert len(calls) == (2 if reuse else 3)

@@ -9,11 +9,11 @@ from zokernels.optim.sgd import ZOSGD
 from zokernels.optim.sign import ZOSGDSign
 
 __all__ = [
-    "ForwardGrad",
-    "HybridZO",
     "ZOSGD",
     "ZOAdam",
     "ZOSGDConservative",
     "ZOSGDMomentum",
     "ZOSGDSign",
+    "ForwardGrad",
+    "HybridZO",
 ]

@@ -22,7 +22,6 @@ from zokernels.estimators import Estimate
 from zokernels.optim.forward import Forward
 from zokernels.optim.groups import Chosen, join_masks
 from zokernels.optim.sgd import ZOSGD
-from zokernels.perturb import is_compiled
 
 
 class ForwardGrad(ZOSGD):
@@ -33,30 +32,30 @@ class ForwardGrad(ZOSGD):
     16-bit weights the tangent is z rounded to their type.
 
     Args:
-        params: As in `ZOOptimizer`, and so are ``lr`` and the common keywords, but for ``eps``,
-            ``two_sided`` and ``perturb``, which a derivative has no use for.
+        params: As in `ZOOptimizer`, and so are ``lr`` and the common keywords.
         lr: Learning rate η.
+        eps: Without effect, as is ``two_sided``: there is no difference. Both are taken so that
+            all optimizers can be made alike.
+        two_sided: See ``eps``.
+        perturb: ``"on_entry"`` (default for a module) or ``"in_place"`` (all tangents at once).
         **common: The keywords of `ZOOptimizer`.
 
     Raises:
         ValueError: If an argument is out of range.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-6, **common: Any):
-        for name in ("eps", "two_sided", "perturb"):
-            if name in common:
-                raise TypeError(
-                    f"ForwardGrad got {name}, but it takes a derivative and no difference; leave "
-                    "it out."
-                )
-        model = params if isinstance(params, nn.Module) else common.get("model")
-        if model is not None and is_compiled(model):
-            raise ValueError(
-                "The model is compiled, but compiled code carries no tangents; pass the model as "
-                "it was before torch.compile, or use ZOSGD."
-            )
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-6,
+        eps: float = 1.0,
+        *,
+        two_sided: bool = False,
+        perturb: str | None = None,
+        **common: Any,
+    ):
         # With ε = 1 a difference over ε is the derivative itself.
-        super().__init__(params, lr, 1.0, two_sided=False, **common)
+        super().__init__(params, lr, 1.0, two_sided=False, perturb=perturb, **common)
         self._layers: _Layers | None = None
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
@@ -86,7 +85,7 @@ class ForwardGrad(ZOSGD):
             join_masks(groups),
             self.backend,
         )
-        if self.model is None:
+        if self.perturb == "in_place":
             value, slope = self._pass(forward, block, params, tangents.everywhere())
         else:
             layers = self._layers_of(params)

@@ -151,8 +151,7 @@ class HybridZO(ZOSGD):
             if math.isfinite(value):
                 loss.backward()
         gradients = [p.grad for g in self.fo_optimizer.param_groups for p in g["params"]]
-        finite = all(bool(g.isfinite().all()) for g in gradients if g is not None)
-        return value if finite else math.nan
+        return value if all(map(_is_finite, gradients)) else math.nan
 
     @contextlib.contextmanager
     def _shallow_frozen(self) -> Iterator[None]:
@@ -173,6 +172,13 @@ class HybridZO(ZOSGD):
             return super().step(closure)
         finally:
             self.zero_grad()
+
+
+def _is_finite(gradient: torch.Tensor | None) -> bool:
+    # Least and largest: a NaN is both, and no temporary of the tensor's size is made.
+    if gradient is None or not gradient.numel():
+        return True
+    return bool(torch.stack(torch.aminmax(gradient)).isfinite().all())
 
 
 class _FirstWithGradient:
