@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import costs, document, optimizers
+from bench import costs, document, hybrid, optimizers
 
 
 @pytest.mark.parametrize("two_sided", [True, False], ids=["two_sided", "one_sided"])
@@ -38,3 +38,18 @@ def test_peak_memory_sees_what_is_freed_again():
 
     # The two tensors are alive together, and a sum takes a few bytes more.
     assert 16_000 <= costs.peak(run) < 16_500
+
+
+def test_the_page_shows_the_committed_rows_of_the_hybrid():
+    rows = document.read_rows(hybrid.RESULTS)
+    assert hybrid.written(rows) == hybrid.PAGE.read_text(encoding="utf-8")
+    # The layers are equal; the embeddings and the head keep about a hundredth.
+    for row in rows[1:]:
+        assert abs(float(row["share"]) - (1 - int(row["split"]) / hybrid.LAYERS)) < 0.01
+
+
+def test_what_a_backward_stores_is_counted_without_the_weights_and_once():
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 1))
+    x = torch.ones(3, 6)
+    # The input, and the output of tanh, which its own derivative and the next layer share.
+    assert hybrid.stored(net, lambda: net(x).sum().backward()) == 4 * (3 * 6 + 3 * 5)
