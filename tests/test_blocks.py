@@ -206,9 +206,7 @@ class Winding(nn.Module):
 @pytest.mark.parametrize("order", ["sequential", "simultaneous"])
 @pytest.mark.parametrize("rule", ["two_sided", "one_sided", "conservative", "forward"])
 def test_what_is_not_run_again_changes_no_bit(rule, order, mode):
-    if rule == "forward" and mode == "in_place":
-        pytest.skip("ForwardGrad has one way only for a module")
-    more = {} if rule == "forward" else dict(eps=0.03, perturb=mode)
+    more = dict(eps=0.03, perturb=mode)
     if rule == "one_sided":
         more["two_sided"] = False
     kind = {"conservative": zk.ZOSGDConservative, "forward": zk.ForwardGrad}.get(rule, zk.ZOSGD)

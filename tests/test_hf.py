@@ -85,8 +85,7 @@ def test_importing_the_package_imports_no_transformers():
 @pytest.mark.parametrize("name", zk.optim.__all__)
 def test_every_optimizer_trains_and_logs_its_projected_gradient(folders, tmp_path, name):
     cls = getattr(zk.optim, name)
-    if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
-        pytest.skip(f"{name} is no optimizer")
+    assert issubclass(cls, ZOOptimizer)
     trainer = trainer_of(folders, tmp_path, "llama", cls=cls, max_steps=3)
     if name == "ForwardGrad":
         trainer.optimizer_cls_and_kwargs = (cls, {})

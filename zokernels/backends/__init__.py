@@ -56,38 +56,36 @@ def select(params: Sequence[torch.Tensor], name: str | None) -> ModuleType:
         raise ValueError(f"backend is {name!r}, but it must be None or one of {', '.join(NAMES)}.")
     if name == "reference" or not params:
         return reference
-    for candidate, refuse, missing, module in (
-        ("native", _why_not_native, native.why_missing, lambda: native),
-        ("triton", _why_not_triton, _why_no_triton, _triton),
-    ):
-        if name not in (None, candidate):
-            continue
-        absent = missing()
-        if absent is not None and name is not None:
-            raise RuntimeError(f"backend={name!r} was asked for, but {absent}")
-        refusal = absent or refuse(params, name)
-        if refusal is None:
-            return module()
-        if name is not None:
-            raise ValueError(f"backend={name!r} was asked for, but {refusal}")
-    return reference
+    # Without a name triton is not even imported for tensors that native or the reference takes.
+    if (name or ("triton" if params[0].device.type == "cuda" else "native")) == "native":
+        missing, refusal, module = native.why_missing(), _why_not_native(params), lambda: native
+    else:
+        missing, module = _why_no_triton(), _triton
+        refusal = None if missing else _why_not_triton(params, name)
+    if missing is None and refusal is None:
+        return module()
+    if name is None:
+        return reference
+    if missing is not None:
+        raise RuntimeError(f"backend={name!r} was asked for, but {missing}")
+    raise ValueError(f"backend={name!r} was asked for, but {refusal}")
 
 
-def _why_not_native(params: Sequence[torch.Tensor], name: str | None) -> str | None:
+def _why_not_native(params: Sequence[torch.Tensor]) -> str | None:
     if params[0].device.type != "cpu":
         return f"it runs on CPU tensors and these are on {params[0].device}; use backend=None."
     return _why_not_narrow(params)
 
 
 def _why_not_triton(params: Sequence[torch.Tensor], name: str | None) -> str | None:
-    kind = params[0].device.type
-    # Interpreted it is exact and slow, so it must be asked for by name.
-    if kind != "cuda" and not (kind == "cpu" and name is not None and _triton().INTERPRETED):
+    kind, interpreted = params[0].device.type, _triton().INTERPRETED
+    if kind != "cuda" and not (kind == "cpu" and interpreted):
         return (
             f"it runs on CUDA tensors and these are on {params[0].device}; use backend=None, or "
             "set TRITON_INTERPRET=1 before the program starts to run it in Triton's interpreter."
         )
-    if kind == "cuda" and _triton().INTERPRETED and name is None:
+    # Interpreted it is exact and slow, so it must be asked for by name.
+    if kind == "cuda" and interpreted and name is None:
         return "TRITON_INTERPRET is set."
     return _why_not_narrow(params)
 
