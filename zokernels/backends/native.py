@@ -124,9 +124,7 @@ class Prepared:
         tensor.numel = end - begin
         _run(self._args)
 
-    def run_rows(
-        self, seeds: Sequence[int], coeffs: Sequence[float], rows: torch.Tensor
-    ) -> None:
+    def run_rows(self, seeds: Sequence[int], coeffs: Sequence[float], rows: torch.Tensor) -> None:
         """The given rows of the only tensor, a matrix, one after the other to its ``out``.
 
         Args:
@@ -216,7 +214,9 @@ def instruction_set() -> str:
     if not wanted:
         return here[-1]
     if wanted not in here:
-        raise RuntimeError(f"ZOKERNELS_ISA is {wanted!r}, but this CPU and build have {', '.join(here)}.")
+        raise RuntimeError(
+            f"ZOKERNELS_ISA is {wanted!r}, but this CPU and build have {', '.join(here)}."
+        )
     return wanted
 
 
