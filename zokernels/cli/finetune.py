@@ -78,7 +78,7 @@ def command(
         bool, _option("Keep the step best on held-out training sentences.", _RUN)
     ] = False,
     dtype: Annotated[str, _option("float32, bfloat16 or float16.", _MODEL)] = "float32",
-    perturb: Annotated[str | None, _option("on_entry or in_place.", _METHOD)] = None,
+    perturb: Annotated[str | None, _option("on_entry, paired or in_place.", _METHOD)] = None,
     backend: Annotated[str | None, _option("Kernels to use; see zokernels env.", _METHOD)] = None,
     min_words: Annotated[int | None, _option("Shortest training sentence.", _DATA)] = None,
     max_words: Annotated[int | None, _option("Longest training sentence.", _DATA)] = None,

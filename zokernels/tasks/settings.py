@@ -20,7 +20,7 @@ CHOICES = {
     "objective": (None, *OBJECTIVES),
     "dtype": tuple(DTYPES),
     "rounding": ("nearest", "stochastic"),
-    "perturb": (None, "on_entry", "in_place"),
+    "perturb": (None, "on_entry", "paired", "in_place"),
 }
 _AT_LEAST = {
     "steps": 1,
