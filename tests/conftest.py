@@ -4,9 +4,15 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from tiny import build
 
 from zokernels.backends import native
+
+# `pytest --hypothesis-profile deep tests/test_fuzz_*.py` searches a hundred times as long.
+_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("default", deadline=None, max_examples=100, suppress_health_check=_SLOW)
+settings.register_profile("deep", deadline=None, max_examples=10_000, suppress_health_check=_SLOW)
 
 # Triton decides when it is imported whether kernels are interpreted.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
