@@ -29,7 +29,6 @@ def read(folder, name, ending, content):
         found = rows.read(task, path)
     except InputError as error:
         assert str(path) in str(error)
-        assert str(error).count("\n") <= str(content).count("\\n") + str(content).count("\\r") + 1
         return None
     for e in found:
         count = len(task.candidates(e))

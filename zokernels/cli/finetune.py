@@ -113,7 +113,7 @@ def command(
 
 def _report(metrics: dict[str, Any], path: Path | None) -> int:
     if path is not None:
-        folder.write_json(path, metrics)
+        folder.write_answer(path, metrics)
     return 130 if metrics["interrupted"] else 0
 
 

@@ -126,7 +126,8 @@ def _parquet(task: Task, path: Path) -> Iterator[Located]:
     try:
         found = parquet.read_table(path).to_pylist()
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise InputError(f"{path} could not be read as Parquet: {error}") from None
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} could not be read as Parquet: {reason}") from None
     for number, row in enumerate(found):
         yield f"{path}, row {number}", row
 
