@@ -38,8 +38,8 @@ struct Source<ZK_GAUSSIAN, SPLIT> {
         gaussian<S, SPLIT>(z, (uint32_t)(index / 8), keys);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) {
-            acc[r] = S::fma(z[r], F{} + c, acc[r]);
-            mirror[r] = S::fma(z[r], F{} - c, mirror[r]);
+            acc[r] = S::fma(z[r], splat(c), acc[r]);
+            mirror[r] = S::fma(z[r], -splat(c), mirror[r]);
         }
     }
     void add_small(F* acc, float c, uint64_t index) {

@@ -90,13 +90,14 @@ struct Tensor {
     Buffer in, out, bits;
     std::vector<Buffer> states;
     zk_tensor as;
-    bool in_place;
+    bool in_place, mirrored;
 };
 
-Tensor make_tensor(int rule, int state_count) {
+Tensor make_tensor(int rule, int state_count, bool mirrored) {
     const int dtype = one_of<int>({ZK_FLOAT32, ZK_BFLOAT16, ZK_FLOAT16});
     const int64_t n = size();
     const size_t bytes = n * bytes_of(dtype), shift = below(8) * bytes_of(dtype);
+    const bool in_place = rule != ZK_ADD_NOISE || (!mirrored && chance(70));
     Tensor t{dtype,
              {},
              Buffer(bytes, shift),
@@ -104,7 +105,8 @@ Tensor make_tensor(int rule, int state_count) {
              Buffer((n + 7) / 8, 0),
              {},
              {},
-             rule != ZK_ADD_NOISE || chance(70)};
+             in_place,
+             mirrored};
     fill(t.in, dtype);
     std::memset(t.out.start, 0xA5, bytes);
     for (size_t i = 0; i < t.bits.size; i++) t.bits.start[i] = (char)source();
@@ -121,13 +123,14 @@ Tensor make_tensor(int rule, int state_count) {
     t.as.dtype = dtype;
     t.as.keep =
         one_of<int>({ZK_KEEP_ALL, ZK_KEEP_ALL, ZK_KEEP_RANDOM, ZK_KEEP_MAGNITUDE, ZK_KEEP_BITS});
+    if (mirrored) t.as.keep = ZK_KEEP_ALL;
     t.as.keep_below = (uint32_t)below(65537);
     t.as.keep_seed = source();
     t.as.keep_threshold = one_of<float>({0.0f, 0.3f, 1.0f, 1e38f, __builtin_inff()});
     return t;
 }
 
-// What a pass over copies of the tensors leaves: outputs, then states.
+// What a pass over copies of the tensors leaves: of each its output, then its states or its mirror.
 std::vector<Buffer> run(zk_pass pass, std::vector<Tensor>& tensors, int isa, int threads) {
     std::vector<Buffer> results;
     std::vector<Buffer> inputs;
@@ -139,6 +142,10 @@ std::vector<Buffer> run(zk_pass pass, std::vector<Tensor>& tensors, int isa, int
         as.out = results.back().start;
         as.in = t.in_place ? results.back().start : inputs.back().start;
         as.bits = as.keep == ZK_KEEP_BITS ? (const uint8_t*)t.bits.start : nullptr;
+        if (t.mirrored) {
+            results.push_back(t.out.copy());
+            as.mirror = results.back().start;
+        }
         for (size_t i = 0; i < t.states.size(); i++) {
             results.push_back(t.states[i].copy());
             as.states[i] = results.back().start;
@@ -165,15 +172,32 @@ bool same(const Buffer& a, const Buffer& b, int dtype) {
     return true;
 }
 
+// The same without mirrors: each is the output of a pass with the coefficients' signs turned.
+std::vector<Buffer> run_apart(zk_pass pass, std::vector<Tensor>& tensors) {
+    std::vector<float> turned(pass.coeffs, pass.coeffs + pass.seed_count);
+    for (float& c : turned) c = -c;
+    for (Tensor& t : tensors) t.mirrored = false;
+    std::vector<Buffer> plus = run(pass, tensors, ZK_PORTABLE, 1), both;
+    pass.coeffs = turned.data();
+    std::vector<Buffer> minus = run(pass, tensors, ZK_PORTABLE, 1);
+    for (Tensor& t : tensors) t.mirrored = true;
+    for (size_t i = 0; i < plus.size(); i++) {
+        both.push_back(std::move(plus[i]));
+        both.push_back(std::move(minus[i]));
+    }
+    return both;
+}
+
 // Returns false where two ways of running one random pass differ.
 bool try_case(int most_threads) {
     const int rule = one_of<int>({ZK_ADD_NOISE, ZK_ADD_NOISE, ZK_SIGN, ZK_MOMENTUM, ZK_ADAM});
     const bool amsgrad = rule == ZK_ADAM && chance(50);
     const int state_count = rule == ZK_ADAM ? 2 + amsgrad : rule == ZK_MOMENTUM;
+    const bool mirrored = rule == ZK_ADD_NOISE && chance(40);
     std::vector<Tensor> tensors;
     for (uint64_t i = 0, count = 1 + below(3); i < count; i++)
-        tensors.push_back(make_tensor(rule, state_count));
-    const int64_t queries = 1 + (int64_t)below(3), steps = 1 + (int64_t)below(3);
+        tensors.push_back(make_tensor(rule, state_count, mirrored));
+    const int64_t queries = 1 + (int64_t)below(3), steps = mirrored ? 1 : 1 + (int64_t)below(3);
     std::vector<uint64_t> seeds, rounding_seeds;
     std::vector<float> coeffs, decays, rates, scales;
     for (int64_t k = 0; k < queries * steps; k++)
@@ -195,20 +219,22 @@ bool try_case(int most_threads) {
     pass.scales = scales.data();
     pass.rule = rule;
     pass.kind = one_of<int>({ZK_GAUSSIAN, ZK_RADEMACHER});
-    pass.stochastic = chance(40);
+    pass.stochastic = !mirrored && chance(40);
     pass.amsgrad = amsgrad;
     pass.beta1 = 0.9f, pass.one_minus_beta1 = 0.1f;
     pass.beta2 = 0.99f, pass.one_minus_beta2 = 0.01f;
     pass.adam_eps = 1e-8f;
 
-    const std::vector<Buffer> expected = run(pass, tensors, ZK_PORTABLE, 1);
+    const std::vector<Buffer> expected =
+        mirrored ? run_apart(pass, tensors) : run(pass, tensors, ZK_PORTABLE, 1);
+    const int parts = mirrored ? 1 : state_count;
     for (int isa = ZK_PORTABLE; isa <= ZK_AVX512; isa++) {
         if (!zk_has_isa(isa)) continue;
         const std::vector<Buffer> got = run(pass, tensors, isa, 1 + (int)below(most_threads));
         size_t at = 0;
         for (const Tensor& t : tensors)
-            for (int i = -1; i < state_count; i++, at++)
-                if (!same(expected[at], got[at], i < 0 ? t.dtype : t.state_dtypes[i])) {
+            for (int i = -1; i < parts; i++, at++)
+                if (!same(expected[at], got[at], i < 0 || mirrored ? t.dtype : t.state_dtypes[i])) {
                     std::fprintf(stderr,
                                  "instruction set %d differs: rule %d, dtype %d, %lld elements, "
                                  "buffer %d\n",
