@@ -79,6 +79,7 @@ class Settings:
     max_words: int | None = None
     max_length: int = 256
     balanced: bool = False
+    retry_oom: bool = False
     overwrite: bool = False
     device: str = "cpu"
     name: str | None = None

@@ -42,7 +42,7 @@ def command(
             writer.writeheader()
             writer.writerows(rows)
     if json is not None:
-        folder.write_json(json, {"codegen": rows})
+        folder.write_answer(json, {"codegen": rows})
 
 
 def _cases(compiler: Any) -> list[Any]:
