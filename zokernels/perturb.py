@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from zokernels import masks, ops
+from zokernels import masks, ops, shards
 
 
 class Move(NamedTuple):
@@ -293,6 +293,13 @@ def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
                 "module itself, or use perturb='in_place'."
             )
         return "in_place"
+    if shards.of_model(model):
+        if wanted == "on_entry":
+            raise ValueError(
+                "perturb='on_entry' was asked for, but the weights are cut over processes, which "
+                "perturb their own parts before they are gathered; use perturb='in_place'."
+            )
+        return "in_place"
     if is_compiled(model):
         if wanted == "on_entry":
             raise ValueError(
@@ -335,6 +342,7 @@ def perturbed(
     Yields:
         The model. Its weights are what they were when the block ends, also by an exception.
     """
+    shards.settle(model)
     chosen = [(i, p) for i, p in enumerate(model.parameters()) if p.requires_grad]
     params = [p for _, p in chosen]
     streams = [i for i, _ in chosen]

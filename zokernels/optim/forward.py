@@ -9,16 +9,22 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from zokernels import shards
+
 Closure = Callable[[], torch.Tensor | float]
 
 
 @dataclass
 class StepTiming:
-    """Seconds of the last step: forwards without the noise made in them, noise, update, all."""
+    """Seconds of the last step: forwards without the noise made in them, noise, update, all.
+
+    ``waiting`` is what the exchange with other processes took: mostly, waiting for the slowest.
+    """
 
     forwards: float = 0.0
     noise: float = 0.0
     update: float = 0.0
+    waiting: float = 0.0
     total: float = 0.0
 
 
@@ -59,6 +65,7 @@ class Forward:
         self.replay_random()
         loss = self.closure()
         if isinstance(loss, torch.Tensor):
+            loss = shards.whole(loss)
             if loss.numel() != 1:
                 raise ValueError(
                     f"The closure returned a tensor of shape {tuple(loss.shape)}, but the loss "
@@ -98,6 +105,7 @@ def same_randomness(
     try:
         yield replay
     finally:
+        shards.settle(model)
         for m in switched:
             m.training = True
         for buffer, copy, version in buffers:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from zokernels import masks, noise, ops
+from zokernels import masks, noise, ops, shards
 from zokernels.estimators import ROUNDING, derive_seed
 from zokernels.trajectory import format as form
 from zokernels.trajectory.format import Scalars, Step, TrajectoryError
@@ -236,8 +236,8 @@ class Recorder:
 
 
 def checksum(p: torch.Tensor) -> int:
-    """CRC-32 of a tensor's elements in row-major order, little-endian."""
-    flat = p.detach().reshape(-1).contiguous()
+    """CRC-32 of a tensor's elements in row-major order, little-endian; of the whole `DTensor`."""
+    flat = shards.whole(p.detach()).reshape(-1).contiguous()
     return zlib.crc32(flat.view(torch.uint8).cpu().numpy().data) if flat.numel() else 0
 
 
