@@ -39,7 +39,11 @@ class Estimate:
 
 
 def estimate(
-    loss_at: Callable[[int, float], float], seeds: Sequence[int], two_sided: bool
+    loss_at: Callable[[int, float], float],
+    seeds: Sequence[int],
+    two_sided: bool,
+    *,
+    to_the_end: bool = False,
 ) -> Estimate:
     """Run the forwards of one step.
 
@@ -47,6 +51,8 @@ def estimate(
         loss_at: ``loss_at(seed, side)``: the loss at θ + side · εz(seed); side 0 is θ itself.
         seeds: One seed a query.
         two_sided: 2q forwards; otherwise q + 1.
+        to_the_end: Run all of them also where a loss is not finite, as several processes must that
+            run their forwards together.
 
     Returns:
         The seeds, losses and differences; the loss is the mean of L₊ and L₋, or the base loss.
@@ -59,7 +65,7 @@ def estimate(
         losses.append(base)
     for seed in seeds:
         # A loss that is not finite ends the step: further forwards could not save it.
-        if not all(map(math.isfinite, losses)):
+        if not to_the_end and not all(map(math.isfinite, losses)):
             break
         plus = loss_at(seed, 1.0)
         losses.append(plus)

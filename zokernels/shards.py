@@ -1,8 +1,8 @@
 """Weights cut over processes: which elements of the whole a process holds, and where they start.
 
-A `DTensor` (of FSDP2's ``fully_shard``, of tensor parallelism) stands for the whole tensor, and each
-process holds a part of it. The noise is a function of an element's place in the whole, so that a
-part is perturbed and updated where it lies, with the bits that the whole would have.
+A `DTensor` (of FSDP2's ``fully_shard``, of tensor parallelism) stands for the whole tensor, and
+each process holds a part of it. The noise is a function of an element's place in the whole, so that
+a part is perturbed and updated where it lies, with the bits that the whole would have.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def among(tensors: object) -> bool:
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """The part of a tensor that is here; it shares its memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
     """All of a tensor; of a `DTensor` a copy, for which every process that has a part must ask."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[operator]
+    return tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def ranges(tensor: torch.Tensor) -> list[_Range]:
@@ -84,9 +84,7 @@ def ranges(tensor: torch.Tensor) -> list[_Range]:
     return _known[key]
 
 
-def _ranges(
-    shape: Sequence[int], sizes: Sequence[int], offsets: Sequence[int]
-) -> Iterator[_Range]:
+def _ranges(shape: Sequence[int], sizes: Sequence[int], offsets: Sequence[int]) -> Iterator[_Range]:
     # From dimension d on the part is one run of memory, in the whole as it is here.
     d = len(shape)
     while d > 0 and (d == len(shape) or sizes[d] == shape[d]):

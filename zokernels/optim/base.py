@@ -13,6 +13,8 @@ from torch import nn
 
 from zokernels import blocks as partitions
 from zokernels import masks as mask_types
+from zokernels import shards
+from zokernels.distributed import Distributed, connect
 from zokernels.estimators import ROUNDING, Estimate, derive_seed, estimate
 from zokernels.optim import sparse
 from zokernels.optim.forward import (
@@ -22,20 +24,13 @@ from zokernels.optim.forward import (
     check_closure,
     same_randomness,
 )
-from zokernels.optim.groups import Chosen, check_group, join_masks, trainable
+from zokernels.optim.groups import Chosen, check_group, join_masks, join_run, trainable
 from zokernels.optim.recording import Recorded
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, choose_mode
 from zokernels.prefix import Prefix
 
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
-
-
-# What a param group cannot have of its own, since a step perturbs all groups together.
-_OF_THE_RUN = (
-    "seed", "step", "num_queries", "two_sided", "block_order", "sparsity", "resample_every",
-    "threshold",
-)  # fmt: skip
 
 
 class ZOOptimizer(Recorded, torch.optim.Optimizer):
@@ -65,6 +60,9 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
             ``"in_place"`` (default for parameters: a copy of the trainable weights).
         backend: As for `zokernels.ops.add_noise_`.
         max_bad_steps: Raise after this many steps in a row with a loss that was not finite.
+        parallel: What several processes of `torch.distributed` divide: ``"auto"`` (the batch, if
+            there are several), ``"data"``, ``"query"`` (the directions), both by a
+            `zokernels.Distributed`, or None: this process runs alone.
         model: The module, where ``params`` are groups of its parameters.
         rule_defaults: For authors of rules: the rule's own defaults of a param group.
 
@@ -98,10 +96,13 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         perturb: str | None = None,
         backend: str | None = None,
         max_bad_steps: int = 10,
+        parallel: str | Distributed | None = "auto",
         model: nn.Module | None = None,
         rule_defaults: dict[str, Any] | None = None,
     ):
         self.model = params if isinstance(params, nn.Module) else model
+        self.parallel = connect(parallel)
+        shards.settle(self.model)
         self.perturb = choose_mode(self.model, perturb)
         self.backend = backend
         self.max_bad_steps = max_bad_steps
@@ -170,10 +171,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         if self._numbers:
             self._last_stream = max(self._last_stream, len(self._numbers) - 1)
         group["streams"] = streams
-        # A group that joins a run goes on where the others are.
-        first = self.param_groups[0]
-        for name in _OF_THE_RUN:
-            group[name] = first[name]
+        join_run(group, self.param_groups[0])
         if group["threshold"] is not None:
             sparse.mask_group(group)
         self._perturbers.clear()
@@ -202,7 +200,8 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
 
         Args:
             closure: Runs a forward and returns the loss, a scalar. It is called 2q times
-                (two-sided) or q + 1 times, on the same batch each time.
+                (two-sided) or q + 1 times, on the same batch each time. Of several processes
+                each has its own, on its share of the batch.
 
         Returns:
             The mean of L₊ and L₋, or one-sided the base loss: a detached scalar.
@@ -221,6 +220,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         self._base_loss = None
         group = self.param_groups[0]
         sparse.redraw(self.param_groups)
+        self.parallel.check(self)
         params = [g["params"][i] for g in self.param_groups for i in trainable(g)]
         if self.trajectory:
             self.trajectory.begin(group["step"])
@@ -272,9 +272,13 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
             def loss_at(seed: int, side: float) -> float:
                 return loss_of([Move((side * e,)) for e in eps] if side else None, [seed], 0)
 
-            found = estimate(loss_at, self._seeds(block), self.param_groups[0]["two_sided"])
+            def along(seeds: list[int]) -> Estimate:
+                two_sided = self.param_groups[0]["two_sided"]
+                return estimate(loss_at, seeds, two_sided, to_the_end=self.parallel.ranks > 1)
+
+            found = self.parallel.join(along, self._seeds(block), self)
             if found.is_finite:
-                self._judge(found, loss_of, groups)
+                self._judge(found, self.parallel.agreed(loss_of, self), groups)
         return found
 
     def _seeds(self, block: int | None) -> list[int]:
