@@ -71,6 +71,8 @@ class Distributed:
         >>> sampler = DistributedSampler(data, opt.parallel.data, opt.parallel.data_rank)
     """
 
+    group: Any
+
     def __init__(
         self,
         data: int | None = None,
@@ -100,7 +102,7 @@ class Distributed:
         self.query_rank, self.data_rank = divmod(rank, data)
         self.check_every = check_every
         self.bytes_sent = 0
-        self.group: Any = None
+        self.group = None
         self._known: weakref.WeakSet = weakref.WeakSet()
         self._sharded = False
 
