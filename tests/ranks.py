@@ -5,6 +5,7 @@ Every case is one function, which all processes run together; what it returns is
 
 import contextlib
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -422,7 +423,7 @@ def main(out):
 
 
 if __name__ == "__main__":
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
     with contextlib.ExitStack() as stack:
         stack.callback(dist.destroy_process_group)
         main(Path(sys.argv[1]))

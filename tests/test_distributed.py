@@ -43,7 +43,9 @@ def found(out):
         # The second resumes what the first one left.
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc-per-node={world}", str(HERE / "ranks.py"), str(out)]
-        done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+        done = subprocess.run(
+            command, env=environment(), capture_output=True, text=True, timeout=400
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         results[world] = [
             torch.load(out / f"{world}-{r}.pt", weights_only=False) for r in range(world)
