@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import ranks
 import torch
-from tiny import environment
+from tiny import build, environment
 
 import zokernels as zk
 
@@ -275,6 +275,37 @@ def test_weights_cut_by_tensor_parallelism(found, world, case):
         assert result["losses"][0] == pytest.approx(result["losses"][1], abs=1e-10)
 
 
+@pytest.mark.hf
+def test_the_trainer_and_accelerate_in_two_processes_are_one_run(tmp_path):
+    pytest.importorskip("transformers", reason="pip install 'zokernels[hf]'")
+    import ranks_hf
+
+    folder = str(build("opt", tmp_path / "model"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(HERE / "ranks_hf.py"), folder, str(tmp_path)],
+        env=environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2)]
+    ones = dict(
+        trainer=ranks_hf.by_trainer(folder, str(tmp_path / "one"), 8),
+        loop=ranks_hf.by_accelerate(folder, 8),
+    )
+    began = [p.detach() for p in ranks_hf.model_of(folder).parameters()]
+    for case, one in ones.items():
+        assert same(results[0][case]["weights"], results[1][case]["weights"])
+        # The model's loss is float32, whose rounding over ε makes 1e-4 of a slope; weights moved
+        # by some 3e-2.
+        for a, b in zip(results[0][case]["weights"], one["weights"], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        moved = [(a - b).abs().max() for a, b in zip(one["weights"], began, strict=True)]
+        assert max(moved) > 1e-2
+    assert results[0]["trainer"]["logs"] == pytest.approx(ones["trainer"]["logs"], abs=1e-4)
+    # Only the first process tells of the run.
+    assert done.stdout.count("'train_runtime'") == 1
+
+
 DIES = """
 import os, signal, sys, time
 sys.path.insert(0, {here!r})
@@ -354,6 +385,19 @@ def test_torchrun_without_a_process_group_is_noticed(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="init_process_group"):
         ranks.make(ranks.network(), parallel="data")
+
+
+@pytest.mark.hf
+def test_finetune_under_torchrun_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    from zokernels.cli import main
+
+    assert main(["finetune", "--model", "x", "--out", str(tmp_path / "run")]) == 2
+    assert "torchrun started 2 processes" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -84,9 +84,9 @@ class Distributed:
     ):
         if not isinstance(check_every, int) or check_every < 0:
             raise ValueError(f"check_every is {check_every!r}, but it must be 0 or more steps.")
-        if not is_started() and _launched() > 1:
+        if not is_started() and launched() > 1:
             raise RuntimeError(
-                f"{_launched()} processes were started, but torch.distributed does not know it; "
+                f"{launched()} processes were started, but torch.distributed does not know it; "
                 "call torch.distributed.init_process_group() before the optimizer is made."
             )
         rank, ranks = 0, 1
@@ -303,7 +303,7 @@ def is_started() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
-def _launched() -> int:
+def launched() -> int:
     """Processes that torchrun started; 1 without it."""
     started = dist.is_available() and dist.is_torchelastic_launched()
     return int(os.environ.get("WORLD_SIZE", "1")) if started else 1
