@@ -34,6 +34,7 @@ OPTIMIZERS = {
     "blocks": (zk.ZOSGD, dict(blocks="module")),
     "simultaneous": (zk.ZOAdam, dict(blocks="module", block_order="simultaneous")),
     "sparse": (zk.ZOSGD, dict(sparsity=0.3, resample_every=2)),
+    "paired": (zk.ZOSGD, dict(perturb="paired")),
     "in-place": (zk.ZOSGD, dict(perturb="in_place", mask=zk.masks.Magnitude(0.3))),
 }
 
