@@ -1,12 +1,13 @@
-"""What several processes do in the tests of test_distributed.py, each run by torchrun.
+"""What several processes do in test_distributed.py, each forked from one that has torch.
 
 Every case is one function, which all processes run together; what it returns is saved by rank.
 """
 
-import contextlib
-import sys
+import os
+import signal
+import time
+import traceback
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -102,6 +103,19 @@ def both():
     return dict(weights=weights(model), losses=losses)
 
 
+def two_runs(out):
+    """Two runs of two processes each, beside each other, with seeds of their own."""
+    rank = dist.get_rank()
+    groups = [dist.new_group(ranks) for ranks in ((0, 1), (2, 3))]
+    run = rank // 2
+    model = network()
+    opt = make(model, seed=run, parallel=zk.Distributed(group=groups[run]))
+    opt.record(out / f"beside-{run}.zk")
+    train(model, opt, share=opt.parallel.data_rank, shares=2)
+    opt.trajectory.close()
+    return dict(weights=weights(model), rank=opt.parallel.rank)
+
+
 def traffic():
     model = network()
     opt = make(model)
@@ -147,7 +161,9 @@ def failing():
 def straying():
     """The last process changes a weight by hand after step 0."""
     model = network()
-    opt = make(model, parallel=zk.Distributed(check_every=2))
+    # With a timeout of its own it has a process group of its own, as beside NCCL.
+    opt = make(model, parallel=zk.Distributed(check_every=2, timeout=200))
+    assert opt.parallel.group is not dist.group.WORLD
     train(model, opt, [0])
     if dist.get_rank() == dist.get_world_size() - 1:
         with torch.no_grad():
@@ -418,13 +434,41 @@ def main(out):
     found |= {case.__name__: case(out) for case in (recorded, resumed, fsdp_recorded)}
     found["tensor parallel"] = tensor_parallel(two_dimensional=False)
     if world == 4:
-        found |= {"both": both(), "hsdp": hsdp()}
+        found |= {"both": both(), "hsdp": hsdp(), "two_runs": two_runs(out)}
         found["tensor parallel and fsdp"] = tensor_parallel(two_dimensional=True)
     torch.save(found, out / f"{world}-{dist.get_rank()}.pt")
 
 
-if __name__ == "__main__":
-    dist.init_process_group("gloo", timeout=timedelta(seconds=240))
-    with contextlib.ExitStack() as stack:
-        stack.callback(dist.destroy_process_group)
-        main(Path(sys.argv[1]))
+def killed(out):
+    """Rank 1 dies in its sixth forward, the second one of step 2."""
+    model = network(torch.float32)
+    opt = make(model, num_queries=2, parallel="query")
+    opt.record(out / "run.zk")
+    forwards = 0
+
+    def closure():
+        nonlocal forwards
+        forwards += 1
+        if dist.get_rank() == 1 and forwards == 6:
+            (out / "died").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGKILL)
+        x, y = batch(opt.param_groups[0]["step"], dtype=torch.float32)
+        return nn.functional.mse_loss(model(x), y)
+
+    while True:
+        opt.step(closure)
+
+
+def begin(case, rank, world, port, out):
+    """A process, where there is no torchrun: what that would have set, and then the case."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    os.environ |= dict(RANK=str(rank), WORLD_SIZE=str(world))
+    torch.set_num_threads(1)
+    try:
+        # Long enough for a machine that stands still for a while, and shorter than for ever.
+        dist.init_process_group("gloo", timeout=timedelta(seconds=240))
+        case(out)
+        dist.destroy_process_group()
+    except BaseException:
+        (out / f"error-{rank}").write_text(traceback.format_exc())
+        raise

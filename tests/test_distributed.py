@@ -1,14 +1,15 @@
-"""Several processes, as torchrun starts them, against one: the same run.
+"""Several processes against one: the same run.
 
-`ranks.py` is what the processes do; it runs once with two of them and once with four.
+`ranks.py` is what the processes do; it runs once with two of them and once with four. `ranks_hf.py`
+is started by torchrun.
 """
 
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -41,16 +42,36 @@ def found(out):
     results = {}
     for world in WORLDS:
         # The second resumes what the first one left.
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        command += [f"--nproc-per-node={world}", str(HERE / "ranks.py"), str(out)]
-        done = subprocess.run(
-            command, env=environment(), capture_output=True, text=True, timeout=400
-        )
-        assert done.returncode == 0, done.stderr[-4000:]
+        launch(ranks.main, world, out)
         results[world] = [
             torch.load(out / f"{world}-{r}.pt", weights_only=False) for r in range(world)
         ]
     return results
+
+
+def launch(case, world, out, fine=True):
+    """Runs a case of `ranks` in so many processes; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    # One import of torch for all of them.
+    context.set_forkserver_preload(["ranks"])
+    processes = [
+        context.Process(target=ranks.begin, args=(case, rank, world, port, out), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=400)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes]
+    errors = [path.read_text() for path in sorted(out.glob("error-*"))]
+    assert not fine or codes == [0] * world, errors
+    return codes
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +129,19 @@ def test_shares_and_directions_at_once(found):
     result = each(found, 4, "both")[0]
     assert close(result["weights"], ranks.weights(one))
     assert result["losses"] == pytest.approx(losses, abs=1e-10)
+
+
+def test_two_runs_of_two_processes_each_beside_each_other(found, out):
+    for run in range(2):
+        one = ranks.network()
+        ranks.train(one, ranks.make(one, seed=run))
+        pair = [found[4][2 * run + i]["two_runs"] for i in range(2)]
+        assert [result["rank"] for result in pair] == [0, 1]
+        assert same(pair[0]["weights"], pair[1]["weights"])
+        assert close(pair[0]["weights"], ranks.weights(one))
+        again = ranks.network()
+        zk.replay(again, out / f"beside-{run}.zk")
+        assert same(ranks.weights(again), pair[0]["weights"])
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -306,61 +340,15 @@ def test_the_trainer_and_accelerate_in_two_processes_are_one_run(tmp_path):
     assert done.stdout.count("'train_runtime'") == 1
 
 
-DIES = """
-import os, signal, sys, time
-sys.path.insert(0, {here!r})
-import ranks, torch
-from torch import nn
-import torch.distributed as dist
-import zokernels as zk
-dist.init_process_group("gloo")
-model = ranks.network(torch.float32)
-opt = ranks.make(model, num_queries=2, parallel="query")
-opt.record({path!r})
-forwards = 0
-def closure():
-    global forwards
-    forwards += 1
-    if dist.get_rank() == 1 and forwards == 6:
-        print("dies at", time.time(), flush=True)
-        os.kill(os.getpid(), signal.SIGKILL)
-    x, y = ranks.batch(opt.param_groups[0]["step"], dtype=torch.float32)
-    return nn.functional.mse_loss(model(x), y)
-while True:
-    opt.step(closure)
-"""
-
-
 def test_a_process_that_is_killed_ends_the_run_and_one_goes_on(tmp_path):
-    path = tmp_path / "run.zk"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    program = DIES.format(here=str(HERE), path=str(path))
-    # Not by torchrun, which would end the other process itself.
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program],
-            env=environment()
-            | dict(RANK=str(r), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for r in range(2)
-    ]
-    try:
-        killed, _ = processes[1].communicate(timeout=120)
-        _, errors = processes[0].communicate(timeout=60)
-        ended = time.time()
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[1].returncode == -signal.SIGKILL
+    codes = launch(ranks.killed, 2, tmp_path, fine=False)
+    assert codes == [1, -signal.SIGKILL]
     # "In seconds", with room for a machine that is busy or stopped for a while.
-    assert ended - float(killed.split()[-1]) < 30
-    assert processes[0].returncode == 1
-    assert "RankError: Rank 0 of 2 lost another one at step 2: a process died" in errors
+    error = tmp_path / "error-0"
+    assert error.stat().st_mtime - float((tmp_path / "died").read_text()) < 30
+    message = error.read_text()
+    assert "RankError: Rank 0 of 2 lost another one at step 2: a process died" in message
+    path = tmp_path / "run.zk"
     model, straight = ranks.network(torch.float32), ranks.network(torch.float32)
     opt = ranks.make(model, num_queries=2)
     opt.resume(path)
