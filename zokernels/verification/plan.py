@@ -6,9 +6,9 @@ import fnmatch
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from zokernels.verification import passes, reference
+from zokernels.verification import model, noise, passes, reference, replay, training
 from zokernels.verification.case import Case
-from zokernels.verification.engines import engines
+from zokernels.verification.engines import devices, engines
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,20 @@ def plan(deep: bool = False) -> Plan:
     """List the cases; nothing is run.
 
     Args:
-        deep: More combinations and sizes.
+        deep: More combinations, sizes and samples.
     """
     found, missing = engines()
-    return Plan([*reference.cases(), *passes.cases(found, deep)], missing)
+    missing |= {f"training/{n}": why for n, why in model.names().items() if why is not None}
+    cases = [
+        *noise.cases(found),
+        *noise.statistics(deep),
+        *reference.cases(),
+        *passes.cases(found, deep),
+        *training.cases(devices(), deep),
+        *training.drift(devices()),
+        *replay.cases(found),
+    ]
+    return Plan(cases, missing)
 
 
 def matches(id: str, patterns: Sequence[str]) -> bool:
