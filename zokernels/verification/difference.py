@@ -55,7 +55,9 @@ def first_difference(
             )
         differs = bits(e) != bits(g)
         if e.is_floating_point():
-            differs &= ~(e.detach().cpu().reshape(-1).isnan() & g.detach().cpu().reshape(-1).isnan())
+            differs &= ~(
+                e.detach().cpu().reshape(-1).isnan() & g.detach().cpu().reshape(-1).isnan()
+            )
         where = differs.nonzero().flatten()
         if len(where):
             i = int(where[0])

@@ -23,8 +23,9 @@ class Block(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.norms = nn.ModuleList([nn.LayerNorm(_WIDTH), nn.LayerNorm(_WIDTH)])
-        self.qkv, self.out = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH)
-        self.up, self.down = nn.Linear(_WIDTH, 2 * _WIDTH), nn.Linear(2 * _WIDTH, _WIDTH)
+        self.qkv, self.out = nn.Linear(_WIDTH, 3 * _WIDTH), nn.Linear(_WIDTH, _WIDTH, False)
+        self.up = nn.Linear(_WIDTH, 2 * _WIDTH, False)
+        self.down = nn.Linear(2 * _WIDTH, _WIDTH, False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Shape (rows, length, width), as it came."""

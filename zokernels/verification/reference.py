@@ -45,9 +45,7 @@ def check(spec: passes.Spec) -> str:
                 continue
             w, *state = map(Fraction, values)
             try:
-                new, moved = _element(
-                    spec, call, i, e, w, dict(zip(before, state, strict=True))
-                )
+                new, moved = _element(spec, call, i, e, w, dict(zip(before, state, strict=True)))
             except exact.NotFinite:
                 continue
             for (name, t), value in zip(tensors.items(), [new, *moved.values()], strict=True):
@@ -132,9 +130,7 @@ def _rule(
     return new, exact.round_to(new["m"] / below), _binary32(lr)
 
 
-def _kept(
-    mask: masks.Mask | None, i: int, e: int, w: Fraction, stream: int, index: int
-) -> bool:
+def _kept(mask: masks.Mask | None, i: int, e: int, w: Fraction, stream: int, index: int) -> bool:
     if isinstance(mask, masks.Random):
         assert isinstance(mask.keep, list) and isinstance(mask.seed, int)
         below = round(mask.keep[i] * 65536)
