@@ -77,9 +77,9 @@ def _chosen(cases: list[Case], only: list[str], deep: bool) -> list[Case]:
         words = {"/".join(c.id.split("/")[:n]) for c in cases for n in range(1, 10)}
         near = difflib.get_close_matches(pattern, sorted(words), 1, 0.5)
         hint = f"did you mean {near[0]}? " if near else ""
-        also = "" if deep else ", some with --deep only"
+        also = "" if deep else ", and some need --deep"
         raise InputError(
-            f"--only {pattern} names no case of this machine; {hint}--list prints all of them{also}."
+            f"--only {pattern} names no case of this machine; {hint}--list prints them all{also}."
         )
     return [case for case in cases if not only or matches(case.id, only)]
 

@@ -41,7 +41,7 @@ def round_to(exact: Fraction, dtype: str = "float32") -> Fraction:
 
 
 def fma(a: Fraction, b: Fraction, c: Fraction) -> Fraction:
-    """a · b + c, rounded once to binary32."""
+    """The sum a · b + c, rounded once to binary32."""
     return round_to(a * b + c)
 
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import torch
 
-from zokernels import noise, optim
+from zokernels import noise, optim, perturb
 from zokernels.estimators import derive_seed
 from zokernels.verification import model as models
 from zokernels.verification.case import Case, Failed
 from zokernels.verification.difference import first_difference
 
 # Every value of an optimizer's `perturb`.
-MODES = ("on_entry", "in_place")
+MODES = perturb.MODES
 
 RULES: dict[str, dict[str, Any]] = {
     "ZOSGD": dict(lr=3e-3),
@@ -155,7 +155,7 @@ def _falls(device: str) -> str:
 def _stays(dtype: str, mode: str, device: str) -> str:
     model, loss = models.build("module", dtype, device)
     names, before = weights_of(model)
-    optimizer = make("ZOSGD", model, dtype, lr=0.0, perturb=mode)
+    optimizer = make("ZOSGD", model, dtype, lr=0.0, perturb=mode, num_queries=1)
     for _ in range(_DRIFT_STEPS):
         optimizer.step(loss)
     what = f"the weights are not what they were {_DRIFT_STEPS} steps at learning rate 0 ago"
