@@ -56,7 +56,9 @@ def _known_answer(name: str) -> str:
 
 
 def _golden(case: dict[str, Any], engine: Engine) -> str:
-    where = dict(seed=int(case["seed"]), stream=case["stream"], offset=int(case["offset"]))
+    where: dict[str, Any] = dict(
+        seed=int(case["seed"]), stream=case["stream"], offset=int(case["offset"])
+    )
     draw = _plain if engine is REFERENCE else functools.partial(_through_a_pass, engine)
     expected, got = _parsed(case), draw(case, where)
     _compare(f"{case['kind']} under {where}", expected, got, "the golden vector of version 1")
@@ -80,16 +82,16 @@ def _parsed(case: dict[str, Any]) -> torch.Tensor:
     return torch.tensor([{"+": 1.0, "-": -1.0, "1": 1.0, "0": 0.0}[c] for c in values])
 
 
-def _plain(case: dict[str, Any], where: dict[str, int]) -> torch.Tensor:
+def _plain(case: dict[str, Any], where: dict[str, Any]) -> torch.Tensor:
     kind, numel = case["kind"], case["numel"]
     if kind == "mask":
         return noise.mask(numel, case["keep"], **where).float()
     if kind == "rounding":
-        return noise.uniform16(numel, noise.ROUNDING, *where.values(), device="cpu")
+        return noise.uniform16(numel, noise.ROUNDING, **where, device="cpu")
     return (noise.gaussian if kind == "gaussian" else noise.rademacher)(numel, **where)
 
 
-def _through_a_pass(engine: Engine, case: dict[str, Any], where: dict[str, int]) -> torch.Tensor:
+def _through_a_pass(engine: Engine, case: dict[str, Any], where: dict[str, Any]) -> torch.Tensor:
     """What a pass adds to zeros: the noise itself, and under a mask where it is not 0."""
     p = torch.zeros(case["numel"], device=engine.device)
     masked = case["kind"] == "mask"
