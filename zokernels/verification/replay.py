@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from zokernels.trajectory import replay
 from zokernels.verification import model as models
 from zokernels.verification.case import Case
@@ -30,7 +32,10 @@ def cases(engines: Sequence[Engine]) -> Iterator[Case]:
                 yield Case(f"replay/{engine.name}/{rule}/{dtype}", run)
 
 
-def _replays(rule: str, dtype: str, engine: Engine) -> str:
+# The engines of a run come one after the other.
+@functools.lru_cache(maxsize=1)
+def _recorded(rule: str, dtype: str) -> tuple[bytes, list[str], list[torch.Tensor]]:
+    """The log of a run, and the names and values of the weights that it ended with."""
     model, loss = models.build("module", dtype, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.zk"
@@ -39,11 +44,17 @@ def _replays(rule: str, dtype: str, engine: Engine) -> str:
         for _ in range(_STEPS):
             optimizer.step(loss)
         optimizer.trajectory.close()
-        again, _ = models.build("module", dtype, engine.device)
-        with engine.chosen():
-            # Chunks that do not divide the steps.
-            replay(again, path, backend=engine.backend, chunk=5)
-        size = path.stat().st_size
-    names, expected = weights_of(model)
-    compare(names, expected, weights_of(again)[1], "the replayed weights are not the trained ones")
-    return f"{_STEPS} steps, {size:,} bytes"
+        return path.read_bytes(), *weights_of(model)
+
+
+def _replays(rule: str, dtype: str, engine: Engine) -> str:
+    log, names, expected = _recorded(rule, dtype)
+    model, _ = models.build("module", dtype, engine.device)
+    with tempfile.TemporaryDirectory() as folder, engine.chosen():
+        path = Path(folder) / "run.zk"
+        path.write_bytes(log)
+        # Chunks that do not divide the steps.
+        replay(model, path, backend=engine.backend, chunk=5)
+    got = weights_of(model)[1]
+    compare(names, expected, got, "the replayed weights are not the trained ones")
+    return f"{_STEPS} steps, {len(log):,} bytes"
