@@ -1,11 +1,11 @@
-"""The command line: ``zokernels finetune | bench | replay | env``."""
+"""The command line: ``zokernels finetune | bench | verify | replay | env``."""
 
 import sys
 from collections.abc import Sequence
 
 import typer
 
-from zokernels.cli import bench, env, finetune, replay
+from zokernels.cli import bench, env, finetune, replay, verify
 from zokernels.tasks.errors import InputError, RunError
 
 __all__ = ["app", "main"]
@@ -19,6 +19,7 @@ app = typer.Typer(
 )
 app.command("finetune")(finetune.command)
 app.command("replay")(replay.command)
+app.command("verify")(verify.command)
 app.command("env")(env.command)
 app.add_typer(bench.app, name="bench")
 
