@@ -19,8 +19,6 @@ from typing import Any
 
 from bench import document
 from bench.document import Row
-from zokernels.cli import quickstart
-from zokernels.cli.finetune import train
 
 RESULTS = document.RESULTS / "quickstart.csv"
 COLUMNS = (
@@ -45,7 +43,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.first < 0:
         parser.error("--seeds must be at least 1, and --first at least 0.")
-    # Imported late: it looks at the native library, which --help does not need.
+    # bench.table, which imports this file, needs no torch.
     from bench import ops
 
     about = ops.environment(0)
@@ -56,6 +54,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(name: str, seed: int) -> dict[str, object]:
     """The columns of one run."""
+    from zokernels.cli import quickstart
+    from zokernels.cli.finetune import train
+
     with tempfile.TemporaryDirectory() as place:
         settings = replace(
             quickstart.settings(Path(place) / "run"), seed=seed, eval_every=0, **CASES[name]
@@ -94,13 +95,14 @@ def table(rows: list[Row]) -> str:
         "settings", "trained weights", "steps", "forwards", "accuracy after, by seed", "mean",
         "standard deviation",
     )  # fmt: skip
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name in dict.fromkeys(row["settings"] for row in rows):
         here = [row for row in rows if row["settings"] == name]
         after = [100 * float(row["dev_after"]) for row in here]
         spread = f"{statistics.stdev(after):.1f}" if len(after) > 1 else "–"
+        one = here[0]
         lines.append(
-            (name, f"{int(here[0]['weights']):,}", here[0]["steps"], f"{int(here[0]['forwards']):,}",
+            (name, f"{int(one['weights']):,}", one["steps"], f"{int(one['forwards']):,}",
              " / ".join(f"{a:.1f}" for a in after), f"{statistics.mean(after):.1f}", spread)
         )  # fmt: skip
     caption = (
