@@ -19,8 +19,8 @@ OUT = Path("runs/quickstart")
 
 # Found on held-out training sentences; docs/finetune.md has the reasons and the spread over seeds.
 SETTINGS: dict[str, Any] = {
-    # Of 31 thousand biases and norms these 2,304 have the most gradient a weight, four times the
-    # mean, and the variance of an estimate grows with the number of weights.
+    # Of all biases and norms these 2,304 have the most gradient a weight, and the variance of an
+    # estimate grows with the number of weights.
     "train_only": r"\d\.output\.LayerNorm\.bias",
     # Copying so few weights costs less than hooks on every layer.
     "perturb": "in_place",
