@@ -69,6 +69,7 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
         "mean_loss_first_tenth": _mean(finite[: max(1, len(finite) // 10)]),
         "mean_loss_last_tenth": _mean(finite[-max(1, len(finite) // 10) :]),
         "non_finite_steps": len(history.losses) - len(finite),
+        "halved_steps": history.halved,
         "trained_weights": run.trained.weights,
         "all_weights": run.trained.of,
         "share_outside_forwards": _share(clock["total"] - clock["forwards"], clock["total"]),

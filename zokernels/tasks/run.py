@@ -13,11 +13,13 @@ from typing import Any
 import torch
 
 import zokernels as zk
+from zokernels.distributed import launched
 from zokernels.tasks import (
     data,
     evaluate,
     folder,
     get_task,
+    halves,
     models,
     optimizers,
     report,
@@ -53,6 +55,8 @@ class History:
     """What was measured, for the plot and the report. Lost losses are NaN here."""
 
     losses: list[float] = field(default_factory=list)
+    # Steps whose batch did not fit in memory whole.
+    halved: int = 0
     dev: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
     valid: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
     seconds: dict[str, float] = field(
@@ -100,6 +104,11 @@ class Finetune:
         """
         s = self.settings
         s.check()
+        if launched() > 1:
+            raise InputError(
+                f"torchrun started {launched()} processes, but finetune runs in one; start it "
+                "without torchrun, or train on several with ZOTrainer or a loop of your own."
+            )
         optimizers.find(s.optimizer)
         task = get_task(s.task).with_template(s.template)
         out = folder.RunFolder(s.out, s.overwrite, self.resume)
@@ -132,6 +141,14 @@ class Finetune:
             raise RunError(
                 f"{s.out} could not be written: {getattr(error, 'strerror', None) or error} "
                 f"Make room, then go on with: zokernels finetune --resume {s.out}"
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if not halves.is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"Memory ran out in an evaluation ({_first_line(error)}), so the run stopped; its "
+                "steps are in its log. Begin again with --retry-oom, or where there is more "
+                f"memory go on with: zokernels finetune --resume {s.out}"
             ) from error
         finally:
             out.close()
@@ -215,31 +232,55 @@ class Finetune:
         for step in range(done + 1, s.steps + 1):
             if self.stopped.is_set():
                 return step - 1, None
-            batch = scorer.collate(next(order))
+            batch = next(order)
             lr = float(schedule.get_last_lr()[0])
             try:
-                loss = float(optimizer.step(lambda batch=batch: scorer.loss(batch)))
-            except (RuntimeError, FloatingPointError) as error:
-                return step - 1, str(error)
+                loss, halved = halves.take_step(optimizer, scorer, batch, s.retry_oom)
+            except (RuntimeError, FloatingPointError, MemoryError) as error:
+                return step - 1, self._why(step, error)
+            if halved and not self.history.halved:
+                self.watcher.say(
+                    f"Step {step}: a batch of {len(batch)} did not fit in memory, so its forwards "
+                    "ran as two halves; further such steps are marked in the log."
+                )
             schedule.step()
-            self._record(out, optimizer, step, loss, lr)
+            self._record(out, optimizer, step, loss, lr, halved)
             if s.eval_every and step % s.eval_every == 0 and step < s.steps:
                 self._evaluate(scorer, out, step, whole=False)
         return s.steps, None
 
+    def _why(self, step: int, error: BaseException) -> str:
+        if not halves.is_out_of_memory(error):
+            return str(error)
+        s, lower = self.settings, "lower --batch-size or --max-length"
+        if s.retry_oom:
+            tried = f"a batch of {s.batch_size}, and with halves of it, too"
+        else:
+            tried = f"a batch of {s.batch_size}"
+            lower += ", or pass --retry-oom, which halves a batch that does not fit"
+        return f"Step {step} ran out of memory with {tried} ({_first_line(error)}); {lower}."
+
     def _record(
-        self, out: folder.RunFolder, optimizer: Any, step: int, loss: float, lr: float
+        self,
+        out: folder.RunFolder,
+        optimizer: Any,
+        step: int,
+        loss: float,
+        lr: float,
+        halved: bool,
     ) -> None:
         timing = optimizer.timing
         for part in self.history.seconds:
             self.history.seconds[part] += getattr(timing, part)
         self.history.losses.append(loss)
+        self.history.halved += halved
         slopes = [d if math.isfinite(d) else None for d in optimizer.projected_gradients]
         record = {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
             "finite": math.isfinite(loss) and None not in slopes,
             "lr": lr,
+            "halved": halved,
             "projected_gradients": slopes,
             "seconds": round(timing.total, 6),
             "outside_forwards": round(1 - timing.forwards / timing.total, 4),
@@ -271,7 +312,11 @@ class Finetune:
     ) -> evaluate.Accuracy:
         began = time.perf_counter()
         found = evaluate.accuracy(
-            scorer, examples, stop=self.stopped.is_set, calibrate=self.settings.calibrate
+            scorer,
+            examples,
+            stop=self.stopped.is_set,
+            calibrate=self.settings.calibrate,
+            retry_oom=self.settings.retry_oom,
         )
         getattr(self.history, split).append((step, found))
         seconds = round(time.perf_counter() - began, 3)
@@ -340,6 +385,10 @@ def _stop_on_interrupt(stopped: threading.Event) -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

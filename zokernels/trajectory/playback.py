@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from zokernels import checks, masks, ops, rules
+from zokernels import checks, masks, ops, rules, shards
 from zokernels.estimators import ROUNDING, derive_seed
 from zokernels.trajectory.format import Scalars, TrajectoryError
 from zokernels.trajectory.reader import Trajectory
@@ -134,8 +135,18 @@ def play(
         chunk: Steps in one pass.
     """
     _check_written(trajectory, tensors)
-    player = _Player(trajectory, tensors, states, backend, chunk)
-    for step in trajectory.steps[: until - trajectory.header["first"]]:
+    # All passes over no element at all: what one of them refuses is refused before a byte is
+    # written by those before it.
+    empty = [t.detach().new_empty(0) for t in tensors]
+    try:
+        _play(_Player(trajectory, empty, {}, backend, chunk), until)
+    except (TypeError, ValueError, KeyError, OverflowError, struct.error) as error:
+        raise TrajectoryError(f"{trajectory.path} can't be replayed: {error}") from None
+    _play(_Player(trajectory, tensors, states, backend, chunk), until)
+
+
+def _play(player: _Player, until: int) -> None:
+    for step in player.trajectory.steps[: until - player.trajectory.header["first"]]:
         for scalars in step.passes or ():
             player.add(step.number, scalars)
     player.finish()
@@ -230,7 +241,7 @@ class _Player:
         names = rules.state_names(described["rule"], described["numbers"]["amsgrad"])
         for name, dtype in zip(names, described["states"][place], strict=True):
             if name not in state:
-                state[name] = torch.zeros(p.shape, dtype=getattr(torch, dtype), device=p.device)
+                state[name] = torch.zeros_like(p, dtype=getattr(torch, dtype))
         return state
 
 
@@ -247,6 +258,6 @@ def _check_written(trajectory: Trajectory, tensors: Sequence[torch.Tensor]) -> N
             chosen = [tensors[i] for i in described["parameters"]]
             checks.check_tensors(chosen, "the parameters")
             masks.resolve(masks.from_plain(described["mask"]), chosen)
-        checks.check_apart(tensors)
+        checks.check_apart([shards.local(t) for t in tensors])
     except (TypeError, ValueError) as error:
         raise TrajectoryError(f"{trajectory.path} can't be replayed: {error}") from None
