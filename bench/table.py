@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from bench import document, roofline
+from bench import document, quickstart, roofline
 from bench.document import Row
 
 NAMES = {
@@ -107,6 +107,7 @@ def label(case: str, dist: str) -> str:
 TABLES: tuple[tuple[str, str, str, Callable[[list[Row]], str]], ...] = (
     ("README.md", "ops", "ops.csv", tables),
     ("docs/performance.md", "codegen", "codegen.csv", roofline.table),
+    ("docs/finetune.md", "quickstart", "quickstart.csv", quickstart.table),
 )
 
 

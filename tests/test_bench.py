@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from bench import document, quickstart
 from zokernels.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -33,6 +34,16 @@ def test_bench_codegen_writes_what_it_counts(tmp_path, capsys):
 def test_bench_codegen_refuses_a_json_it_could_not_write(tmp_path, capsys):
     assert main(["bench", "codegen", "--json", str(tmp_path / "none" / "out.json")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+def test_a_quickstart_measured_again_replaces_its_row_and_moves_the_mean(tmp_path):
+    path = tmp_path / "rows.csv"
+    common = dict.fromkeys(quickstart.COLUMNS, "1") | {"settings": "quickstart"}
+    for seed, after in ((4, 0.5), (0, 0.75), (4, 0.77)):
+        quickstart.keep({**common, "seed": seed, "dev_after": after}, path)
+    rows = document.read_rows(path)
+    assert [row["seed"] for row in rows] == ["0", "4"]
+    assert "| 75.0 / 77.0 | 76.0 | 1.4 |" in quickstart.table(rows)
 
 
 @pytest.fixture
