@@ -6,6 +6,7 @@ over the forwards' time of the same repetition: other load on the machine then m
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -75,7 +76,7 @@ class Result:
 
 
 COLUMNS = (
-    *machine.COLUMNS, "model", "scheme", "loss", "rows", "length", "dtype", "optimizer", "queries",
+    *machine.COLUMNS, "spin", "model", "scheme", "loss", "rows", "length", "dtype", "optimizer", "queries",
     "dist", "perturb", "lazy_logits", "forwards_ms", "step_ms", "ratio", "low", "high", *PARTS,
     "tokens_per_s", "ns_per_weight", "memory_mb", "repeats", "times_faster_than_mezo", "mezo",
     "torchzero", "fo-sgd", "fo-adamw",
@@ -98,7 +99,9 @@ def row(case: Case, result: Result) -> dict[str, object]:
         "times_faster_than_mezo": f"{mezo / result.ratio:.1f}" if mezo else "",
         **{name: f"{value:.2f}" for name, value in result.peers.items()},
     }
-    return {**machine.about(case.device), **given, **numbers}
+    # How long an idle thread spins: on a virtual machine it may lose its core by that.
+    spin = os.environ.get("GOMP_SPINCOUNT", "")
+    return {**machine.about(case.device), "spin": spin, **given, **numbers}
 
 
 def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: None) -> Result:
