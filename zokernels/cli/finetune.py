@@ -1,4 +1,4 @@
-"""``zokernels finetune``: a task, a model, and forward passes."""
+"""``zokernels finetune``: a task, a model, and an optimizer."""
 
 import shlex
 import sys
@@ -67,6 +67,15 @@ def command(
     block_order: Annotated[
         str, _option("sequential (update at once) or simultaneous.", _METHOD)
     ] = "sequential",
+    hybrid_split: Annotated[
+        int | None, _option("Layers by zeroth order, with --optimizer hybrid.", _METHOD)
+    ] = None,
+    fo_lr: Annotated[
+        float | None, _option("Learning rate of the other layers of hybrid.", _METHOD)
+    ] = None,
+    fo_optimizer: Annotated[
+        str, _option("Optimizer of the other layers of hybrid: fo-sgd, fo-adam.", _METHOD)
+    ] = "fo-adam",
     weight_decay: Annotated[float, _option("Decoupled weight decay.", _METHOD)] = 0.0,
     rounding: Annotated[str, _option("nearest or stochastic.", _METHOD)] = "nearest",
     seed: Annotated[int, _option("Fixes data order and directions.", _METHOD)] = 0,

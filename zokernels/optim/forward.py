@@ -14,9 +14,13 @@ Closure = Callable[[], torch.Tensor | float]
 
 @dataclass
 class StepTiming:
-    """Seconds of the last step: forwards without the noise made in them, noise, update, all."""
+    """Seconds of the last step: forwards without the noise made in them, noise, update, all.
+
+    With ``reuse_forward`` of `HybridZO` the backward counts among the forwards.
+    """
 
     forwards: float = 0.0
+    backward: float = 0.0
     noise: float = 0.0
     update: float = 0.0
     total: float = 0.0

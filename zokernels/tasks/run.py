@@ -14,6 +14,7 @@ import torch
 
 import zokernels as zk
 from zokernels.tasks import (
+    checkpoint,
     data,
     evaluate,
     folder,
@@ -34,7 +35,7 @@ from zokernels.tasks.task import Task
 _MAX_BAD_STEPS = 10
 _OPTIMIZER_OPTIONS = (
     "lr eps num_queries two_sided dist sparsity resample_every blocks block_order rounding "
-    "weight_decay seed perturb backend".split()
+    "weight_decay seed perturb backend hybrid_split fo_lr fo_optimizer".split()
 )
 
 
@@ -56,8 +57,13 @@ class History:
     dev: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
     valid: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
     seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("total", "forwards", "noise", "update"), 0.0)
+        default_factory=lambda: dict.fromkeys(
+            ("total", "forwards", "backward", "noise", "update"), 0.0
+        )
     )
+    # How often training ran the model, and how often it went back through it.
+    forwards: int = 0
+    backwards: int = 0
 
 
 class Finetune:
@@ -85,6 +91,7 @@ class Finetune:
         self.resume = resume
         # Seconds of the steps that an earlier process did.
         self.earlier = 0.0
+        self._pool = 0
         self._started = time.perf_counter()
         self.best: tuple[float, int, list[torch.Tensor]] | None = None
 
@@ -100,7 +107,7 @@ class Finetune:
         """
         s = self.settings
         s.check()
-        optimizers.find(s.optimizer)
+        optimizers.check(s.optimizer, asdict(s))
         task = get_task(s.task).with_template(s.template)
         out = folder.RunFolder(s.out, s.overwrite, self.resume)
         self.splits = data.load(task, s.data)
@@ -118,12 +125,16 @@ class Finetune:
         self.watcher.say(self._overview(len(pool)))
         failure = None
         try:
-            done = self._begin(optimizer, out, resume.fingerprint(pool))
+            self._pool = resume.fingerprint(pool)
+            done = self._begin(optimizer, out)
             with _stop_on_interrupt(self.stopped):
                 if done == 0 or (s.eval_every and done % s.eval_every == 0 and done < s.steps):
                     self._evaluate(scorer, out, done, whole=done == 0)
                 done, failure = self._train(scorer, optimizer, order, out, done)
-                optimizer.trajectory.close()
+                if optimizer.trajectory:
+                    optimizer.trajectory.close()
+                elif done < s.steps:
+                    checkpoint.save(self, optimizer, out.path / folder.CHECKPOINT, done, self._pool)
                 self._restore_best()
                 if not self.stopped.is_set():
                     self._evaluate(scorer, out, done, whole=True)
@@ -162,10 +173,15 @@ class Finetune:
             model, s.scheme, s.train_only, s.seed, len(get_task(s.task).words)
         )
 
-    def _begin(self, optimizer: Any, out: folder.RunFolder, pool: int) -> int:
+    def _begin(self, optimizer: Any, out: folder.RunFolder) -> int:
         """Starts the logs, or goes on with them: the number of steps that are done already."""
         settings = _plain(asdict(self.settings))
-        about = {"settings": settings, "pool": pool}
+        if not optimizer.replayable:
+            if self.resume and (out.path / folder.CHECKPOINT).exists():
+                return checkpoint.restore(self, optimizer, out, self._pool)
+            out.begin(settings)
+            return 0
+        about = {"settings": settings, "pool": self._pool}
         if self.resume and (out.path / folder.TRAJECTORY).exists():
             return resume.restore(self, optimizer, out, about)
         out.begin(settings)
@@ -209,21 +225,36 @@ class Finetune:
     ) -> tuple[int, str | None]:
         """Steps until done, stopped, or failed: the number of steps, and why it failed."""
         s = self.settings
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: s.factor(n + done))
+        schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, lambda n: s.factor(n + done))
+            for o in (optimizer, getattr(optimizer, "fo_optimizer", None))
+            if o is not None
+        ]
         for _ in range(done):
             next(order)
         for step in range(done + 1, s.steps + 1):
             if self.stopped.is_set():
                 return step - 1, None
             batch = scorer.collate(next(order))
-            lr = float(schedule.get_last_lr()[0])
+            lr = float(schedules[0].get_last_lr()[0])
+
+            def forward(batch: Any = batch) -> torch.Tensor:
+                self.history.forwards += 1
+                loss = scorer.loss(batch)
+                # A first-order optimizer, or part of one, goes back through what has a graph.
+                self.history.backwards += loss.requires_grad
+                return loss
+
             try:
-                loss = float(optimizer.step(lambda batch=batch: scorer.loss(batch)))
+                loss = float(optimizer.step(forward))
             except (RuntimeError, FloatingPointError) as error:
                 return step - 1, str(error)
-            schedule.step()
+            for schedule in schedules:
+                schedule.step()
             self._record(out, optimizer, step, loss, lr)
             if s.eval_every and step % s.eval_every == 0 and step < s.steps:
+                if not optimizer.trajectory:
+                    checkpoint.save(self, optimizer, out.path / folder.CHECKPOINT, step, self._pool)
                 self._evaluate(scorer, out, step, whole=False)
         return s.steps, None
 
@@ -244,8 +275,11 @@ class Finetune:
             "seconds": round(timing.total, 6),
             "outside_forwards": round(1 - timing.forwards / timing.total, 4),
             "parts": {
-                part: round(getattr(timing, part), 6) for part in ("forwards", "noise", "update")
+                part: round(getattr(timing, part), 6)
+                for part in ("forwards", "backward", "noise", "update")
             },
+            "forwards": self.history.forwards,
+            "backwards": self.history.backwards,
         }
         out.log(record)
         self.watcher.step(step, loss, timing.total, timing.total - timing.forwards)
@@ -320,6 +354,8 @@ class Finetune:
         folder.write_text(out.path / folder.REPORT, report.text(self, metrics))
         # Last, since a run with metrics is finished.
         folder.write_json(out.path / folder.METRICS, metrics)
+        if not self.stopped.is_set() and failure is None:
+            (out.path / folder.CHECKPOINT).unlink(missing_ok=True)
         return metrics
 
 
