@@ -85,6 +85,7 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
         "seed": s.seed,
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "machine": processor(),
     }
 
 

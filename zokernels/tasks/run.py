@@ -346,7 +346,8 @@ class Finetune:
         self.loaded.tokenizer.save_pretrained(path)
 
     def _finish(self, out: folder.RunFolder, done: int, failure: str | None) -> dict[str, Any]:
-        folder.write_folder(out.path / folder.WEIGHTS, self.save)
+        if self.settings.save_weights:
+            folder.write_folder(out.path / folder.WEIGHTS, self.save)
         seconds = time.perf_counter() - self._started + self.earlier
         metrics = report.metrics(self, done, failure, seconds)
         metrics["weights_of_step"] = self.best[1] if self.best else done

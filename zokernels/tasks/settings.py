@@ -76,6 +76,7 @@ class Settings:
     eval_every: int = 0
     eval_examples: int | None = None
     keep_best: bool = False
+    save_weights: bool = True
     dtype: str = "float32"
     perturb: str | None = None
     backend: str | None = None
