@@ -36,6 +36,18 @@ struct Pass {
         T::store(out, acc, in);
     }
 
+    // Both sides of a difference from one draw.
+    void tile_mirrored(char* mirror, char* out, const char* in, const Place& at) {
+        F plus[8], minus[8];
+        T::load(plus, in);
+        if (args.decays[0] != 1)
+            for (int r = 0; r < 8; r++) plus[r] *= args.decays[0];
+        for (int r = 0; r < 8; r++) minus[r] = plus[r];
+        noise.add_both(plus, minus, at.index);
+        T::store(out, plus, in);
+        T::store(mirror, minus, in);
+    }
+
     // No mask, and rounding to nearest after each step: what a replay does.
     void tile_steps(char* out, const char* in, const Place& at) {
         F w[8];
@@ -79,7 +91,12 @@ void run(const zk_pass& args, const Span& span) {
     const zk_tensor& t = *span.tensor;
     Pass<DTYPE, KIND> pass(args, t, t.offset + span.begin);
     constexpr int BYTES = Tile<DTYPE>::BYTES;
-    const Stream streams[] = {{(char*)t.in, BYTES, false}, {(char*)t.out, BYTES}};
+    const Stream streams[] = {
+        {(char*)t.in, BYTES, false}, {(char*)t.out, BYTES}, {(char*)t.mirror, BYTES}};
+    if (t.mirror)
+        return for_each_tile<3>(span, streams, [&](char* const* tiles, const Place& at) {
+            pass.tile_mirrored(tiles[2], tiles[1], tiles[0], at);
+        });
     for_each_tile<2>(span, streams,
                      [&](char* const* tiles, const Place& at) { pass.tile(tiles, at); });
 }

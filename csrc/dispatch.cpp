@@ -17,6 +17,9 @@ namespace {
 // Some 5 µs of work each: less is not worth waking a thread for.
 constexpr int64_t MIN_PER_THREAD = 1 << 14;
 
+// Spans that a thread takes at a time where there are many: neighbours share pages.
+constexpr int64_t MOST_AT_A_TIME = 4;
+
 // libgomp's pool does not survive a fork: a child that enters it hangs.
 bool in_forked_child = false;
 __attribute__((constructor)) void watch_forks() {
@@ -41,12 +44,15 @@ SpanFunction function_of(int isa, bool update) {
     return update ? apply_update_portable : add_noise_portable;
 }
 
-std::vector<Span> cut(const zk_pass& args) {
+std::vector<Span> cut(const zk_pass& args, int64_t elements) {
+    // A layer's share for each thread is small: several spans each, so that none waits for long.
+    int64_t size = SPAN;
+    while (size > MIN_PER_THREAD && size * 8 * args.threads > elements) size /= 2;
     std::vector<Span> spans;
     for (int64_t i = 0; i < args.tensor_count; i++) {
         const zk_tensor& t = args.tensors[i];
         for (int64_t begin = 0, end; begin < t.numel; begin = end) {
-            end = std::min(t.numel, begin + SPAN - (int64_t)((t.offset + begin) % SPAN));
+            end = std::min(t.numel, begin + size - (int64_t)((t.offset + begin) % size));
             spans.push_back({&t, begin, end});
         }
     }
@@ -72,10 +78,10 @@ extern "C" int zk_has_isa(int isa) {
 extern "C" int zk_run(const zk_pass* args, int isa) {
     const SpanFunction function = function_of(isa, args->rule != ZK_ADD_NOISE);
     if (!function) return -1;
-    const std::vector<Span> spans = cut(*args);
-    const int64_t count = (int64_t)spans.size();
     int64_t elements = 0;
-    for (const Span& span : spans) elements += span.end - span.begin;
+    for (int64_t i = 0; i < args->tensor_count; i++) elements += args->tensors[i].numel;
+    const std::vector<Span> spans = cut(*args, elements);
+    const int64_t count = (int64_t)spans.size();
     const int64_t useful = in_forked_child ? 1 : std::max<int64_t>(1, elements / MIN_PER_THREAD);
     const int threads = (int)std::min<int64_t>(args->threads, useful);
     if (threads <= 1) {
@@ -83,10 +89,12 @@ extern "C" int zk_run(const zk_pass* args, int isa) {
         for (const Span& span : spans) function(*args, span);
         return 0;
     }
+    const int64_t fair = count / (4 * threads);
+    const int64_t at_a_time = std::min(MOST_AT_A_TIME, std::max<int64_t>(1, fair));
 #pragma omp parallel num_threads(threads)
     {
         const IeeeArithmetic mode;
-#pragma omp for schedule(dynamic, 4)
+#pragma omp for schedule(dynamic, at_a_time)
         for (int64_t i = 0; i < count; i++) function(*args, spans[i]);
     }
     return 0;

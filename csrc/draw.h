@@ -32,6 +32,16 @@ struct Source<ZK_GAUSSIAN, SPLIT> {
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) acc[r] = S::fma(z[r], F{} + c, start[r]);
     }
+    // And mirror[r] = fma(−c, z, mirror[r]), of the same draw.
+    void add_both(F* acc, F* mirror, float c, uint64_t index) {
+        F z[8];
+        gaussian<S, SPLIT>(z, (uint32_t)(index / 8), keys);
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) {
+            acc[r] = S::fma(z[r], F{} + c, acc[r]);
+            mirror[r] = S::fma(z[r], F{} - c, mirror[r]);
+        }
+    }
     void add_small(F* acc, float c, uint64_t index) {
         F z[8];
         gaussian<S, SPLIT>(z, (uint32_t)(index / 8), keys);
@@ -47,6 +57,20 @@ struct Source<ZK_RADEMACHER, SPLIT> {
     Source(uint64_t seed, const zk_tensor& t, uint64_t index)
         : keys(seed, t.stream, ZK_RADEMACHER, (uint32_t)(index / 128 >> 32)) {}
     void add(F* acc, const F* start, float c, uint64_t index) {
+        F signed_c[8];
+        draw(signed_c, c, index);
+        for (int r = 0; r < 8; r++) acc[r] = start[r] + signed_c[r];
+    }
+    void add_both(F* acc, F* mirror, float c, uint64_t index) {
+        F signed_c[8];
+        draw(signed_c, c, index);
+        for (int r = 0; r < 8; r++) {
+            acc[r] += signed_c[r];
+            mirror[r] -= signed_c[r];
+        }
+    }
+    // c times the signs.
+    void draw(F* signed_c, float c, uint64_t index) {
         if (__builtin_expect(index / ROW != row, 0)) {
             row = index / ROW;
             signs.fill((uint32_t)(row * S::W), keys);
@@ -60,7 +84,7 @@ struct Source<ZK_RADEMACHER, SPLIT> {
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) {
             const U flip = bit_to_sign<S, SPLIT>(word, r) & 0x80000000u;
-            acc[r] = start[r] + bits_as<F>(minus_c ^ flip);
+            signed_c[r] = bits_as<F>(minus_c ^ flip);
         }
     }
     void add_small(F* acc, float c, uint64_t index) { add(acc, acc, c, index); }
@@ -119,6 +143,17 @@ struct Directions {
     void add(F* acc, const F* start, int64_t from, int64_t to, uint64_t index) {
         sources[from].add(acc, start, scaled[from], index);
         for (int64_t k = from + 1; k < to; k++) sources[k].add(acc, acc, scaled[k], index);
+    }
+    // acc += Σ c z and mirror −= Σ c z for coefficients of any size.
+    void add_both(F* acc, F* mirror, uint64_t index) {
+        for (size_t k = 0; k < sources.size(); k++) {
+            if (exact) {
+                sources[k].add_both(acc, mirror, scaled[k], index);
+            } else {
+                sources[k].add_small(acc, coeffs[k], index);
+                sources[k].add_small(mirror, -coeffs[k], index);
+            }
+        }
     }
     // acc += Σ c z for coefficients of any size.
     void add_any(F* acc, int64_t from, int64_t to, uint64_t index) {

@@ -16,6 +16,7 @@ enum { ZK_ADD_NOISE, ZK_SIGN, ZK_MOMENTUM, ZK_ADAM };  // what a pass does with 
 struct zk_tensor {
     const void* in;  // in == out, or apart; an update works in place
     void* out;
+    void* mirror;     // null, or where decay · in − Σ c z goes; see zk_run
     void* states[3];  // of an update, in the rule's order: m, v, v_max
     int64_t numel;
     uint64_t offset;  // index of the first element in the whole parameter
@@ -48,7 +49,8 @@ struct zk_pass {
     int32_t threads;
 };
 
-// Runs one pass. Returns 0, or -1 if this CPU or build lacks the instruction set.
+// Runs one pass. Returns 0, or -1 if this CPU or build lacks the instruction set. A mirror is filled
+// by ZK_ADD_NOISE only, in one step, with neither mask nor stochastic rounding.
 ZK_PUBLIC int zk_run(const zk_pass* pass, int isa);
 
 // Whether this CPU and this build have an instruction set.

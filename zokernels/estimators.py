@@ -13,6 +13,9 @@ import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+# A seed, and the side of its direction: 1, −1, or 0 for none.
+Point = tuple[int, float]
+
 # What a seed is for: the direction of a query, the rounding of a step's update, or a mask that is
 # drawn again every few steps.
 DIRECTION, ROUNDING, SPARSITY = 0, 1, 2
@@ -39,38 +42,39 @@ class Estimate:
 
 
 def estimate(
-    loss_at: Callable[[int, float], float], seeds: Sequence[int], two_sided: bool
+    losses_at: Callable[[Sequence[Point]], Sequence[float]],
+    seeds: Sequence[int],
+    two_sided: bool,
+    together: bool = False,
 ) -> Estimate:
     """Run the forwards of one step.
 
     Args:
-        loss_at: ``loss_at(seed, side)``: the loss at θ + side · εz(seed); side 0 is θ itself.
+        losses_at: The losses at some points (seed, side): θ + side · εz(seed); side 0 is θ itself.
         seeds: One seed a query.
         two_sided: 2q forwards; otherwise q + 1.
+        together: Ask for two points at a time, which may share a forward. Otherwise for one, and
+            for no further one after a loss that is not finite.
 
     Returns:
         The seeds, losses and differences; the loss is the mean of L₊ and L₋, or the base loss.
     """
-    losses: list[float] = []
-    differences: list[float] = []
-    base = 0.0
-    if not two_sided:
-        base = loss_at(0, 0.0)
-        losses.append(base)
+    points: list[Point] = [] if two_sided else [(0, 0.0)]
     for seed in seeds:
+        points += [(seed, 1.0), (seed, -1.0)] if two_sided else [(seed, 1.0)]
+    losses: list[float] = []
+    size = 2 if together else 1
+    for i in range(0, len(points), size):
         # A loss that is not finite ends the step: further forwards could not save it.
         if not all(map(math.isfinite, losses)):
             break
-        plus = loss_at(seed, 1.0)
-        losses.append(plus)
-        if two_sided:
-            minus = loss_at(seed, -1.0)
-            losses.append(minus)
-            differences.append((plus - minus) / 2)
-        else:
-            differences.append(plus - base)
-    loss = sum(losses) / len(losses) if two_sided else base
-    return Estimate(list(seeds), losses, differences, loss)
+        losses += losses_at(points[i : i + size])
+    if two_sided:
+        pairs = zip(losses[::2], losses[1::2], strict=False)
+        differences = [(plus - minus) / 2 for plus, minus in pairs]
+        return Estimate(list(seeds), losses, differences, sum(losses) / len(losses))
+    differences = [plus - losses[0] for plus in losses[1:]]
+    return Estimate(list(seeds), losses, differences, losses[0])
 
 
 def derive_seed(

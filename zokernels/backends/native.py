@@ -29,6 +29,7 @@ class _Tensor(ctypes.Structure):
     _fields_ = [
         ("in_", ctypes.c_void_p),
         ("out", ctypes.c_void_p),
+        ("mirror", ctypes.c_void_p),
         ("states", ctypes.c_void_p * 3),
         ("numel", ctypes.c_int64),
         ("offset", ctypes.c_uint64),
@@ -70,33 +71,107 @@ class _Pass(ctypes.Structure):
 
 def add_noise(plan: AddNoise) -> None:
     """Run the pass on ``torch.get_num_threads()`` threads."""
-    _run(plan, plan.out, [()] * len(plan.params), rule=_ADD_NOISE)
+    _run(_arguments(plan, _tensors(plan, plan.out), rule=_ADD_NOISE))
 
 
 def apply_update(plan: ApplyUpdate) -> None:
     """Run the pass on ``torch.get_num_threads()`` threads."""
     names = ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "adam_eps", "amsgrad")
-    _run(
-        plan, plan.params, plan.states, rule=_RULES[plan.rule], rates=_floats(plan.rates),
+    tensors = _tensors(plan, plan.params)
+    for tensor, mine in zip(tensors, plan.states, strict=True):
+        tensor.states = tuple(s.data_ptr() for s in mine)
+        tensor.state_dtypes = tuple(_DTYPES[s.dtype] for s in mine)
+    args = _arguments(
+        plan, tensors, rule=_RULES[plan.rule], rates=_floats(plan.rates),
         scales=_floats(plan.scales), **{name: getattr(plan, name) for name in names},
     )  # fmt: skip
+    _run(args)
 
 
-def _run(
-    plan: Pass,
-    targets: Sequence[torch.Tensor],
-    states: Sequence[Sequence[torch.Tensor]],
-    **of_rule: Any,
-) -> None:
-    library = _library()
+class Prepared:
+    """An ``add_noise`` pass that runs again and again: only numbers and places change.
+
+    Args:
+        plan: The pass, of one step, with neither mask nor stochastic rounding. Its tensors stay
+            where they are in memory for as long as this is used.
+        mirrors: Where decay · w − Σ cₖ zₖ goes, one a tensor; or None.
+    """
+
+    def __init__(self, plan: AddNoise, mirrors: Sequence[torch.Tensor] | None = None):
+        self._plan = plan
+        self._tensors = _tensors(plan, plan.out)
+        if mirrors is not None:
+            for tensor, mirror in zip(self._tensors, mirrors, strict=True):
+                tensor.mirror = mirror.data_ptr()
+        self._mirrors = mirrors
+        self._args = _arguments(plan, self._tensors, rule=_ADD_NOISE)
+        self._size = plan.params[0].element_size()
+        self._start = plan.params[0].data_ptr()
+
+    def run(self, seeds: Sequence[int], coeffs: Sequence[float]) -> None:
+        """The whole pass."""
+        self._set(seeds, coeffs)
+        _run(self._args)
+
+    def run_range(
+        self, seeds: Sequence[int], coeffs: Sequence[float], begin: int, end: int
+    ) -> None:
+        """Elements ``begin`` … ``end`` − 1 of the only tensor, to the start of its ``out``."""
+        self._set(seeds, coeffs)
+        tensor = self._tensors[0]
+        tensor.in_ = self._start + begin * self._size
+        tensor.offset = self._plan.offsets[0] + begin
+        tensor.numel = end - begin
+        _run(self._args)
+
+    def run_rows(self, seeds: Sequence[int], coeffs: Sequence[float], rows: torch.Tensor) -> None:
+        """The given rows of the only tensor, a matrix, one after the other to its ``out``.
+
+        Args:
+            seeds: As of the plan.
+            coeffs: As of the plan.
+            rows: Their numbers, a one-dimensional int64 tensor, all in range.
+        """
+        self._set(seeds, coeffs)
+        count, width = len(rows), self._plan.params[0].shape[1]
+        template = _Tensor.from_buffer_copy(self._tensors[0])
+        template.numel = width
+        table = torch.frombuffer(bytearray(template), dtype=torch.int64).repeat(count, 1)
+        places = torch.arange(count) * (width * self._size)
+        for name, steps in (
+            ("in_", rows * (width * self._size)), ("offset", rows * width),
+            ("out", places), ("mirror", places if template.mirror else None),
+        ):  # fmt: skip
+            if steps is not None:
+                table[:, getattr(_Tensor, name).offset // 8] += steps
+        self._args.tensors = ctypes.cast(table.data_ptr(), ctypes.POINTER(_Tensor))
+        self._args.tensor_count = count
+        _run(self._args)
+        self._args.tensors = self._tensors
+        self._args.tensor_count = 1
+
+    def _set(self, seeds: Sequence[int], coeffs: Sequence[float]) -> None:
+        for k, (seed, coeff) in enumerate(zip(seeds, coeffs, strict=True)):
+            self._args.seeds[k] = seed
+            self._args.coeffs[k] = coeff
+        self._args.threads = torch.get_num_threads()
+
+
+def _tensors(plan: Pass, targets: Sequence[torch.Tensor]) -> Any:
     tensors = (_Tensor * len(plan.params))()
-    for i, (p, out, mine) in enumerate(zip(plan.params, targets, states, strict=True)):
-        tensors[i] = _Tensor(
-            p.data_ptr(), out.data_ptr(), tuple(s.data_ptr() for s in mine), p.numel(),
-            plan.offsets[i], plan.streams[i], _DTYPES[p.dtype],
-            tuple(_DTYPES[s.dtype] for s in mine), *_keep(plan.masks[i]),
-        )  # fmt: skip
-    args = _Pass(
+    for i, (p, out) in enumerate(zip(plan.params, targets, strict=True)):
+        tensor = tensors[i]
+        tensor.in_, tensor.out, tensor.numel = p.data_ptr(), out.data_ptr(), p.numel()
+        tensor.offset, tensor.stream = plan.offsets[i], plan.streams[i]
+        tensor.dtype = _DTYPES[p.dtype]
+        (
+            tensor.keep, tensor.keep_below, tensor.keep_seed, tensor.bits, tensor.keep_threshold,
+        ) = _keep(plan.masks[i])  # fmt: skip
+    return tensors
+
+
+def _arguments(plan: Pass, tensors: Any, **of_rule: Any) -> _Pass:
+    return _Pass(
         tensors=tensors,
         tensor_count=len(plan.params),
         seeds=(ctypes.c_uint64 * len(plan.seeds))(*plan.seeds),
@@ -110,8 +185,11 @@ def _run(
         threads=torch.get_num_threads(),
         **of_rule,
     )
+
+
+def _run(args: _Pass) -> None:
     isa = instruction_set()
-    if library.zk_run(ctypes.byref(args), _ISAS[isa]) != 0:
+    if _library().zk_run(ctypes.byref(args), _ISAS[isa]) != 0:
         raise RuntimeError(f"The native backend has no {isa} code in this build.")
 
 
@@ -119,9 +197,10 @@ def _floats(values: Sequence[float]) -> Any:
     return (ctypes.c_float * len(values))(*values)
 
 
-def instruction_sets() -> list[str]:
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
     """The instruction sets of this CPU and build, slowest first."""
-    return [name for name, number in _ISAS.items() if _library().zk_has_isa(number)]
+    return tuple(name for name, number in _ISAS.items() if _library().zk_has_isa(number))
 
 
 def instruction_set() -> str:
@@ -135,7 +214,9 @@ def instruction_set() -> str:
     if not wanted:
         return here[-1]
     if wanted not in here:
-        raise RuntimeError(f"ZOKERNELS_ISA is {wanted!r}, but this CPU and build have {here}.")
+        raise RuntimeError(
+            f"ZOKERNELS_ISA is {wanted!r}, but this CPU and build have {', '.join(here)}."
+        )
     return wanted
 
 

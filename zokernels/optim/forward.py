@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired
 
 Closure = Callable[[], torch.Tensor | float]
 
@@ -71,6 +74,61 @@ class Forward:
             wide = loss.dtype if loss.dtype is torch.float64 else torch.float32
             self.kind = loss.detach().to(wide)
         return loss
+
+
+# Where to look: how each parameter moves (None: not at all), along which seeds, rounded by which.
+Place = tuple[Sequence[Move] | None, Sequence[int], int]
+
+
+class Losses:
+    """The losses of a step's batch at points around θ.
+
+    Args:
+        run: The loss at the weights as they are, given the parameters that are perturbed.
+        directions: Makes a direction of moves, seeds and ``rounding_seed``.
+        perturber: Perturbs the model.
+        timing: Where the time is noted.
+        base: The loss at θ, if it is known.
+
+    Attributes:
+        base: The loss at θ, if it is known by now.
+    """
+
+    def __init__(
+        self,
+        run: Callable[[list[nn.Parameter]], torch.Tensor | float],
+        directions: Callable[..., Direction],
+        perturber: InPlace | OnEntry,
+        timing: StepTiming,
+        base: float | None,
+    ):
+        self.run, self.directions, self.perturber = run, directions, perturber
+        self.timing, self.base = timing, base
+
+    def of(self, places: Sequence[Place]) -> list[float]:
+        """The loss at each of some places, which share a forward where that is possible."""
+        before, noise_before = time.perf_counter(), self.perturber.seconds
+        lanes = [
+            None if moves is None else self.directions(moves, seeds, rounding_seed=rounding_seed)
+            for moves, seeds, rounding_seed in places
+        ]
+        if isinstance(self.perturber, Paired) and len(lanes) > 1:
+            found = self.perturber.run_all(lanes, lambda: self.run(self.perturber.params))
+            if None in lanes:
+                self.base = found[lanes.index(None)]
+        else:
+            found = [self._at(lane) for lane in lanes]
+        noise = self.perturber.seconds - noise_before
+        self.timing.noise += noise
+        self.timing.forwards += time.perf_counter() - before - noise
+        return found
+
+    def _at(self, lane: Direction | None) -> float:
+        if lane is not None:
+            return self.perturber.run(lane, lambda: float(self.run(self.perturber.params)))
+        if self.base is None:
+            self.base = float(self.run([]))
+        return self.base
 
 
 @contextlib.contextmanager

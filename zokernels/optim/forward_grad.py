@@ -54,6 +54,11 @@ class ForwardGrad(ZOSGD):
         perturb: str | None = None,
         **common: Any,
     ):
+        if perturb == "paired":
+            raise ValueError(
+                "perturb='paired' was asked for, but ForwardGrad has one forward a direction and "
+                "nothing to pair; use None, 'on_entry' or 'in_place'."
+            )
         # With ε = 1 a difference over ε is the derivative itself.
         super().__init__(params, lr, 1.0, two_sided=False, perturb=perturb, **common)
         self._layers: _Layers | None = None

@@ -70,10 +70,11 @@ class HybridZO(ZOSGD):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, but HybridZO needs the module.")
         shallow, deep = _parts(model, split)
-        if reuse_forward and common.get("two_sided", True):
-            if common.get("perturb") == "on_entry":
+        wanted, two_sided = common.get("perturb"), common.get("two_sided", True)
+        if reuse_forward and (two_sided or wanted == "paired"):
+            if wanted in ("on_entry", "paired"):
                 raise ValueError(
-                    "perturb='on_entry' and reuse_forward=True were asked for, but the backward "
+                    f"perturb={wanted!r} and reuse_forward=True were asked for, but the backward "
                     "of a perturbed forward needs the perturbed weights kept; leave one of them "
                     "out."
                 )

@@ -1,0 +1,19 @@
+"""The perturbed forward: the model at θ + scale · z, with the stored weights safe.
+
+`OnEntry` makes perturbed weights in scratch as operations ask for them, so that memory grows by
+the largest layer only; `Paired` does so for both sides of a direction in one forward of a doubled
+batch. `InPlace` writes the weights themselves, from a copy. None ever adds and then subtracts: what
+was stored comes back bit for bit.
+"""
+
+from zokernels.perturb.context import perturbed
+from zokernels.perturb.direction import Direction, Move
+from zokernels.perturb.in_place import InPlace
+from zokernels.perturb.modes import MODES, choose_mode, is_compiled
+from zokernels.perturb.on_entry import OnEntry
+from zokernels.perturb.paired import Paired
+
+__all__ = [
+    "MODES", "Direction", "InPlace", "Move", "OnEntry", "Paired", "choose_mode", "is_compiled",
+    "perturbed",
+]  # fmt: skip

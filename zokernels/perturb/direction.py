@@ -1,0 +1,90 @@
+"""Where a forward looks: the directions' seeds, and how each parameter moves along them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from zokernels import masks, ops
+
+
+class Move(NamedTuple):
+    """How a parameter moves along K directions: w ↦ decay · w + Σₖ scaleₖ · zₖ, rounded once."""
+
+    scales: tuple[float, ...]
+    decay: float = 1.0
+    rounding: str = "nearest"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight itself stays, and the result is rounded to nearest."""
+        return self.decay == 1.0 and self.rounding == "nearest"
+
+
+@dataclass
+class Direction:
+    """Trainable parameters and the K seeds of the noise that moves them.
+
+    ``params``, ``streams`` and ``moves`` have one entry a parameter.
+    """
+
+    params: Sequence[nn.Parameter]
+    streams: Sequence[int]
+    moves: Sequence[Move]
+    seeds: Sequence[int]
+    dist: str = "gaussian"
+    mask: masks.Mask | None = None
+    backend: str | None = None
+    rounding_seed: int = 0
+
+    def fill(
+        self,
+        sources: Sequence[torch.Tensor],
+        out: Sequence[torch.Tensor],
+        chosen: Sequence[int],
+        offsets: Sequence[int] | None = None,
+    ) -> None:
+        """Write the moved values of the chosen parameters into ``out``.
+
+        Args:
+            sources: Their weights, or a part of each that begins at its offset.
+            out: Memory of the same sizes.
+            chosen: Their places in ``params``.
+            offsets: Where each source starts in its parameter.
+        """
+        alike: dict[Move, list[int]] = {}
+        for place, i in enumerate(chosen):
+            alike.setdefault(self.moves[i], []).append(place)
+        for move, places in alike.items():
+            ops.add_noise(
+                [sources[j] for j in places],
+                [out[j] for j in places],
+                self.seeds,
+                move.scales,
+                streams=[self.streams[chosen[j]] for j in places],
+                offsets=[offsets[j] for j in places] if offsets else None,
+                dist=self.dist,
+                mask=masks.take(self.mask, [chosen[j] for j in places]),
+                decay=move.decay,
+                rounding=move.rounding,
+                rounding_seed=self.rounding_seed,
+                backend=self.backend,
+            )
+
+
+def is_mirror(a: Direction, b: Direction) -> bool:
+    """Whether b is a on the other side: θ − εz for θ + εz, so that one draw serves both."""
+    return (
+        list(a.seeds) == list(b.seeds)
+        and a.mask is None
+        and b.mask is None
+        and a.dist == b.dist
+        and all(
+            m.is_plain and n.is_plain and n.scales == tuple(-s for s in m.scales)
+            for m, n in set(zip(a.moves, b.moves, strict=True))
+        )
+    )

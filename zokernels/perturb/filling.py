@@ -1,0 +1,297 @@
+"""Making perturbed weights, in scratch memory of the size of the largest layer.
+
+A forward has lanes: one, or several that share it, each at its own point. Two lanes on the two
+sides of a direction are made by one draw.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from zokernels import checks, masks
+from zokernels.backends import native, select
+from zokernels.backends.plan import AddNoise
+from zokernels.perturb.direction import Direction, is_mirror
+
+# The point of a lane; None is θ itself.
+Lane = Direction | None
+Values = list[torch.Tensor]  # one tensor a lane
+
+# Tensors of up to so many elements are filled together, in groups of up to so many.
+_SMALL, _GROUP = 1 << 16, 1 << 18
+# Elements: what is in a group begins at a cache line, so that a sum's order does not hang on it.
+_ALIGN = 64
+
+
+class Filler:
+    """The perturbed values of parameters, for each lane of a forward.
+
+    Args:
+        params: Contiguous parameters of one device.
+
+    Attributes:
+        lanes: The points of the forward that is under way.
+        seconds: Time spent in here.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter]):
+        self.params = list(params)
+        self.lanes: Sequence[Lane] = ()
+        self.seconds = 0.0
+        self._pairs: list[tuple[int, int | None]] = []
+        self._is_native = False
+        self._prepared: dict[tuple, native.Prepared] = {}
+        self._scratch: dict[tuple, torch.Tensor] = {}
+        self._addresses: list[int] = []
+        self._groups = _group_small(self.params)
+        self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
+        # The group whose values are in scratch now, by lane and parameter.
+        self._current: tuple[int, list[dict[int, torch.Tensor]]] | None = None
+
+    def begin(self, lanes: Sequence[Lane]) -> None:
+        """What is asked for from here on is for a forward at these points."""
+        addresses = [p.data_ptr() for p in self.params]
+        if addresses != self._addresses:
+            self._prepared.clear()
+            self._addresses = addresses
+        self.lanes = lanes
+        self._pairs = _pair(lanes)
+        self._is_native = all(lane is None or self._takes_native(lane) for lane in lanes)
+        self._current = None
+
+    @property
+    def can_split(self) -> bool:
+        """Whether a part of a parameter can be made without the rest."""
+        return not any(lane and isinstance(lane.mask, masks.Bits) for lane in self.lanes)
+
+    def values(self, chosen: Sequence[int]) -> list[Values]:
+        """The values of some parameters, in scratch: use them before the next call."""
+        with self._timed():
+            found: list[Values] = []
+            # One large tensor and one group have scratch of their own; what comes besides has not.
+            large, group = False, None
+            for i in chosen:
+                g = self._group_of.get(i)
+                if g is None and not large:
+                    large = True
+                    found.append(self._large(i))
+                elif g is not None and group in (None, g):
+                    group = g
+                    found.append(self._small(i, g))
+                else:
+                    found.append(self._fresh(i))
+            return found
+
+    def fresh(self, i: int) -> Values:
+        """The values of a parameter, in memory of their own."""
+        with self._timed():
+            return self._fresh(i)
+
+    def part(self, i: int, begin: int, end: int) -> Values:
+        """Rows ``begin`` … ``end`` − 1 of a matrix, in the scratch of `values`."""
+        with self._timed():
+            p = self.params[i].detach()
+            first, last = begin * p.shape[1], end * p.shape[1]
+            out = self._take("large", p, last - first)
+            if self._is_native:
+                for lane, a, b in self._draws():
+                    prepared = self._prepare(("part", i), lane, [i], a, b, [[o] for o in out])
+                    prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
+            else:
+                for k, at in self._moved():
+                    at.fill([p.view(-1)[first:last]], [out[k]], [i], [first])
+            return [
+                p[begin:end] if lane is None else out[k].view(end - begin, p.shape[1])
+                for k, lane in enumerate(self.lanes)
+            ]
+
+    def rows(self, i: int, numbers: Sequence[torch.Tensor]) -> Values:
+        """Rows of a matrix, looked up, in memory of their own.
+
+        Args:
+            i: The parameter.
+            numbers: For each lane an int64 tensor of any shape.
+
+        Returns:
+            For each lane a tensor of shape (*numbers, width).
+        """
+        if not self._is_native or numbers[0].dtype is not torch.int64:
+            return [F.embedding(n, w) for n, w in zip(numbers, self.fresh(i), strict=True)]
+        with self._timed():
+            p = self.params[i].detach()
+            flat = [n.reshape(-1) for n in numbers]
+            for n in flat:
+                if len(n) and not 0 <= int(n.min()) <= int(n.max()) < len(p):
+                    raise IndexError(
+                        f"The batch looks up the rows {int(n.min())} to {int(n.max())} of an "
+                        f"embedding that has {len(p)}; use the tokenizer that belongs to this "
+                        "model."
+                    )
+            shape = (p.shape[1],)
+            out = [torch.empty((len(n), *shape), dtype=p.dtype) for n in flat]
+            for _, a, b in self._draws():
+                together = b is not None and torch.equal(flat[a], flat[b])
+                for k, mirror in ((a, b),) if together else ((a, None), (b, None)):
+                    if k is None:
+                        continue
+                    own = self.lanes[k]
+                    assert own is not None
+                    prepared = self._prepare(None, own, [i], k, mirror, [[o] for o in out])
+                    prepared.run_rows(own.seeds, own.moves[i].scales, flat[k])
+            for k, point in enumerate(self.lanes):
+                if point is None:
+                    out[k] = F.embedding(flat[k], p)
+            return [o.view(n.shape + shape) for o, n in zip(out, numbers, strict=True)]
+
+    def _large(self, i: int) -> Values:
+        p = self.params[i].detach()
+        out = [o.view(p.shape) for o in self._take("large", p, p.numel())]
+        self._fill(("large", i), [i], [[o] for o in out])
+        return [p if lane is None else out[k] for k, lane in enumerate(self.lanes)]
+
+    def _fresh(self, i: int) -> Values:
+        p = self.params[i].detach()
+        out = [p if lane is None else torch.empty_like(p) for lane in self.lanes]
+        self._fill(None, [i], [[o] for o in out])
+        return out
+
+    def _small(self, i: int, g: int) -> Values:
+        if self._current is None or self._current[0] != g:
+            chosen, starts = self._groups[g]
+            own = [self.params[j].detach() for j in chosen]
+            memory = self._take("group", own[0], starts[-1] + own[-1].numel())
+            out = [
+                [m[s : s + p.numel()].view(p.shape) for s, p in zip(starts, own, strict=True)]
+                for m in memory
+            ]
+            self._fill(("group", g), chosen, out)
+            for k, lane in enumerate(self.lanes):
+                if lane is None:
+                    out[k] = own
+            self._current = g, [dict(zip(chosen, o, strict=True)) for o in out]
+        return [of_lane[i] for of_lane in self._current[1]]
+
+    def _fill(self, what: tuple | None, chosen: Sequence[int], out: Sequence[Values]) -> None:
+        """Fill ``out[lane][j]`` with the values of ``chosen[j]``; ``what`` names fixed memory."""
+        if self._is_native:
+            for lane, a, b in self._draws():
+                scales = {lane.moves[i].scales for i in chosen}
+                if len(scales) == 1:
+                    prepared = self._prepare(what, lane, chosen, a, b, out)
+                    prepared.run(lane.seeds, scales.pop())
+                else:
+                    self._fill_plainly(chosen, out, (a,) if b is None else (a, b))
+        else:
+            self._fill_plainly(chosen, out, range(len(self.lanes)))
+
+    def _fill_plainly(
+        self, chosen: Sequence[int], out: Sequence[Values], lanes: Sequence[int]
+    ) -> None:
+        sources = [self.params[i].detach() for i in chosen]
+        for k in lanes:
+            lane = self.lanes[k]
+            if lane is not None:
+                lane.fill(sources, out[k], chosen)
+
+    def _draws(self) -> Iterator[tuple[Direction, int, int | None]]:
+        """Each lane whose noise must be drawn, its number, and that of its mirror image."""
+        for a, b in self._pairs:
+            lane = self.lanes[a]
+            if lane is not None:
+                yield lane, a, b
+
+    def _moved(self) -> Iterator[tuple[int, Direction]]:
+        return ((k, lane) for k, lane in enumerate(self.lanes) if lane is not None)
+
+    def _prepare(
+        self,
+        what: tuple | None,
+        lane: Direction,
+        chosen: Sequence[int],
+        a: int,
+        b: int | None,
+        out: Sequence[Values],
+    ) -> native.Prepared:
+        key = (what, a, b, len(lane.seeds), lane.dist)
+        prepared = self._prepared.get(key) if what else None
+        if prepared is None:
+            prepared = native.Prepared(_plan(lane, chosen, out[a]), None if b is None else out[b])
+            if what:
+                self._prepared[key] = prepared
+        return prepared
+
+    def _take(self, name: str, like: torch.Tensor, size: int) -> Values:
+        """Scratch of at least ``size`` elements for each lane."""
+        return [self._piece((name, k), like, size) for k in range(len(self.lanes))]
+
+    def _piece(self, name: tuple, like: torch.Tensor, size: int) -> torch.Tensor:
+        key = (*name, like.dtype, like.device)
+        held = self._scratch.get(key)
+        if held is None or held.numel() < size:
+            # What was prepared for the smaller one is void.
+            self._prepared.clear()
+            self._scratch.pop(key, None)
+            held = self._scratch[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+        return held[:size]
+
+    def _takes_native(self, lane: Direction) -> bool:
+        if lane.mask is not None or select(self.params, lane.backend) is not native:
+            return False
+        moves = set(lane.moves)
+        for move in moves:
+            for scale in move.scales:
+                checks.binary32(checks.finite(scale, "a coefficient"), "a coefficient")
+        return all(move.is_plain for move in moves)
+
+    @contextlib.contextmanager
+    def _timed(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds += time.perf_counter() - started
+
+
+def _plan(lane: Direction, chosen: Sequence[int], out: Sequence[torch.Tensor]) -> AddNoise:
+    numbers = checks.numbers_of_pass(
+        [lane.params[i].detach() for i in chosen], lane.seeds, lane.moves[chosen[0]].scales,
+        streams=[lane.streams[i] for i in chosen], offsets=None, dist=lane.dist, mask=None,
+        decay=1.0, rounding="nearest", rounding_seed=0, each_step=False,
+    )  # fmt: skip
+    return AddNoise(**numbers, out=out)
+
+
+def _pair(lanes: Sequence[Lane]) -> list[tuple[int, int | None]]:
+    """The lanes, those next to each other together that mirror each other."""
+    pairs: list[tuple[int, int | None]] = []
+    k = 0
+    while k < len(lanes):
+        one, other = lanes[k], lanes[k + 1] if k + 1 < len(lanes) else None
+        both = one is not None and other is not None and is_mirror(one, other)
+        pairs.append((k, k + 1 if both else None))
+        k += 2 if both else 1
+    return pairs
+
+
+def _group_small(params: Sequence[nn.Parameter]) -> list[tuple[list[int], list[int]]]:
+    """Groups of small parameters of one kind: their numbers, and where each begins in scratch."""
+    groups: list[tuple[list[int], list[int]]] = []
+    end: dict[int, int] = {}
+    open_group: dict[tuple, int] = {}
+    for i, p in enumerate(params):
+        if p.numel() > _SMALL:
+            continue
+        kind = (p.dtype, p.device)
+        g = open_group.get(kind)
+        if g is None or end[g] + p.numel() > _GROUP:
+            g = open_group[kind] = len(groups)
+            groups.append(([], []))
+            end[g] = 0
+        groups[g][0].append(i)
+        groups[g][1].append(end[g])
+        end[g] += -(-p.numel() // _ALIGN) * _ALIGN
+    return groups

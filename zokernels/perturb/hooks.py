@@ -1,0 +1,127 @@
+"""Filling a module's parameters as it is entered, for modules whose operations can't be watched."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from zokernels.perturb.filling import Filler
+
+
+@dataclass
+class _Entered:
+    """What a module holds while it runs: its parameters' own storage, to come back to."""
+
+    saved: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
+
+
+class Hooks:
+    """Moves parameters to perturbed memory from a module's entry until it is left.
+
+    Attributes:
+        filled: The parameters filled so far.
+        entered: The modules entered so far while all of them were watched.
+        adopted: The parameters that a module around their own is in charge of.
+    """
+
+    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], filler: Filler):
+        self.model = model
+        self.params = list(params)
+        self.filler = filler
+        self.filled: set[int] = set()
+        self.entered: set[nn.Module] = set()
+        self.adopted: set[int] = set()
+        self._owned: dict[nn.Module, list[int]] = {}
+
+    def take(self, chosen: Sequence[int]) -> None:
+        """Be in charge of these parameters from now on, each in the modules that hold it."""
+        position = {id(self.params[i]): i for i in chosen}
+        for module in self.model.modules():
+            mine = [position[id(p)] for p in module._parameters.values() if id(p) in position]
+            if mine:
+                known = self._owned.setdefault(module, [])
+                known += [i for i in dict.fromkeys(mine) if i not in known]
+
+    def adopt(self) -> None:
+        """Give what no entered module holds to the nearest entered one around it.
+
+        Raises:
+            RuntimeError: If there is none.
+        """
+        parents = {child: m for m in self.model.modules() for child in m.children()}
+        held = {i for m, own in self._owned.items() if m in self.entered for i in own}
+        for holder, own in list(self._owned.items()):
+            if holder in self.entered:
+                continue
+            around = parents.get(holder)
+            while around is not None and around not in self.entered:
+                around = parents.get(around)
+            for i in own:
+                if i in held:
+                    continue
+                if around is None:
+                    names = {id(p): name for name, p in self.model.named_parameters()}
+                    raise RuntimeError(
+                        f"Parameter {names[id(self.params[i])]!r} is trainable, but neither its "
+                        "module nor one around it was entered by the closure's forward, so it "
+                        "can't be perturbed on entry; call the model itself, freeze the "
+                        "parameter, or use perturb='in_place'."
+                    )
+                self._owned.setdefault(around, []).append(i)
+                self.adopted.add(i)
+                held.add(i)
+            del self._owned[holder]
+
+    @property
+    def holders(self) -> list[nn.Module]:
+        """The modules that are filled on their own entry."""
+        return [m for m, own in self._owned.items() if not self.adopted.issuperset(own)]
+
+    @contextlib.contextmanager
+    def set(self, watch: bool) -> Iterator[None]:
+        """The hooks are there inside the block; ``watch`` notes every module that is entered."""
+        open_modules: dict[nn.Module, list[_Entered]] = {}
+        handles = []
+
+        def enter(module: nn.Module, _args: object) -> None:
+            self.entered.add(module)
+            if module not in self._owned:
+                return
+            inner = {id(p) for stack in open_modules.values() for e in stack for p, _ in e.saved}
+            entered = _Entered()
+            open_modules.setdefault(module, []).append(entered)
+            for i in self._owned[module]:
+                if id(self.params[i]) not in inner:
+                    self._fill(i, entered)
+
+        def leave(module: nn.Module, _args: object, output: object) -> object:
+            stack = open_modules.get(module)
+            if not stack:
+                return None
+            entered = stack.pop()
+            for p, stored in entered.saved:
+                p.data = stored
+            return None
+
+        try:
+            for module in self.model.modules() if watch else list(self._owned):
+                handles.append(module.register_forward_pre_hook(enter))
+                handles.append(module.register_forward_hook(leave, always_call=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for stack in open_modules.values():
+                for entered in stack:
+                    for p, stored in entered.saved:
+                        p.data = stored
+
+    def _fill(self, i: int, entered: _Entered) -> None:
+        p = self.params[i]
+        entered.saved.append((p, p.data))
+        p.data = self.filler.fresh(i)[0]
+        self.filled.add(i)

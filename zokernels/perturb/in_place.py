@@ -1,0 +1,54 @@
+"""Perturbing the weights themselves, from a copy of them."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from zokernels.perturb.direction import Direction
+
+
+class InPlace:
+    """Perturbs the weights themselves, from a copy of them (1 × the trainable weights)."""
+
+    def __init__(self, params: Sequence[nn.Parameter]):
+        self.params = list(params)
+        self.copies: list[torch.Tensor] | None = None
+        self.seconds = 0.0
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[None]:
+        """Keep the copy from here to the end of the block."""
+        started = time.perf_counter()
+        self.copies = [p.detach().clone() for p in self.params]
+        self.seconds += time.perf_counter() - started
+        try:
+            yield
+        finally:
+            self.copies = None
+
+    def run(self, direction: Direction, forward: Callable[[], float]) -> float:
+        """``forward()`` at θ + scale · z."""
+        with self.at(direction):
+            return forward()
+
+    @contextlib.contextmanager
+    def at(self, direction: Direction) -> Iterator[None]:
+        """The weights at θ + scale · z inside the block, and as they were after it."""
+        with contextlib.nullcontext() if self.copies is not None else self.session():
+            assert self.copies is not None
+            started = time.perf_counter()
+            out = [p.detach() for p in self.params]
+            try:
+                direction.fill(self.copies, out, range(len(out)))
+                self.seconds += time.perf_counter() - started
+                yield
+            finally:
+                started = time.perf_counter()
+                for target, copy in zip(out, self.copies, strict=True):
+                    target.copy_(copy)
+                self.seconds += time.perf_counter() - started

@@ -1,0 +1,52 @@
+"""Which way of perturbing works for a model."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+MODES = ("on_entry", "paired", "in_place")
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether torch.compile has a hand in the model: hooks added later would be ignored."""
+    return any(
+        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
+        for m in model.modules()
+    )
+
+
+def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
+    """One of `MODES`: what was asked for, or the best that works.
+
+    Raises:
+        ValueError: If the mode is unknown or cannot work.
+    """
+    if wanted not in (None, *MODES):
+        raise ValueError(
+            f"perturb is {wanted!r}, but it must be None, 'on_entry', 'paired' or 'in_place'."
+        )
+    if model is None:
+        if wanted in ("on_entry", "paired"):
+            raise ValueError(
+                f"perturb={wanted!r} needs the module, but only parameters were given; pass the "
+                "module itself, or use perturb='in_place'."
+            )
+        return "in_place"
+    if is_compiled(model):
+        if wanted in ("on_entry", "paired"):
+            raise ValueError(
+                f"perturb={wanted!r} was asked for, but the model is compiled and would go on with "
+                "the weights it was compiled with; use perturb='in_place', or pass the model "
+                "before torch.compile."
+            )
+        if wanted is None:
+            warnings.warn(
+                "The model is compiled and would not see perturbed layers: perturbing in place, "
+                "which "
+                "keeps a copy of the trainable weights.",
+                stacklevel=4,
+            )
+        return "in_place"
+    return wanted or "on_entry"
