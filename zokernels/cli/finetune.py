@@ -39,6 +39,7 @@ def command(
     template: Annotated[
         bool, _option("Words around the texts.", _DATA, "--template/--no-template")
     ] = True,
+    chat: Annotated[bool, _option("Prompts as turns of a chat.", _DATA)] = False,
     shots: Annotated[int | None, _option("Training examples of each label.", _DATA)] = None,
     demos: Annotated[int, _option("Solved examples before each prompt.", _DATA)] = 0,
     calibrate: Annotated[bool, _option("Judge against a prompt without content.", _DATA)] = False,

@@ -219,6 +219,8 @@ def _majority(dev: Sequence[Example], generates: bool) -> float | None:
 
 def _prompts(s: Settings) -> str:
     parts = ["the task's template" if s.template else "no template"]
+    if s.chat:
+        parts.append("as a turn of a chat")
     if s.demos:
         parts.append(f"{s.demos} solved examples in context")
     if s.calibrate:

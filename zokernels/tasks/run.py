@@ -14,6 +14,7 @@ import torch
 
 import zokernels as zk
 from zokernels.tasks import (
+    chat,
     checkpoint,
     data,
     evaluate,
@@ -203,9 +204,14 @@ class Finetune:
         s = self.settings
         demos = data.part(self.splits.train, s.demos) if s.demos else []
         common = (self.model, self.loaded.tokenizer, task, s.max_length, s.objective, demos)
-        if s.scheme == "probe":
-            return ProbeScorer(*common, kind=self.loaded.kind)
-        return SCORERS[self.loaded.kind](*common)
+        scorer = (
+            ProbeScorer(*common, kind=self.loaded.kind)
+            if s.scheme == "probe"
+            else SCORERS[self.loaded.kind](*common)
+        )
+        if s.chat:
+            scorer.chat = chat.form(self.loaded.tokenizer, s.model, self.loaded.kind)
+        return scorer
 
     def _overview(self, pool: int) -> str:
         s, t = self.settings, self.trained

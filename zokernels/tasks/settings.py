@@ -47,6 +47,7 @@ class Settings:
     out: Path
     task: str = "sst2"
     template: bool = True
+    chat: bool = False
     shots: int | None = None
     demos: int = 0
     calibrate: bool = False
