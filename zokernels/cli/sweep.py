@@ -23,6 +23,9 @@ def command(
     sweep: Annotated[Path, typer.Argument(help="The sweep file; docs/sweeps.md has its form.")],
     out: Annotated[Path, typer.Option(help="Folder of the runs and tables; it may hold some.")],
     workers: Annotated[int, typer.Option(help="Processes, each with its share of threads.")] = 1,
+    part: Annotated[
+        list[str] | None, typer.Option(help="Do the runs of this part only; may be repeated.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the file and list the runs, no more.")
     ] = False,
@@ -34,15 +37,20 @@ def command(
         raise InputError(f"--workers must be at least 1, got {workers}.")
     found = file.read(sweep)
     runs, skipped = plan(found, out, sweep)
+    wanted = set(part or (known.name for known in found.parts))
+    if unknown := wanted - {known.name for known in found.parts}:
+        names = ", ".join(known.name for known in found.parts)
+        raise InputError(f"--part must be one of {names}, got '{min(unknown)}'.")
     console = Console()
     if dry_run:
-        for run in runs:
+        chosen = [run for run in runs if run.part in wanted]
+        for run in chosen:
             console.print(run.name, highlight=False, markup=False, soft_wrap=True)
-        console.print(f"{len(runs)} runs.", highlight=False)
+        console.print(f"{len(chosen)} runs.", highlight=False)
         return 0
     with SweepFolder(out, found.text):
         began = time.monotonic()
-        outcomes, stopped = _do(runs, out, workers, console)
+        outcomes, stopped = _do(runs, wanted, out, workers, console)
         cells = table.cells(runs, skipped, outcomes)
         pictures = _write(out, found.title, runs, cells, outcomes)
     counts = Counter(outcomes[r.settings.out].status for r in runs if r.settings.out in outcomes)
@@ -61,7 +69,7 @@ def command(
 
 
 def _do(
-    runs: list[Run], out: Path, workers: int, console: Console
+    runs: list[Run], wanted: set[str], out: Path, workers: int, console: Console
 ) -> tuple[dict[Path, Outcome], bool]:
     """Does what is left, and says how every run ended, and whether Ctrl-C ended it all."""
     outcomes: dict[Path, Outcome] = {}
@@ -69,7 +77,7 @@ def _do(
         if (metrics := table.metrics_of(run)) is not None:
             reason = metrics["failure"] or ""
             outcomes[run.settings.out] = Outcome("failed" if reason else "kept", reason)
-    todo = [run for run in runs if run.settings.out not in outcomes]
+    todo = [run for run in runs if run.settings.out not in outcomes and run.part in wanted]
     if not todo:
         return outcomes, False
     threads = threads_each(workers)
@@ -78,7 +86,7 @@ def _do(
         f"{threads} threads.",
         highlight=False,
     )
-    with Display(console, len(runs), len(runs) - len(todo), min(workers, len(todo))) as display:
+    with Display(console, len(runs), len(outcomes), min(workers, len(todo))) as display:
 
         def ended(number: int, run: Run, outcome: Outcome) -> None:
             outcomes[run.settings.out] = outcome

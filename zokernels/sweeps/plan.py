@@ -47,7 +47,9 @@ class Skipped:
 
 
 def plan(file: SweepFile, out: Path, path: Path) -> tuple[list[Run], list[Skipped]]:
-    """The runs in the order of the file, and the cells that it leaves out.
+    """The runs, and the cells that the file leaves out.
+
+    Every cell once, in the order of the file, before any cell a second time.
 
     Args:
         file: What the file says.
@@ -57,7 +59,7 @@ def plan(file: SweepFile, out: Path, path: Path) -> tuple[list[Run], list[Skippe
     Raises:
         InputError: If any run's settings cannot be used.
     """
-    runs: list[Run] = []
+    turns: list[tuple[int, Run]] = []
     skipped: list[Skipped] = []
     unused = {rule.where for part in file.parts for rule in part.rules}
     for part in file.parts:
@@ -72,12 +74,13 @@ def plan(file: SweepFile, out: Path, path: Path) -> tuple[list[Run], list[Skippe
             if why is not None:
                 skipped.append(Skipped(part.name, cell, why))
                 continue
-            for seed in seeds:
-                runs.append(_run(part, cell, {**given, "seed": seed}, out, path))
+            for turn, seed in enumerate(seeds):
+                turns.append((turn, _run(part, cell, {**given, "seed": seed}, out, path)))
     if unused:
         raise InputError(
             f"{path}: {min(unused)} matches no cell; put its when right, or remove it."
         )
+    runs = [run for _, run in sorted(turns, key=lambda one: one[0])]
     if not runs:
         raise InputError(f"{path} has no run that is not skipped.")
     return runs, skipped
