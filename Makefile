@@ -14,7 +14,7 @@ export ZOKERNELS_DATA ?= $(abspath ../shared/data)
 endif
 export STEPS
 
-.PHONY: help setup quickstart test test-slow lint format bench bench-table clean
+.PHONY: help setup quickstart test test-slow sanitize lint format bench bench-table clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -39,16 +39,19 @@ test: $(STAMP)  ## Run the tests
 test-slow: $(STAMP)  ## Run the tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow
 
+sanitize: $(STAMP)  ## Run the native code under AddressSanitizer and UBSan
+	$(BIN)/python tests/sanitize.py
+
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
 
 format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
 
 bench: $(STAMP)  ## Run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-enable

@@ -19,8 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
-from bench.ops import commit
 from zokernels import ops
+from zokernels.benchmarks.machine import commit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "gpu.csv"

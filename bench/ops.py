@@ -9,20 +9,18 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import platform
 import random
 import re
 import statistics
-import subprocess
 import sys
 import time
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from bench import cases
 from zokernels.backends import native
+from zokernels.benchmarks import machine
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench" / "results" / "ops.csv"
@@ -30,8 +28,6 @@ COLUMNS = (
     "date", "commit", "machine", "threads", "python", "torch", "gcc", "numel", "dtype", "dist",
     "case", "ns_per_weight", "ratio_to_floor", "ratio_to_floor_median", "speedup_over_mezo",
 )  # fmt: skip
-# What the numbers depend on; a change of these since the commit makes it "-dirty".
-MEASURED = ("zokernels", "csrc", "setup.py", "bench/*.py")
 SLOW = 10  # times the floor; such a case is timed less often
 OTHERS = 0.03  # of the CPU time, the most that other processes may have
 QUIET = 1.2  # how far apart the floors of two rounds may be
@@ -224,57 +220,13 @@ def write(rows: list[dict[str, object]], path: Path) -> None:
 
 def environment(numel: int) -> dict[str, object]:
     """The columns that all rows share."""
-    return {
-        "date": datetime.now(timezone.utc).date().isoformat(),
-        "commit": commit(),
-        "machine": machine(),
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "gcc": gcc(),
-        "numel": numel,
-    }
-
-
-def commit() -> str:
-    """The short commit, with "-dirty" if what is measured differs from it."""
-    try:
-        head = _git("rev-parse", "--short", "HEAD").strip()
-        dirty = _git("status", "--porcelain", "--", *MEASURED).strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-    sources = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
-    if max(s.stat().st_mtime for s in sources) > native.LIBRARY.stat().st_mtime:
-        print("The native library is older than its sources; build it again.", file=sys.stderr)
-        dirty = "stale build"
-    return head + ("-dirty" if dirty else "")
-
-
-def machine() -> str:
-    """The CPU's model and how many cores there are."""
-    model = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        fields = dict(
-            (key.strip(), value.strip())
-            for key, _, value in (line.partition(":") for line in info.read_text().splitlines())
-        )
-        model = fields.get("model name", model)
-        # A virtual machine may hide the model's name, but the number tells the generation.
-        if "cpu family" in fields and "model" in fields:
-            model += f" (family {fields['cpu family']} model {fields['model']})"
-    return f"{model}, {os.cpu_count()} cores"
+    return {**machine.about(), "gcc": gcc(), "numel": numel}
 
 
 def gcc() -> str:
     """The gcc that compiled the library, as written in the library itself."""
     found = re.search(rb"GCC: \([^)]*\) ([\w.]+)", native.LIBRARY.read_bytes())
     return found[1].decode() if found else "unknown"
-
-
-def _git(*arguments: str) -> str:
-    command = ["git", "-C", str(ROOT), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 if __name__ == "__main__":

@@ -72,8 +72,8 @@ def tables(rows: Sequence[Row]) -> str:
             lines.append([optimizer, *map(_shown, values), *passes])
         first = here[0]
         parts += [
-            f"**{part}**: {first['model']}, {first['steps']} steps of {first['batch_size']}; always "
-            f"the most frequent answer {100 * float(first['dev_majority']):.1f} %.",
+            f"**{part}**: {first['model']}, {first['steps']} steps of {first['batch_size']}; "
+            f"always the most frequent answer: {100 * float(first['dev_majority']):.1f} %.",
             document.table(head, lines, "l" + "r" * (len(head) - 1)),
         ]
     row = rows[0]

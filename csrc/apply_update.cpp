@@ -77,14 +77,14 @@ struct Update {
             for (int r = 0; r < 8; r++) d[r] = sign(d[r]);
         } else if (RULE == ZK_MOMENTUM) {
             F* m = state[0];
-            for (int r = 0; r < 8; r++) m[r] = S::fma(F{} + args.beta1, m[r], d[r]);
+            for (int r = 0; r < 8; r++) m[r] = S::fma(splat(args.beta1), m[r], d[r]);
             round_state(m, 0, step, index);
             for (int r = 0; r < 8; r++) d[r] = m[r];
         } else {
             F *m = state[0], *v = state[1];
             for (int r = 0; r < 8; r++) {
-                m[r] = S::fma(F{} + args.beta1, m[r], d[r] * args.one_minus_beta1);
-                v[r] = S::fma(F{} + args.beta2, v[r], d[r] * args.one_minus_beta2 * d[r]);
+                m[r] = S::fma(splat(args.beta1), m[r], d[r] * args.one_minus_beta1);
+                v[r] = S::fma(splat(args.beta2), v[r], d[r] * args.one_minus_beta2 * d[r]);
             }
             round_state(m, 0, step, index);
             round_state(v, 1, step, index);
@@ -114,7 +114,7 @@ struct Update {
             noise.add_any(d, step * args.queries, (step + 1) * args.queries, at.index);
             rule(d, state, step, at.index);
             for (int r = 0; r < 8; r++)
-                d[r] = S::fma(F{} + args.rates[step], d[r], w[r] * args.decays[step]);
+                d[r] = S::fma(splat(args.rates[step]), d[r], w[r] * args.decays[step]);
             if (args.stochastic) {
                 U u[8];
                 uniform16<S, T::SPLIT>(u, (uint32_t)(at.index / 8), rounding[step]);

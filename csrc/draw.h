@@ -30,7 +30,7 @@ struct Source<ZK_GAUSSIAN, SPLIT> {
         F z[8];
         gaussian<S, SPLIT>(z, (uint32_t)(index / 8), keys);
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) acc[r] = S::fma(z[r], F{} + c, start[r]);
+        for (int r = 0; r < 8; r++) acc[r] = S::fma(z[r], splat(c), start[r]);
     }
     // And mirror[r] = fma(−c, z, mirror[r]), of the same draw.
     void add_both(F* acc, F* mirror, float c, uint64_t index) {
@@ -38,14 +38,14 @@ struct Source<ZK_GAUSSIAN, SPLIT> {
         gaussian<S, SPLIT>(z, (uint32_t)(index / 8), keys);
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) {
-            acc[r] = S::fma(z[r], F{} + c, acc[r]);
-            mirror[r] = S::fma(z[r], F{} - c, mirror[r]);
+            acc[r] = S::fma(z[r], splat(c), acc[r]);
+            mirror[r] = S::fma(z[r], -splat(c), mirror[r]);
         }
     }
     void add_small(F* acc, float c, uint64_t index) {
         F z[8];
         gaussian<S, SPLIT>(z, (uint32_t)(index / 8), keys);
-        for (int r = 0; r < 8; r++) acc[r] = S::fma(z[r] * UNIT, F{} + c, acc[r]);
+        for (int r = 0; r < 8; r++) acc[r] = S::fma(z[r] * UNIT, splat(c), acc[r]);
     }
 };
 
@@ -80,7 +80,7 @@ struct Source<ZK_RADEMACHER, SPLIT> {
         for (int i = 0; i < (TILE + 31) / 32; i++)
             word[i] = signs.at((uint32_t)(index % ROW) / 32 * 32 + 32 * i);
         if (TILE < 32) word[0] >>= index % 32;
-        const U minus_c = bits_as<U>(F{} - c);
+        const U minus_c = bits_as<U>(-splat(c));
 #pragma GCC unroll 8
         for (int r = 0; r < 8; r++) {
             const U flip = bit_to_sign<S, SPLIT>(word, r) & 0x80000000u;

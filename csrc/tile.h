@@ -21,6 +21,8 @@ constexpr int ROW = 128 * S::W;    // elements of one group of Rademacher blocks
 constexpr float UNIT = 0x1p-29f;   // what `gaussian` leaves to its caller
 constexpr float SMALL = 0x1p-97f;  // below it a coefficient times UNIT is not exact
 
+// x in every lane. Adding it to F{} would make +0 of −0.
+inline F splat(float x) { return x - F{}; }
 inline I select_all() { return I{} - 1; }
 inline F select(I keep, F yes, F no) {
     return bits_as<F>((bits_as<I>(yes) & keep) | (bits_as<I>(no) & ~keep));

@@ -49,8 +49,8 @@ struct zk_pass {
     int32_t threads;
 };
 
-// Runs one pass. Returns 0, or -1 if this CPU or build lacks the instruction set. A mirror is filled
-// by ZK_ADD_NOISE only, in one step, with neither mask nor stochastic rounding.
+// Runs one pass. Returns 0, or -1 if this CPU or build lacks the instruction set. A mirror is
+// filled by ZK_ADD_NOISE only, in one step, with neither mask nor stochastic rounding.
 ZK_PUBLIC int zk_run(const zk_pass* pass, int isa);
 
 // Whether this CPU and this build have an instruction set.

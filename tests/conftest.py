@@ -4,8 +4,15 @@ import os
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from tiny import build
 
 from zokernels.backends import native
+
+# `pytest --hypothesis-profile deep tests/test_fuzz_*.py` searches 20 times as long.
+_SLOW = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("default", deadline=None, max_examples=50, suppress_health_check=_SLOW)
+settings.register_profile("deep", deadline=None, max_examples=1000, suppress_health_check=_SLOW)
 
 # Triton decides when it is imported whether kernels are interpreted.
 collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
@@ -36,3 +43,22 @@ needs_native = pytest.mark.skipif(
     native.why_missing() is not None,
     reason=f"needs the native backend: {native.why_missing()}",
 )
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """Tiny models by kind, and a data folder whose classes differ by a word."""
+    root = tmp_path_factory.mktemp("places")
+    for kind in ("opt", "bert", "roberta"):
+        build(kind, root / kind)
+    words = ["film", "movie", "plot", "heart", "one", "this film", "the plot", "every one"]
+    rows = [
+        (f"{lead} {word} {tail}", int(tail in ("good", "fine")))
+        for lead in ("the", "a very", "this", "i", "and the")
+        for word in words
+        for tail in ("good", "fine", "bad", "dull")
+    ]
+    text = "sentence\tlabel\n" + "".join(f"{s} \t{label}\n" for s, label in rows)
+    (root / "train.tsv").write_text(text)
+    (root / "dev.tsv").write_text(text)
+    return root

@@ -1,5 +1,6 @@
 """What the benchmarks' own commands promise."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -46,3 +47,51 @@ def test_the_story_models_tokenizer_merges_by_score():
     for text in ("the ab cab", "abcabcabc", "hedthed", "dög the", "", "  the"):
         assert made(text)["input_ids"] == stories.reference(text, pieces), text
     assert made.decode(made("dög the")["input_ids"], skip_special_tokens=True) == "dög the"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
+    from zokernels.benchmarks import models
+
+    monkeypatch.setitem(models._OPT, "opt-tiny", (64, 2, 2, 128))
+    monkeypatch.setattr(models, "NAMES", (*models.NAMES, "opt-tiny"))
+    return ["bench", "step", "--model", "opt-tiny", "--rows", "2", "--length", "8"]
+
+
+def test_bench_step_writes_a_row_a_mode_beside_the_peers(tiny, tmp_path, capsys):
+    out, rows = tmp_path / "out.json", tmp_path / "out.csv"
+    options = ["--repeats", "4", "--loss", "candidates", "--csv", str(rows), "--json", str(out)]
+    for dtype in ("float32", "bfloat16"):
+        assert main([*tiny, "--dtype", dtype, *options]) == 0
+    found = json.loads(out.read_text())["step"]
+    assert [row["perturb"] for row in found] == ["on_entry", "paired"]
+    assert all(float(found[0][peer]) > 0 for peer in ("mezo", "fo-sgd", "fo-adamw"))
+    parts = [float(found[1][part]) for part in ("forwards", "noise", "update", "python")]
+    # Medians of parts need not add up to the median of the whole.
+    assert sum(parts) == pytest.approx(float(found[1]["ratio"]), rel=0.5)
+    with rows.open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["dtype"] for row in table] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert "MeZO, as published" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "opt-9"], "--model must be one of"),
+        (["--dtype", "int8"], "--dtype must be one of"),
+        (["--perturb", "twice"], "--perturb must be one of"),
+        (["--loss", "none"], "--loss must be one of"),
+        (["--device", "tpu"], "--device must be cpu"),
+        (["--length", "4000"], "reads at most"),
+        (["--scheme", "none"], "--scheme must be one of"),
+        (["--optimizer", "none"], "--optimizer must be one of"),
+        (["--csv", "none/rows.csv"], "its folder does not exist"),
+        (["--csv", "pyproject.toml"], "other columns"),
+    ],
+)
+def test_bench_step_refuses_before_it_measures(tiny, options, message, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert main([*tiny, *options]) == 2
+    assert message in capsys.readouterr().err

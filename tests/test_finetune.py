@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from tiny import build, environment
+from tiny import environment
 
 from zokernels.tasks import InputError, RunError, models
 from zokernels.tasks.run import Finetune, Watcher
@@ -37,25 +37,6 @@ FILES = {
     "final",
     "trajectory.zk",
 }
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    """Tiny models by kind, and a data folder whose classes differ by a word."""
-    root = tmp_path_factory.mktemp("finetune")
-    for kind in ("opt", "bert", "roberta"):
-        build(kind, root / kind)
-    words = ["film", "movie", "plot", "heart", "one", "this film", "the plot", "every one"]
-    rows = [
-        (f"{lead} {word} {tail}", int(tail in ("good", "fine")))
-        for lead in ("the", "a very", "this", "i", "and the")
-        for word in words
-        for tail in ("good", "fine", "bad", "dull")
-    ]
-    text = "sentence\tlabel\n" + "".join(f"{s} \t{label}\n" for s, label in rows)
-    (root / "train.tsv").write_text(text)
-    (root / "dev.tsv").write_text(text)
-    return root
 
 
 def settings(places, out, kind="bert", **extra):

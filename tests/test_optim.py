@@ -11,7 +11,9 @@ from torch import nn
 import zokernels as zk
 from zokernels.estimators import derive_seed
 
-MODES = ["on_entry", "in_place"]
+MODES = ["on_entry", "paired", "in_place"]
+# One forward a point, and a context of one point.
+APART = ["on_entry", "in_place"]
 
 
 class Small(nn.Module):
@@ -163,7 +165,7 @@ def test_tied_weights_once_frozen_never_and_equal_shapes_apart(mode):
     assert model.head.weight is model.embed.weight
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", APART)
 @pytest.mark.parametrize(
     "two_sided, queries, calls", [(True, 1, 2), (True, 3, 6), (False, 1, 2), (False, 4, 5)]
 )
@@ -395,7 +397,7 @@ def test_a_compiled_module_switches_to_in_place_with_one_message():
         zk.ZOSGD(model, perturb="on_entry")
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", APART)
 def test_perturbed_shows_the_model_elsewhere_and_restores(mode):
     model, (x, y) = Small().eval(), batch()
     before, base = state(model), model(x, y)

@@ -31,19 +31,19 @@ def numbers_of_pass(
 ) -> dict[str, Any]:
     """The fields of `Pass`, checked; the arguments are those of `zokernels.ops.add_noise_`."""
     check_tensors(params, "params")
-    if dist not in noise.KINDS:
+    if not isinstance(dist, str) or dist not in noise.KINDS:
         raise ValueError(f"dist is {dist!r}, but it must be one of {names(noise.KINDS)}.")
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding is {rounding!r}, but it must be 'nearest' or 'stochastic'.")
-    seeds, coeffs = list(seeds), list(coeffs)
+    seeds, coeffs = listed(seeds, "seeds"), listed(coeffs, "coeffs")
     if not seeds:
         raise ValueError("seeds is empty, but a pass needs at least one seed (K >= 1).")
     if len(coeffs) != len(seeds):
         raise ValueError(
             f"coeffs has {len(coeffs)} numbers, but seeds has {len(seeds)}; give one for each seed."
         )
-    streams = list(range(len(params))) if streams is None else list(streams)
-    offsets = [0] * len(params) if offsets is None else list(offsets)
+    streams = list(range(len(params))) if streams is None else listed(streams, "streams")
+    offsets = [0] * len(params) if offsets is None else listed(offsets, "offsets")
     for name, values in (("streams", streams), ("offsets", offsets)):
         if len(values) != len(params):
             raise ValueError(
@@ -70,6 +70,14 @@ def numbers_of_pass(
         stochastic=rounding == "stochastic",
         rounding_seeds=rounding_seeds,
     )
+
+
+def listed(value: Any, name: str) -> list:
+    """The numbers in a list."""
+    try:
+        return list(value)
+    except TypeError:
+        raise TypeError(f"{name} is {value!r}, but it must be a list of numbers.") from None
 
 
 def per_step(value: Any, name: str, seeds: int, each_step: bool | int) -> list:
@@ -103,6 +111,8 @@ def check_tensors(tensors: Sequence[torch.Tensor], name: str) -> None:
     """Raise unless these are dense, contiguous floating-point tensors of one device."""
     if isinstance(tensors, torch.Tensor):
         raise TypeError(f"{name} is one tensor, but it must be a list of tensors: [tensor].")
+    if not (hasattr(tensors, "__len__") and hasattr(tensors, "__iter__")):
+        raise TypeError(f"{name} is {tensors!r}, but it must be a list of tensors: [tensor].")
     device = None
     for i, t in enumerate(tensors):
         if not isinstance(t, torch.Tensor):

@@ -21,7 +21,7 @@ def state_names(rule: str, amsgrad: bool = False) -> tuple[str, ...]:
     Raises:
         ValueError: If there is no such rule.
     """
-    if rule not in STATES:
+    if not isinstance(rule, str) or rule not in STATES:
         raise ValueError(f"rule is {rule!r}, but it must be one of {checks.names(STATES)}.")
     return STATES[rule] if amsgrad or rule != "adam" else STATES[rule][:2]
 
@@ -38,9 +38,15 @@ def check_states(
         TypeError: If a state has a type that no state can have.
         ValueError: If one is missing, or does not fit its parameter.
     """
+    if not isinstance(amsgrad, bool | int):
+        raise TypeError(f"amsgrad is {amsgrad!r}, but it must be True or False.")
     names = state_names(rule, amsgrad)
     if not names:
         return [[] for _ in params]
+    if states is not None and not hasattr(states, "__len__") or _is_scalar(states):
+        raise TypeError(
+            f"states is {states!r}, but rule {rule!r} needs a list with one entry for each tensor."
+        )
     if states is None or len(states) != len(params):
         count = "None" if states is None else f"{len(states)} entries"
         raise ValueError(
@@ -64,8 +70,17 @@ def check_states(
                     f"states[{i}][{name!r}] has {t.numel()} elements, but params[{i}] has "
                     f"{p.numel()}; they must agree."
                 )
+        if amsgrad and rule == "adam" and tensors[2].dtype != tensors[1].dtype:
+            raise TypeError(
+                f"states[{i}]['v_max'] has type {tensors[2].dtype} and 'v' {tensors[1].dtype}, but "
+                "the one holds values of the other; give both the same type."
+            )
         found.append(tensors)
     return found
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
 def _in_order(state: State, names: tuple[str, ...], i: int) -> list[torch.Tensor]:
@@ -79,6 +94,11 @@ def _in_order(state: State, names: tuple[str, ...], i: int) -> list[torch.Tensor
                 f"missing; give a dict with {', '.join(names)}."
             )
         return [state[name] for name in names]
+    if not hasattr(state, "__len__"):
+        raise TypeError(
+            f"states[{i}] is {state!r}, but it must be a dict with {', '.join(names)}, or these "
+            "tensors in a list."
+        )
     if len(state) != len(names):
         raise ValueError(
             f"states[{i}] has {len(state)} tensors, but the rule keeps {len(names)}: "
@@ -107,7 +127,10 @@ def numbers(
         beta1 = _share(beta, "beta")
     scales = [1.0] * len(lrs)
     if rule == "adam":
-        beta1, beta2 = (_share(b, f"betas[{i}]") for i, b in enumerate(betas))
+        pair = checks.listed(betas, "betas")
+        if len(pair) != 2:
+            raise ValueError(f"betas is {betas!r}, but it must be two numbers, (beta1, beta2).")
+        beta1, beta2 = (_share(b, f"betas[{i}]") for i, b in enumerate(pair))
         if step is not None:
             lrs, scales = _correct(lrs, beta1, beta2, step)
     if not checks.finite(adam_eps, "adam_eps") >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,14 +52,40 @@ def config(name: str) -> Any:
     raise InputError(f"--model must be one of {', '.join(NAMES)}, got '{name}'.")
 
 
+def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
+    """Raise unless a model and its batch can be made here.
+
+    Raises:
+        InputError: If there is no such device, the text is too long, or memory is too small.
+    """
+    import transformers as hf
+
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--device must be cpu, or cuda where torch sees one, got '{device}'.")
+    chosen = config(name)
+    longest = chosen.max_position_embeddings - (2 if isinstance(chosen, hf.RobertaConfig) else 0)
+    if length > longest:
+        raise InputError(f"--length is {length}, but {name} reads at most {longest} tokens.")
+    with torch.device("meta"):
+        kind_of = hf.AutoModelForMaskedLM if _is_masked(name) else hf.AutoModelForCausalLM
+        weights = sum(p.numel() for p in kind_of.from_config(chosen).parameters())
+    needed = weights * getattr(torch, dtype).itemsize
+    free = torch.cuda.mem_get_info(device)[0] if kind == "cuda" else _free_memory()
+    if free is not None and needed > free:
+        raise InputError(
+            f"--model {name} in {dtype} takes {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} "
+            "GiB are free; choose a smaller one, or --dtype bfloat16."
+        )
+
+
 def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model with random weights, in evaluation mode."""
     import transformers as hf
 
     torch.manual_seed(0)
     chosen = config(name)
-    masked = name == "roberta-large"
-    kind = hf.AutoModelForMaskedLM if masked else hf.AutoModelForCausalLM
+    kind = hf.AutoModelForMaskedLM if _is_masked(name) else hf.AutoModelForCausalLM
     return kind.from_config(chosen, dtype=dtype).to(device).eval()
 
 
@@ -68,3 +95,16 @@ def batch(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
     ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=generator)
     ids = ids.to(model.device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+
+
+def _is_masked(name: str) -> bool:
+    return name == "roberta-large"
+
+
+def _free_memory() -> int | None:
+    """Bytes that a process can still have; None where the system does not say."""
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -9,14 +9,19 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-import zokernels as zk
-from zokernels.benchmarks import models
-from zokernels.benchmarks.peers import MeZO
+from zokernels.benchmarks import machine, models, peers
+from zokernels.tasks import optimizers, schemes
+from zokernels.tasks.scoring import candidate_scores
+
+# What of a batch the loss looks at: every token, or two candidates after the last one.
+LOSSES = ("tokens", "candidates")
+PARTS = ("forwards", "noise", "update", "python")
 
 
 @dataclass
@@ -28,89 +33,184 @@ class Case:
     length: int = 64
     dtype: str = "float32"
     device: str = "cpu"
+    optimizer: str = "zo-sgd"
     dist: str = "gaussian"
-    perturb: str | None = None
+    perturb: str = "on_entry"
+    lazy_logits: bool = True
     scheme: str = "full"
-    peers: bool = True
+    loss: str = "tokens"
+    queries: int = 1
+    peers: tuple[str, ...] = ()
 
 
 @dataclass
 class Result:
     """Medians over repetitions.
 
-    ``ratio`` is the step's time over that of the two forwards, ``parts`` the share of the step
-    in forwards, noise, update and the rest (Python), ``peers`` each peer's ratio.
+    Attributes:
+        forwards_ms: Two plain forwards, ``model(**batch).loss`` under `torch.no_grad`.
+        step_ms: A step.
+        ratio: The step over the two forwards of the same repetition.
+        low, high: The quartiles of that ratio.
+        parts: Of a step in forwards, noise, update and Python, as multiples of the two forwards.
+        peers: Of each peer, its step over the two forwards.
+        weights: Trainable ones.
+        tokens: Of a batch.
+        memory_mb: What the step needed beyond two forwards at its peak: on a GPU the allocator's
+            count, on a CPU what the process's high-water mark rose by.
+        repeats: Repetitions.
     """
 
     forwards_ms: float
     step_ms: float
     ratio: float
-    parts: dict[str, float] = field(default_factory=dict)
+    low: float
+    high: float
+    parts: dict[str, float]
+    weights: int
+    tokens: int
+    memory_mb: float
+    repeats: int
     peers: dict[str, float] = field(default_factory=dict)
-    weights: int = 0
-    repeats: int = 0
 
 
-def measure(case: Case, repeats: int, optimizer: Callable[..., Any] | None = None) -> Result:
-    """Time the step, the forwards and the peers in turn."""
+COLUMNS = (
+    *machine.COLUMNS, "model", "scheme", "loss", "rows", "length", "dtype", "optimizer", "queries",
+    "dist", "perturb", "lazy_logits", "forwards_ms", "step_ms", "ratio", "low", "high", *PARTS,
+    "tokens_per_s", "ns_per_weight", "memory_mb", "repeats", "times_faster_than_mezo", "mezo",
+    "torchzero", "fo-sgd", "fo-adamw",
+)  # fmt: skip
+
+
+def row(case: Case, result: Result) -> dict[str, object]:
+    """The values of `COLUMNS`; an empty one was not measured."""
+    given = {k: v for k, v in asdict(case).items() if k in COLUMNS}
+    mezo = result.peers.get("mezo")
+    numbers = {
+        "forwards_ms": f"{result.forwards_ms:.1f}",
+        "step_ms": f"{result.step_ms:.1f}",
+        **{name: f"{getattr(result, name):.3f}" for name in ("ratio", "low", "high")},
+        **{name: f"{value:.3f}" for name, value in result.parts.items()},
+        "tokens_per_s": f"{result.tokens / result.step_ms * 1e3:.0f}",
+        "ns_per_weight": f"{result.step_ms * 1e6 / result.weights:.3f}",
+        "memory_mb": f"{result.memory_mb:.0f}",
+        "repeats": result.repeats,
+        "times_faster_than_mezo": f"{mezo / result.ratio:.1f}" if mezo else "",
+        **{name: f"{value:.2f}" for name, value in result.peers.items()},
+    }
+    return {**machine.about(case.device), **given, **numbers}
+
+
+def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: None) -> Result:
+    """Time the step, the forwards and the peers in turn.
+
+    Args:
+        case: What to measure.
+        repeats: Repetitions.
+        progress: Called after each.
+    """
     model = models.build(case.model, getattr(torch, case.dtype), case.device)
-    if case.scheme == "lora":
-        from zokernels.tasks import schemes
-
-        model, _ = schemes.apply(model, "lora")
+    if case.scheme != "full":
+        model, _ = schemes.apply(model, case.scheme)
     inputs = models.batch(model, case.rows, case.length)
-
-    def closure() -> torch.Tensor:
-        return model(**inputs).loss
+    closure = {"tokens": _tokens, "candidates": _candidates}[case.loss](model, inputs)
 
     @torch.no_grad()
     def forwards() -> None:
-        float(closure())
-        float(closure())
+        # What a user writes, whatever part of it the step's own closure needs.
+        float(model(**inputs).loss)
+        float(model(**inputs).loss)
 
-    make = optimizer or zk.ZOSGD
-    opt = make(model, lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb)
-    runs: dict[str, Callable[[], Any]] = {
-        "forwards": forwards,
-        "step": lambda: opt.step(closure),
-    }
-    if case.peers:
-        mezo = MeZO(model)
-        runs["mezo"] = lambda: mezo.step(closure)
+    options = dict(
+        lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb, num_queries=case.queries,
+        lazy_logits=case.lazy_logits,
+    )  # fmt: skip
+    opt = optimizers.build(case.optimizer, model, options)
+    runs: dict[str, Callable[[], Any]] = {"forwards": forwards, "step": lambda: opt.step(closure)}
+    runs |= {name: peers.build(name, model, _tokens(model, inputs)) for name in case.peers}
+    before = _peak_mb(case.device, forwards)
+    memory = _peak_mb(case.device, runs["step"]) - before
     for run in runs.values():
         run()
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    parts: dict[str, list[float]] = {"forwards": [], "noise": [], "update": [], "rest": []}
+    parts: dict[str, list[float]] = {name: [] for name in PARTS}
     for repetition in range(repeats):
         for name, run in runs.items():
             # A peer that takes ten times as long is timed less often.
-            if name not in ("forwards", "step") and repetition % 4:
+            if name in case.peers and repetition % 4:
                 continue
-            _synchronize(case.device)
-            begin = time.perf_counter()
-            run()
-            _synchronize(case.device)
-            seconds[name].append(time.perf_counter() - begin)
-        timing = opt.timing
-        share = {k: getattr(timing, k) / timing.total for k in ("forwards", "noise", "update")}
-        for k, v in (share | {"rest": 1 - sum(share.values())}).items():
+            seconds[name].append(_clock(run, case.device))
+        base, timing = seconds["forwards"][-1], opt.timing
+        known = {k: getattr(timing, k) / base for k in PARTS if k != "python"}
+        for k, v in (known | {"python": timing.total / base - sum(known.values())}).items():
             parts[k].append(v)
-    base = seconds["forwards"]
-    ratios = [s / f for s, f in zip(seconds["step"], base, strict=True)]
-    peers = {
-        name: statistics.median(taken) / statistics.median(base)
-        for name, taken in seconds.items()
-        if name not in ("forwards", "step")
-    }
+        progress()
+    ratios = [s / f for s, f in zip(seconds["step"], seconds["forwards"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
+    base = statistics.median(seconds["forwards"])
     return Result(
-        forwards_ms=1000 * statistics.median(base),
+        forwards_ms=1000 * base,
         step_ms=1000 * statistics.median(seconds["step"]),
         ratio=statistics.median(ratios),
+        low=low,
+        high=high,
         parts={k: statistics.median(v) for k, v in parts.items()},
-        peers=peers,
         weights=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        tokens=case.rows * case.length,
+        memory_mb=memory,
         repeats=repeats,
+        peers={name: statistics.median(seconds[name]) / base for name in case.peers},
     )
+
+
+def _tokens(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    return lambda: model(**inputs).loss
+
+
+def _candidates(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """The loss of a task with two answers of one token: cross-entropy over their scores."""
+    rows, length = inputs["input_ids"].shape
+    pairs = torch.arange(rows).repeat_interleave(2)
+    batch = {
+        "input_ids": inputs["input_ids"],
+        "attention_mask": inputs["attention_mask"],
+        "places": torch.full((2 * rows, 1), length - 1),
+        "targets": torch.tensor([[100], [200]]).repeat(rows, 1),
+        "weights": torch.ones(2 * rows, 1),
+        "owners": torch.stack([pairs, pairs, torch.arange(2).repeat(rows)], 1),
+        "labels": torch.arange(rows) % 2,
+    }
+    batch = {k: v.to(model.device) for k, v in batch.items()}
+
+    def loss() -> torch.Tensor:
+        scores = candidate_scores(model, batch)
+        return torch.nn.functional.cross_entropy(scores, batch["labels"])
+
+    return loss
+
+
+def _clock(run: Callable[[], Any], device: str) -> float:
+    _synchronize(device)
+    begin = time.perf_counter()
+    run()
+    _synchronize(device)
+    return time.perf_counter() - begin
+
+
+def _peak_mb(device: str, run: Callable[[], Any]) -> float:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats(device)
+        run()
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    reset = Path("/proc/self/clear_refs")
+    if not reset.exists():
+        run()
+        return float("nan")
+    # 5 resets the process's high-water mark.
+    reset.write_text("5")
+    run()
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status["VmHWM"].split()[0]) / 1024
 
 
 def _synchronize(device: str) -> None:

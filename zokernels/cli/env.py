@@ -20,7 +20,7 @@ def command(
     folder.check_json(json)
     found = collect()
     if json is not None:
-        folder.write_json(json, found)
+        folder.write_answer(json, found)
     console = Console()
     machine = Table("what", "value", title="Environment", title_justify="left")
     for name, value in found["versions"].items():

@@ -98,12 +98,15 @@ def command(
         bool, _option("Keep the weights, or only the log that makes them again.", _RUN)
     ] = True,
     dtype: Annotated[str, _option("float32, bfloat16 or float16.", _MODEL)] = "float32",
-    perturb: Annotated[str | None, _option("on_entry or in_place.", _METHOD)] = None,
+    perturb: Annotated[str | None, _option("on_entry, paired or in_place.", _METHOD)] = None,
     backend: Annotated[str | None, _option("Kernels to use; see zokernels env.", _METHOD)] = None,
     min_words: Annotated[int | None, _option("Shortest training sentence.", _DATA)] = None,
     max_words: Annotated[int | None, _option("Longest training sentence.", _DATA)] = None,
     max_length: Annotated[int, _option("Longest row in tokens.", _DATA)] = 256,
     balanced: Annotated[bool, _option("Batches with equal class counts.", _DATA)] = False,
+    retry_oom: Annotated[
+        bool, _option("Run a batch that memory does not hold in two halves.", _RUN, "--retry-oom")
+    ] = False,
     device: Annotated[str, _option("Where to run.", _RUN)] = "cpu",
     json: Annotated[Path | None, _option("Also write the metrics to this file.", _RUN)] = None,
     overwrite: Annotated[bool, _option("Replace an earlier run in --out.", _RUN)] = False,
@@ -136,7 +139,7 @@ def command(
 
 def _report(metrics: dict[str, Any], path: Path | None) -> int:
     if path is not None:
-        folder.write_json(path, metrics)
+        folder.write_answer(path, metrics)
     return 130 if metrics["interrupted"] else 0
 
 

@@ -34,7 +34,7 @@ def command(
         base, run, out, until=until, verify=verify, device=device, backend=backend
     )  # fmt: skip
     if json is not None:
-        folder.write_json(json, found)
+        folder.write_answer(json, found)
     parts = [
         f"Replayed {found['steps']:,} of {found['recorded_steps']:,} steps "
         f"({found['bytes']:,} bytes) in {found['seconds']:.1f} s"

@@ -51,14 +51,16 @@ class Filler:
         self._addresses: list[int] = []
         self._groups = _group_small(self.params)
         self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
-        # The group whose values are in scratch now, by lane and parameter.
+        # Where a group's parameters lie in scratch: for each lane, a place a parameter.
+        self._pieces: dict[tuple[int, int], list[dict[int, torch.Tensor]]] = {}
+        # The group that is in scratch now, and its values.
         self._current: tuple[int, list[dict[int, torch.Tensor]]] | None = None
 
     def begin(self, lanes: Sequence[Lane]) -> None:
         """What is asked for from here on is for a forward at these points."""
         addresses = [p.data_ptr() for p in self.params]
         if addresses != self._addresses:
-            self._prepared.clear()
+            self._forget_places()
             self._addresses = addresses
         self.lanes = lanes
         self._pairs = _pair(lanes)
@@ -72,21 +74,22 @@ class Filler:
 
     def values(self, chosen: Sequence[int]) -> list[Values]:
         """The values of some parameters, in scratch: use them before the next call."""
-        with self._timed():
-            found: list[Values] = []
-            # One large tensor and one group have scratch of their own; what comes besides has not.
-            large, group = False, None
-            for i in chosen:
-                g = self._group_of.get(i)
-                if g is None and not large:
-                    large = True
-                    found.append(self._large(i))
-                elif g is not None and group in (None, g):
-                    group = g
-                    found.append(self._small(i, g))
-                else:
-                    found.append(self._fresh(i))
-            return found
+        started = time.perf_counter()
+        found: list[Values] = []
+        # One large tensor and one group have scratch of their own; what comes besides has not.
+        large, group = False, None
+        for i in chosen:
+            g = self._group_of.get(i)
+            if g is None and not large:
+                large = True
+                found.append(self._large(i))
+            elif g is not None and group in (None, g):
+                group = g
+                found.append(self._small(i, g))
+            else:
+                found.append(self._fresh(i))
+        self.seconds += time.perf_counter() - started
+        return found
 
     def fresh(self, i: int) -> Values:
         """The values of a parameter, in memory of their own."""
@@ -163,19 +166,31 @@ class Filler:
 
     def _small(self, i: int, g: int) -> Values:
         if self._current is None or self._current[0] != g:
+            pieces = self._pieces_of(g)
+            self._fill(("group", g), self._groups[g][0], [list(own.values()) for own in pieces])
+            self._current = (
+                g,
+                [
+                    pieces[k] if lane else {j: self.params[j].detach() for j in self._groups[g][0]}
+                    for k, lane in enumerate(self.lanes)
+                ],
+            )
+        return [of_lane[i] for of_lane in self._current[1]]
+
+    def _pieces_of(self, g: int) -> list[dict[int, torch.Tensor]]:
+        key = (g, len(self.lanes))
+        if key not in self._pieces:
             chosen, starts = self._groups[g]
-            own = [self.params[j].detach() for j in chosen]
+            own = [self.params[j] for j in chosen]
             memory = self._take("group", own[0], starts[-1] + own[-1].numel())
-            out = [
-                [m[s : s + p.numel()].view(p.shape) for s, p in zip(starts, own, strict=True)]
+            self._pieces[key] = [
+                {
+                    j: m[s : s + p.numel()].view(p.shape)
+                    for j, s, p in zip(chosen, starts, own, strict=True)
+                }
                 for m in memory
             ]
-            self._fill(("group", g), chosen, out)
-            for k, lane in enumerate(self.lanes):
-                if lane is None:
-                    out[k] = own
-            self._current = g, [dict(zip(chosen, o, strict=True)) for o in out]
-        return [of_lane[i] for of_lane in self._current[1]]
+        return self._pieces[key]
 
     def _fill(self, what: tuple | None, chosen: Sequence[int], out: Sequence[Values]) -> None:
         """Fill ``out[lane][j]`` with the values of ``chosen[j]``; ``what`` names fixed memory."""
@@ -234,11 +249,15 @@ class Filler:
         key = (*name, like.dtype, like.device)
         held = self._scratch.get(key)
         if held is None or held.numel() < size:
-            # What was prepared for the smaller one is void.
-            self._prepared.clear()
+            self._forget_places()
             self._scratch.pop(key, None)
             held = self._scratch[key] = torch.empty(size, dtype=like.dtype, device=like.device)
         return held[:size]
+
+    def _forget_places(self) -> None:
+        """What was prepared for memory that is no longer used is void."""
+        self._prepared.clear()
+        self._pieces.clear()
 
     def _takes_native(self, lane: Direction) -> bool:
         if lane.mask is not None or select(self.params, lane.backend) is not native:

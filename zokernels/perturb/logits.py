@@ -60,6 +60,8 @@ class PerturbedLogits(torch.Tensor):
     def of(cls, x: torch.Tensor, weight: PerturbedWeight, bias: Any) -> PerturbedLogits:
         """The logits of hidden states of shape (…, width), all lanes' together."""
         entry = weight.entry
+        # Whether or not somebody looks at the logits, an operation has asked for these.
+        entry.used.update(w.place for w in (weight, bias) if isinstance(w, PerturbedWeight))
         lane = 0 if entry.count == 1 else None
         return cls._make(entry.split(x), lane, weight, bias, x.dtype)
 
@@ -119,7 +121,6 @@ class PerturbedLogits(torch.Tensor):
             flat: Each lane's hidden states, of shape (rows, width).
         """
         weight, entry = self.weight, self.entry
-        entry.used.add(weight.place)
         # A product with a few rows of a strided slice takes a hundred times as long in bfloat16.
         flat = [h.contiguous() for h in flat]
         size = weight.shape[1] * flat[0].element_size()

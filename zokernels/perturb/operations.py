@@ -19,7 +19,31 @@ from zokernels.perturb.weight import Entry, PerturbedWeight, resolve
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     if isinstance(weight, PerturbedWeight) and PerturbedLogits.can_wait(x, weight):
         return PerturbedLogits.of(x, weight, bias)
+    first = weight if isinstance(weight, PerturbedWeight) else bias
+    if not isinstance(first, PerturbedWeight):
+        return NotImplemented
+    if first.entry.count > 1 and _can_write_apart(x):
+        return _linear_apart(x, weight, bias, first.entry)
     return _each(x, (weight, bias), F.linear)
+
+
+def _can_write_apart(x: Any) -> bool:
+    plain = type(x) is torch.Tensor and x.dim() > 1 and x.is_contiguous() and x.shape[0] > 1
+    return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+
+
+def _linear_apart(x: torch.Tensor, weight: Any, bias: Any, entry: Entry) -> torch.Tensor:
+    """`torch.nn.functional.linear`, each lane's product written where it belongs."""
+    parts = entry.split(x)
+    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    places = out.view(len(parts), -1, weight.shape[0])
+    for k, (w, b) in enumerate(resolve(weight, bias)):
+        rows = parts[k].view(-1, x.shape[-1])
+        if b is None:
+            torch.mm(rows, w.t(), out=places[k])  # type: ignore[union-attr]
+        else:
+            torch.addmm(b, rows, w.t(), out=places[k])  # type: ignore[union-attr]
+    return out
 
 
 def _addmm(bias: Any, x: Any, weight: Any, **kwargs: Any) -> Any:

@@ -92,6 +92,7 @@ class Paired(OnEntry):
         try:
             yield shared
         finally:
+            shared.forget()
             if before is None:
                 vars(self.model).pop("forward", None)
             else:
@@ -157,6 +158,10 @@ class _SharedForward:
         """The closure of this lane begins."""
         self._lane, self._call = lane, 0
         self.entry.closure_of(lane)
+
+    def forget(self) -> None:
+        """Let go of the outputs: logits that only wait here need not be computed."""
+        self._known.clear()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the current lane."""

@@ -64,6 +64,8 @@ class Backprop(torch.optim.Optimizer):
         closure = check_closure(closure)
         started = time.perf_counter()
         self.timing = StepTiming()
+        # What a backward left that ran out of memory.
+        self.zero_grad()
         params = [p for group in self.param_groups for p in group["params"]]
         with same_randomness(self.model, params), torch.enable_grad():
             graph = torch.as_tensor(closure())

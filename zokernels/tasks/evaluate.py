@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zokernels.tasks import generation
+from zokernels.tasks import generation, halves
 from zokernels.tasks.scoring import Scorer
 from zokernels.tasks.task import Example, Task
 
@@ -41,6 +41,7 @@ def accuracy(
     batch_size: int = 64,
     stop: Callable[[], bool] = lambda: False,
     calibrate: bool = False,
+    retry_oom: bool = False,
 ) -> Accuracy:
     """The share of examples judged right, or the mean F1 of what is written.
 
@@ -50,22 +51,26 @@ def accuracy(
         batch_size: Examples a forward.
         stop: Asked before each batch.
         calibrate: As for `Scorer.predict`.
+        retry_oom: Halve a batch that does not fit in memory, until it does.
 
     Raises:
         Interrupted: If ``stop`` answered true.
     """
     ordered = sorted(examples, key=lambda e: len(e.sentence))
     found: list[float] = []
+
+    def judge(batch: Sequence[Example]) -> list[float]:
+        if scorer.task.generates:
+            written = generation.answers(scorer, batch)
+            return [generation.f1(w, e.answers) for w, e in zip(written, batch, strict=True)]
+        places = scorer.predict(batch, calibrate)
+        return [float(_is_right(scorer.task, e, i)) for e, i in zip(batch, places, strict=True)]
+
     for start in range(0, len(ordered), batch_size):
         if stop():
             raise Interrupted
         batch = ordered[start : start + batch_size]
-        if scorer.task.generates:
-            written = generation.answers(scorer, batch)
-            found += [generation.f1(w, e.answers) for w, e in zip(written, batch, strict=True)]
-        else:
-            places = scorer.predict(batch, calibrate)
-            found += [_is_right(scorer.task, e, i) for e, i in zip(batch, places, strict=True)]
+        found += halves.in_parts(judge, batch) if retry_oom else judge(batch)
     squares = sum(v * v for v in found) / len(found) if scorer.task.generates else None
     return Accuracy(sum(found) / len(found), len(found), squares)
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
-from zokernels.tasks.errors import InputError
+from zokernels.tasks.errors import InputError, RunError
 from zokernels.trajectory.writer import sync_folder
 
 CONFIG, METRICS, LOG = "config.json", "metrics.json", "metrics.jsonl"
@@ -68,6 +68,20 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def write_answer(path: Path, value: dict[str, Any]) -> None:
+    """Writes what ``--json`` asks for, as `write_json` does.
+
+    Raises:
+        RunError: If it cannot be written; what was there before is there still.
+    """
+    try:
+        write_json(path, value)
+    except OSError as error:
+        raise RunError(
+            f"--json {path} could not be written: {error.strerror}. All else is done."
+        ) from None
+
+
 def is_run(path: Path) -> bool:
     """Whether a run has begun in this folder."""
     try:
@@ -83,6 +97,9 @@ def check_json(path: Path | None) -> None:
         return
     if path.is_dir():
         raise InputError(f"--json {path} is a folder; name a file.")
+    # A device, such as /dev/full, would be replaced by a file.
+    if path.exists() and not path.is_file():
+        raise InputError(f"--json {path} is no ordinary file; name one, or a new one.")
     if not path.absolute().parent.is_dir():
         raise InputError(f"--json {path}: the folder {path.parent} does not exist; create it.")
 
@@ -103,10 +120,13 @@ class RunFolder:
     def __init__(self, path: Path, overwrite: bool = False, resume: bool = False) -> None:
         self.path = path
         self._log: IO[str] | None = None
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {path} is a file; name a folder.")
-        if not path.exists() or not any(path.iterdir()):
-            return
+        try:
+            if path.exists() and not path.is_dir():
+                raise InputError(f"--out {path} is a file; name a folder.")
+            if not path.exists() or not any(path.iterdir()):
+                return
+        except OSError as error:
+            raise InputError(f"--out {path} cannot be read: {error.strerror}.") from None
         if not is_run(path):
             raise InputError(f"--out {path} exists and is not a run folder; choose another.")
         if not overwrite and not resume:

@@ -110,18 +110,20 @@ def kind_of(architecture: str) -> str:
 
 
 def _read(transformers: Any, name: str, dtype: torch.dtype, *, cached: bool) -> Loaded:
+    # Code that comes with a model is never run; said outright, since else transformers would ask.
+    options: dict[str, Any] = dict(local_files_only=cached, trust_remote_code=False)
     # A damaged folder fails in many ways: OSError, ValueError, the safetensors error, KeyError.
     try:
-        config = transformers.AutoConfig.from_pretrained(name, local_files_only=cached)
+        config = transformers.AutoConfig.from_pretrained(name, **options)
         kind = kind_of((config.architectures or ["None"])[0])
         factory = {
             "causal": transformers.AutoModelForCausalLM,
             "masked": transformers.AutoModelForMaskedLM,
             "encoder": transformers.AutoModel,
         }[kind]
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, local_files_only=cached)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         model, info = factory.from_pretrained(
-            name, dtype=dtype, local_files_only=cached, output_loading_info=True
+            name, dtype=dtype, output_loading_info=True, **options
         )
     except InputError:
         raise
@@ -132,6 +134,7 @@ def _read(transformers: Any, name: str, dtype: torch.dtype, *, cached: bool) -> 
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     if tokenizer.pad_token_id is None:
         raise InputError(f"The tokenizer of {name} has no padding, end or unknown token.")
+    _check_vocabulary(name, tokenizer, model)
     notes = []
     if missing := sorted(info.get("missing_keys", [])):
         notes.append(
@@ -149,3 +152,16 @@ def quiet() -> None:
         return
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+
+
+def _check_vocabulary(name: str, tokenizer: Any, model: Any) -> None:
+    """Refuses a tokenizer with tokens that the model has no embedding for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    beyond = {token: i for token, i in tokenizer.get_vocab().items() if i >= rows}
+    if beyond:
+        token = min(beyond, key=beyond.__getitem__)
+        raise InputError(
+            f"The tokenizer of {name} does not fit its model: {len(beyond)} of its tokens are "
+            f"beyond the {rows} embeddings, '{token}' (number {beyond[token]}) among them; use the "
+            "tokenizer that the model was trained with."
+        )

@@ -75,6 +75,7 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
         "backwards": history.backwards,
         "dev_majority": _majority(run.splits.dev, get_task(s.task).generates),
         "non_finite_steps": len(history.losses) - len(finite),
+        "halved_steps": history.halved,
         "trained_weights": run.trained.weights,
         "all_weights": run.trained.of,
         "share_outside_forwards": _share(clock["total"] - clock["forwards"], clock["total"]),

@@ -139,6 +139,7 @@ def restore_history(run: Finetune, records: list[dict[str, Any]]) -> None:
     for r in records:
         if "loss" in r:
             history.losses.append(math.nan if r["loss"] is None else r["loss"])
+            history.halved += r.get("halved", False)
             for part, seconds in r["parts"].items():
                 history.seconds[part] += seconds
             history.seconds["total"] += r["seconds"]

@@ -74,7 +74,15 @@ def _csv(task: Task, path: Path) -> Iterator[Located]:
     """Comma-separated columns with quotes and no header: the label first, then the texts."""
     names = ["label", *task.fields]
     reader = csv.reader(io.StringIO(_text(path)))
-    for values in reader:
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(
+                f"{path}, line {reader.line_num}: this is not CSV ({error})."
+            ) from None
         if not values:
             continue
         if len(values) != len(names):
@@ -91,7 +99,7 @@ def _jsonl(task: Task, path: Path) -> Iterator[Located]:
         where = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{where}: this is not JSON ({error}).") from None
         yield where, _object(row, where)
 
@@ -100,7 +108,7 @@ def _json(task: Task, path: Path) -> Iterator[Located]:
     """An object of objects, or a list of them."""
     try:
         whole = json.loads(_text(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON ({error}).") from None
     if not isinstance(whole, dict | list):
         raise InputError(f"{path} holds neither an object of rows nor a list of rows.")
@@ -110,9 +118,17 @@ def _json(task: Task, path: Path) -> Iterator[Located]:
 
 
 def _parquet(task: Task, path: Path) -> Iterator[Located]:
-    import pyarrow.parquet as parquet
-
-    for number, row in enumerate(parquet.read_table(path).to_pylist()):
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise InputError(f"{path} needs pyarrow, which is missing: pip install pyarrow.") from None
+    try:
+        found = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} could not be read as Parquet: {reason}") from None
+    for number, row in enumerate(found):
         yield f"{path}, row {number}", row
 
 

@@ -1,12 +1,11 @@
 """One run: load, evaluate, train by forward passes, evaluate, and write down what happened."""
 
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from zokernels.tasks import (
     evaluate,
     folder,
     get_task,
+    halves,
     models,
     optimizers,
     report,
@@ -28,6 +28,8 @@ from zokernels.tasks import (
 )
 from zokernels.tasks.batches import batches
 from zokernels.tasks.errors import InputError, RunError
+from zokernels.tasks.history import History, Watcher
+from zokernels.tasks.interrupt import stop_on_interrupt
 from zokernels.tasks.probe import ProbeScorer
 from zokernels.tasks.scoring import SCORERS, Scorer
 from zokernels.tasks.settings import Settings
@@ -38,33 +40,6 @@ _OPTIMIZER_OPTIONS = (
     "lr eps num_queries two_sided dist sparsity resample_every blocks block_order rounding "
     "weight_decay seed perturb backend hybrid_split fo_lr fo_optimizer".split()
 )
-
-
-class Watcher:
-    """What a run tells whoever watches it; this one stays silent."""
-
-    def say(self, sentence: str) -> None:
-        """Something worth reading, once."""
-
-    def step(self, number: int, loss: float, seconds: float, outside: float) -> None:
-        """After each step: its loss, its time, and the part of that outside the forwards."""
-
-
-@dataclass
-class History:
-    """What was measured, for the plot and the report. Lost losses are NaN here."""
-
-    losses: list[float] = field(default_factory=list)
-    dev: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
-    valid: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("total", "forwards", "backward", "noise", "update"), 0.0
-        )
-    )
-    # How often training ran the model, and how often it went back through it.
-    forwards: int = 0
-    backwards: int = 0
 
 
 class Finetune:
@@ -128,7 +103,7 @@ class Finetune:
         try:
             self._pool = resume.fingerprint(pool)
             done = self._begin(optimizer, out)
-            with _stop_on_interrupt(self.stopped):
+            with stop_on_interrupt(self.stopped):
                 if done == 0 or (s.eval_every and done % s.eval_every == 0 and done < s.steps):
                     self._evaluate(scorer, out, done, whole=done == 0)
                 done, failure = self._train(scorer, optimizer, order, out, done)
@@ -144,6 +119,14 @@ class Finetune:
             raise RunError(
                 f"{s.out} could not be written: {getattr(error, 'strerror', None) or error} "
                 f"Make room, then go on with: zokernels finetune --resume {s.out}"
+            ) from error
+        except (RuntimeError, MemoryError) as error:
+            if not halves.is_out_of_memory(error):
+                raise
+            raise RunError(
+                f"Memory ran out in an evaluation ({_first_line(error)}), so the run stopped; its "
+                "steps are in its log. Begin again with --retry-oom, or where there is more "
+                f"memory go on with: zokernels finetune --resume {s.out}"
             ) from error
         finally:
             out.close()
@@ -241,42 +224,60 @@ class Finetune:
         for step in range(done + 1, s.steps + 1):
             if self.stopped.is_set():
                 return step - 1, None
-            batch = scorer.collate(next(order))
+            batch = next(order)
             lr = float(schedules[0].get_last_lr()[0])
-
-            def forward(batch: Any = batch) -> torch.Tensor:
-                self.history.forwards += 1
-                loss = scorer.loss(batch)
-                # A first-order optimizer, or part of one, goes back through what has a graph.
-                self.history.backwards += loss.requires_grad
-                return loss
-
             try:
-                loss = float(optimizer.step(forward))
-            except (RuntimeError, FloatingPointError) as error:
-                return step - 1, str(error)
+                loss, halved = halves.take_step(
+                    optimizer, scorer, batch, s.retry_oom, self.history.count
+                )
+            except (RuntimeError, FloatingPointError, MemoryError) as error:
+                return step - 1, self._why(step, error)
+            if halved and not self.history.halved:
+                self.watcher.say(
+                    f"Step {step}: a batch of {len(batch)} did not fit in memory, so its forwards "
+                    "ran as two halves; further such steps are marked in the log."
+                )
             for schedule in schedules:
                 schedule.step()
-            self._record(out, optimizer, step, loss, lr)
+            self._record(out, optimizer, step, loss, lr, halved)
             if s.eval_every and step % s.eval_every == 0 and step < s.steps:
                 if not optimizer.trajectory:
                     checkpoint.save(self, optimizer, out.path / folder.CHECKPOINT, step, self._pool)
                 self._evaluate(scorer, out, step, whole=False)
         return s.steps, None
 
+    def _why(self, step: int, error: BaseException) -> str:
+        if not halves.is_out_of_memory(error):
+            return str(error)
+        s, lower = self.settings, "lower --batch-size or --max-length"
+        if s.retry_oom:
+            tried = f"a batch of {s.batch_size}, and with halves of it, too"
+        else:
+            tried = f"a batch of {s.batch_size}"
+            lower += ", or pass --retry-oom, which halves a batch that does not fit"
+        return f"Step {step} ran out of memory with {tried} ({_first_line(error)}); {lower}."
+
     def _record(
-        self, out: folder.RunFolder, optimizer: Any, step: int, loss: float, lr: float
+        self,
+        out: folder.RunFolder,
+        optimizer: Any,
+        step: int,
+        loss: float,
+        lr: float,
+        halved: bool,
     ) -> None:
         timing = optimizer.timing
         for part in self.history.seconds:
             self.history.seconds[part] += getattr(timing, part)
         self.history.losses.append(loss)
+        self.history.halved += halved
         slopes = [d if math.isfinite(d) else None for d in optimizer.projected_gradients]
         record = {
             "step": step,
             "loss": loss if math.isfinite(loss) else None,
             "finite": math.isfinite(loss) and None not in slopes,
             "lr": lr,
+            "halved": halved,
             "projected_gradients": slopes,
             "seconds": round(timing.total, 6),
             "outside_forwards": round(1 - timing.forwards / timing.total, 4),
@@ -311,7 +312,11 @@ class Finetune:
     ) -> evaluate.Accuracy:
         began = time.perf_counter()
         found = evaluate.accuracy(
-            scorer, examples, stop=self.stopped.is_set, calibrate=self.settings.calibrate
+            scorer,
+            examples,
+            stop=self.stopped.is_set,
+            calibrate=self.settings.calibrate,
+            retry_oom=self.settings.retry_oom,
         )
         getattr(self.history, split).append((step, found))
         seconds = round(time.perf_counter() - began, 3)
@@ -366,23 +371,8 @@ class Finetune:
         return metrics
 
 
-@contextmanager
-def _stop_on_interrupt(stopped: threading.Event) -> Iterator[None]:
-    """Ctrl-C asks for a stop between steps; a second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Callable[..., Any] | int | None = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        stopped.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

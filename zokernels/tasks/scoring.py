@@ -137,8 +137,7 @@ class CausalScorer(Scorer):
     """The mean log-probability of each candidate's tokens after the prompt."""
 
     def _prepare(self) -> None:
-        inner = getattr(self.model, "get_base_model", lambda: self.model)()
-        self._can_trim = "logits_to_keep" in inspect.signature(inner.forward).parameters
+        pass
 
     def collate(self, examples: Sequence[Example]) -> Batch:
         """One row a candidate, or one an example where each of its candidates is one token."""
@@ -191,21 +190,7 @@ class CausalScorer(Scorer):
 
     def scores(self, batch: Batch) -> torch.Tensor:
         """Length-normalised log-probabilities."""
-        width = batch["input_ids"].shape[1]
-        first = int(batch["places"].min())
-        extra = {"logits_to_keep": width - first} if self._can_trim else {}
-        logits = self.model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
-        ).logits
-        # Counted from the end, where neither trimming nor a soft prompt changes anything.
-        places = batch["places"] - (width - logits.shape[1])
-        rows, examples, columns = batch["owners"].unbind(1)
-        logs = logits[rows[:, None], places].float().log_softmax(-1)
-        chosen = logs.gather(-1, batch["targets"][..., None])[..., 0]
-        means = (chosen * batch["weights"]).sum(-1)
-        shape = (len(batch["labels"]), int(columns.max()) + 1)
-        out = torch.full(shape, float("-inf"), device=means.device)
-        return out.index_put((examples, columns), means)
+        return candidate_scores(self.model, batch)
 
 
 class MaskedScorer(Scorer):
@@ -280,6 +265,37 @@ class EncoderScorer(Scorer):
         means = F.normalize(means, dim=-1)
         count = len(batch["labels"])
         return _SCALE * means[:count] @ means[count:].T
+
+
+def candidate_scores(model: Any, batch: Batch) -> torch.Tensor:
+    """The mean log-probability of each candidate's tokens under a causal LM.
+
+    Args:
+        model: The model.
+        batch: ``input_ids`` and ``attention_mask`` of the rows; for each candidate ``places`` of
+            the logits that predict its tokens, ``targets`` and ``weights`` of these, and ``owners``
+            (its row, its example, its place among that's); ``labels`` of the examples.
+
+    Returns:
+        Scores of shape (examples, candidates), float32.
+    """
+    width = batch["input_ids"].shape[1]
+    first = int(batch["places"].min())
+    inner = getattr(model, "get_base_model", lambda: model)()
+    can_trim = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    extra = {"logits_to_keep": width - first} if can_trim else {}
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
+    ).logits
+    # Counted from the end, where neither trimming nor a soft prompt changes anything.
+    places = batch["places"] - (width - logits.shape[1])
+    rows, examples, columns = batch["owners"].unbind(1)
+    logs = logits[rows[:, None], places].float().log_softmax(-1)
+    chosen = logs.gather(-1, batch["targets"][..., None])[..., 0]
+    means = (chosen * batch["weights"]).sum(-1)
+    shape = (len(batch["labels"]), int(columns.max()) + 1)
+    out = torch.full(shape, float("-inf"), device=means.device)
+    return out.index_put((examples, columns), means)
 
 
 SCORERS: dict[str, type[Scorer]] = {

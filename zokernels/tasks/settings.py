@@ -20,7 +20,7 @@ CHOICES = {
     "objective": (None, *OBJECTIVES),
     "dtype": tuple(DTYPES),
     "rounding": ("nearest", "stochastic"),
-    "perturb": (None, "on_entry", "in_place"),
+    "perturb": (None, "on_entry", "paired", "in_place"),
 }
 _AT_LEAST = {
     "steps": 1,
@@ -85,6 +85,7 @@ class Settings:
     max_words: int | None = None
     max_length: int = 256
     balanced: bool = False
+    retry_oom: bool = False
     overwrite: bool = False
     device: str = "cpu"
     name: str | None = None

@@ -203,13 +203,30 @@ class Task:
         """
         try:
             rows = list(self.unfold(row)) if self.unfold is not None else [row]
+            made = [self._example(r, where) for r in rows]
+            found = [e for e in made if e is not None]
+            for example in found:
+                self._check(example, where)
+        except InputError:
+            raise
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise InputError(
                 f"{where}: this is no row of {self.name} ({type(error).__name__}: {error}); "
                 f"docs/tasks.md says what its columns are."
             ) from None
-        found = [self._example(r, where) for r in rows]
-        return [e for e in found if e is not None]
+        return found
+
+    def _check(self, example: Example, where: str) -> None:
+        """Raise unless every text of a row is one: what a run would find out in its middle."""
+        for name in self.fields:
+            if not isinstance(example.fields[name], str):
+                raise InputError(
+                    f"{where}: the {name} must be a text, got {example.fields[name]!r}; put it in "
+                    "quotes or remove the row."
+                )
+        texts = [self.prompt(example), *self.candidates(example), *example.answers]
+        # Half of a surrogate pair, which JSON can hold and no tokenizer takes.
+        "".join(texts).encode()
 
     def _example(self, row: Row, where: str) -> Example | None:
         fields = {**row, **{name: _column(row, name, where) for name in self.fields}}

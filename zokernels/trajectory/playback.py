@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
@@ -134,8 +135,18 @@ def play(
         chunk: Steps in one pass.
     """
     _check_written(trajectory, tensors)
-    player = _Player(trajectory, tensors, states, backend, chunk)
-    for step in trajectory.steps[: until - trajectory.header["first"]]:
+    # All passes over no element at all: what one of them refuses is refused before a byte is
+    # written by those before it.
+    empty = [t.detach().new_empty(0) for t in tensors]
+    try:
+        _play(_Player(trajectory, empty, {}, backend, chunk), until)
+    except (TypeError, ValueError, KeyError, OverflowError, struct.error) as error:
+        raise TrajectoryError(f"{trajectory.path} can't be replayed: {error}") from None
+    _play(_Player(trajectory, tensors, states, backend, chunk), until)
+
+
+def _play(player: _Player, until: int) -> None:
+    for step in player.trajectory.steps[: until - player.trajectory.header["first"]]:
         for scalars in step.passes or ():
             player.add(step.number, scalars)
     player.finish()

@@ -1,4 +1,4 @@
-"""``zokernels bench``: how fast the kernels are, and what the compiler makes of them."""
+"""``zokernels bench codegen``: what the compiler makes of the Triton kernels."""
 
 import csv
 from dataclasses import asdict
@@ -13,13 +13,10 @@ from rich.table import Table
 from zokernels.tasks import folder
 from zokernels.tasks.errors import InputError
 
-app = typer.Typer(help="Measure the kernels on this machine.", no_args_is_help=True)
-
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
-@app.command("codegen")
-def codegen(
+def command(
     sm: Annotated[list[int] | None, typer.Option(help="Architectures, as 90 for sm_90.")] = None,
     csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows here.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write them to this file.")] = None,
@@ -45,7 +42,7 @@ def codegen(
             writer.writeheader()
             writer.writerows(rows)
     if json is not None:
-        folder.write_json(json, {"codegen": rows})
+        folder.write_answer(json, {"codegen": rows})
 
 
 def _cases(compiler: Any) -> list[Any]:

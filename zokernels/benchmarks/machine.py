@@ -1,0 +1,68 @@
+"""Where a number was measured: the columns that every row of a benchmark begins with."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+from zokernels.backends import native
+
+ROOT = Path(__file__).resolve().parents[2]
+COLUMNS = ("date", "commit", "machine", "threads", "python", "torch")
+# What the numbers depend on; a change of these since the commit makes it "-dirty".
+MEASURED = ("zokernels", "csrc", "setup.py", "bench/*.py")
+
+
+def about(device: str = "cpu") -> dict[str, object]:
+    """The values of `COLUMNS` on this machine, now."""
+    on_gpu = device.startswith("cuda")
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "commit": commit(),
+        "machine": torch.cuda.get_device_name(device) if on_gpu else cpu(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def commit() -> str:
+    """The short commit, with "-dirty" if what is measured differs from it."""
+    try:
+        head = _git("rev-parse", "--short", "HEAD").strip()
+        dirty = _git("status", "--porcelain", "--", *MEASURED).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    sources = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
+    built = native.LIBRARY.stat().st_mtime if native.LIBRARY.exists() else float("inf")
+    if max(s.stat().st_mtime for s in sources) > built:
+        print("The native library is older than its sources; build it again.", file=sys.stderr)
+        dirty = "stale build"
+    return head + ("-dirty" if dirty else "")
+
+
+def cpu() -> str:
+    """The CPU's model and how many cores there are."""
+    model = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        fields = dict(
+            (key.strip(), value.strip())
+            for key, _, value in (line.partition(":") for line in info.read_text().splitlines())
+        )
+        model = fields.get("model name", model)
+        # A virtual machine may hide the model's name, but the number tells the generation.
+        if "cpu family" in fields and "model" in fields:
+            model += f" (family {fields['cpu family']} model {fields['model']})"
+    return f"{model}, {os.cpu_count()} cores"
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(ROOT), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout

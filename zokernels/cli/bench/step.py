@@ -1,0 +1,149 @@
+"""``zokernels bench step``: a whole step beside its two forwards, and beside the peers' steps."""
+
+import csv
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from zokernels.tasks import InputError, folder
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="A configuration by name; its weights are random.")
+    ] = "opt-125m",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    optimizer: Annotated[str, typer.Option(help="As for finetune.")] = "zo-sgd",
+    queries: Annotated[int, typer.Option(min=1, help="Directions a step.")] = 1,
+    dist: Annotated[str, typer.Option(help="gaussian or rademacher.")] = "gaussian",
+    scheme: Annotated[str, typer.Option(help="What is trained, as for finetune.")] = "full",
+    perturb: Annotated[
+        list[str] | None, typer.Option(help="on_entry, paired or in_place; may be repeated.")
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="tokens: of all; candidates: two answers of one token, as a task.")
+    ] = "tokens",
+    lazy_logits: Annotated[bool, typer.Option(help="Logits only where the loss looks.")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Also MeZO's, torchzero's and first-order steps.")
+    ] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn.")] = 20,
+    csv_file: Annotated[Path | None, typer.Option("--csv", help="Append the rows here.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write them to this file.")] = None,
+) -> None:
+    """Time a step against the two forwards it is made of, with random weights and tokens."""
+    folder.check_json(json)
+    try:
+        import transformers  # noqa: F401
+
+        from zokernels.benchmarks import models, step
+        from zokernels.benchmarks import peers as others
+    except ImportError as error:
+        raise InputError(f"bench step needs transformers: {error}; pip install '.[hf]'.") from None
+    modes = perturb or ["on_entry", "paired"]
+    _check("--model", model, models.NAMES)
+    _check("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    _check("--dist", dist, ("gaussian", "rademacher"))
+    _check("--loss", loss, step.LOSSES)
+    for mode in modes:
+        _check("--perturb", mode, ("on_entry", "paired", "in_place"))
+    models.check(model, rows, length, dtype, device)
+    _check_columns(csv_file, step.COLUMNS)
+    found: list[dict[str, Any]] = []
+    with Progress(console=Console(stderr=True)) as progress:
+        for place, mode in enumerate(modes):
+            # The peers are timed once, beside the first mode.
+            names = others.available() if peers and place == 0 else []
+            case = step.Case(
+                model, rows, length, dtype, device, optimizer, dist, mode, lazy_logits, scheme,
+                loss, queries, tuple(names),
+            )  # fmt: skip
+            bar = progress.add_task(f"{model} {dtype} {mode}", total=repeats)
+            result = step.measure(case, repeats, partial(progress.advance, bar))
+            found.append(step.row(case, result))
+    console = Console()
+    console.print(_table(found))
+    for line in _comparison(found[0]):
+        console.print(line, highlight=False)
+    if csv_file is not None:
+        _append(csv_file, step.COLUMNS, found)
+    if json is not None:
+        folder.write_json(json, {"step": found})
+
+
+def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise InputError(f"{option} must be one of {', '.join(allowed)}, got '{value}'.")
+
+
+def _check_columns(path: Path | None, columns: tuple[str, ...]) -> None:
+    """Raise before anything is measured, if the rows could not be appended."""
+    if path is None:
+        return
+    if path.exists():
+        with path.open(newline="", encoding="utf-8") as file:
+            head = next(csv.reader(file), [])
+        if head and tuple(head) != columns:
+            raise InputError(
+                f"--csv {path} has other columns than these rows; name a new file, or one that "
+                "this command wrote."
+            )
+    elif not path.parent.is_dir():
+        raise InputError(f"--csv {path}: its folder does not exist; make it first.")
+
+
+def _append(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
+    fresh = not path.exists() or not path.stat().st_size
+    with path.open("a", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
+        if fresh:
+            writer.writeheader()
+        writer.writerows(rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{first['model']}, {first['scheme']}, {first['dtype']}, {first['rows']} × "
+        f"{first['length']} tokens, {first['optimizer']}\nMultiples of two plain forwards "
+        f"({first['forwards_ms']} ms), medians and quartiles",
+        title_justify="left",
+    )
+    table.add_column("what")
+    for row in rows:
+        table.add_column(row["perturb"], justify="right")
+    shown = {
+        "a step": lambda row: f"{row['ratio']} ({row['low']} to {row['high']})",
+        "  its forwards": lambda row: row["forwards"],
+        "  noise": lambda row: row["noise"],
+        "  update": lambda row: row["update"],
+        "  Python": lambda row: row["python"],
+        "milliseconds": lambda row: row["step_ms"],
+        "tokens a second": lambda row: row["tokens_per_s"],
+        "nanoseconds a weight": lambda row: row["ns_per_weight"],
+        "peak memory beyond the forwards, MiB": lambda row: row["memory_mb"],
+    }
+    for name, value in shown.items():
+        table.add_row(name, *(str(value(row)) for row in rows))
+    return table
+
+
+def _comparison(row: dict[str, Any]) -> list[str]:
+    names = {
+        "mezo": "MeZO, as published", "torchzero": "torchzero's MeZO",
+        "fo-sgd": "SGD by backpropagation", "fo-adamw": "AdamW by backpropagation",
+    }  # fmt: skip
+    return [
+        f"{names[name]}: {row[name]} times the two forwards, "
+        f"{float(row[name]) / float(row['ratio']):.1f} times this step ({row['perturb']})"
+        for name in names
+        if row.get(name)
+    ]
