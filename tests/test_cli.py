@@ -81,7 +81,7 @@ BAD = [
     ),
     ("dtype", ["--dtype", "int8"], "one of float32, bfloat16, float16"),
     ("rounding", ["--rounding", "up"], "one of nearest, stochastic"),
-    ("perturb", ["--perturb", "twice"], "one of on_entry, in_place"),
+    ("perturb", ["--perturb", "twice"], "one of on_entry, paired, in_place"),
     ("device", ["--device", "abacus"], "--device"),
     ("backend", ["--backend", "abacus"], "abacus"),
     ("pattern matches nothing", ["--train-only", "gone"], "matches none"),

@@ -5,6 +5,7 @@ Public names only; importing touches no CUDA and no transformers.
 
 from zokernels import masks, noise, ops
 from zokernels.backends import backends
+from zokernels.distributed import Distributed, RankError
 from zokernels.optim import (
     ZOSGD,
     ForwardGrad,
@@ -20,8 +21,10 @@ from zokernels.trajectory import Trajectory, TrajectoryError, replay
 __version__ = "0.1.0"
 
 __all__ = [
+    "Distributed",
     "ForwardGrad",
     "HybridZO",
+    "RankError",
     "Trajectory",
     "TrajectoryError",
     "ZOSGD",

@@ -46,6 +46,7 @@ def estimate(
     seeds: Sequence[int],
     two_sided: bool,
     together: bool = False,
+    to_the_end: bool = False,
 ) -> Estimate:
     """Run the forwards of one step.
 
@@ -55,6 +56,8 @@ def estimate(
         two_sided: 2q forwards; otherwise q + 1.
         together: Ask for two points at a time, which may share a forward. Otherwise for one, and
             for no further one after a loss that is not finite.
+        to_the_end: Run all of them also where a loss is not finite, as several processes must that
+            run their forwards together.
 
     Returns:
         The seeds, losses and differences; the loss is the mean of L₊ and L₋, or the base loss.
@@ -66,7 +69,7 @@ def estimate(
     size = 2 if together else 1
     for i in range(0, len(points), size):
         # A loss that is not finite ends the step: further forwards could not save it.
-        if not all(map(math.isfinite, losses)):
+        if not to_the_end and not all(map(math.isfinite, losses)):
             break
         losses += losses_at(points[i : i + size])
     if two_sided:

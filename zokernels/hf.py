@@ -9,6 +9,7 @@ after an update. The Trainer's own call of ``optimizer.step()`` then finds nothi
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -44,7 +45,9 @@ class ZOTrainerMixin:
     The optimizer and its options come by ``optimizer_cls_and_kwargs=(ZOSGD, {"eps": 1e-3})``; the
     default is `ZOSGD`. Learning rate, weight decay and seed are those of the arguments unless
     given there. The logged gradient norm is the projected gradient's absolute value (for several
-    queries the root of their mean square). ``max_grad_norm`` has no effect.
+    queries the root of their mean square). ``max_grad_norm`` has no effect. Of several processes
+    (torchrun, ``accelerate launch``) each takes its share of the batch, or with
+    ``{"parallel": "query"}`` its share of the directions.
 
     Example:
         >>> class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
@@ -53,7 +56,7 @@ class ZOTrainerMixin:
         TypeError: If a subclass names a Trainer before the mixin, or the optimizer is none of
             this project's.
         ValueError: If the arguments ask for loss scaling (``fp16=True``), a sharded engine, or
-            several processes.
+            several GPUs in one process.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -73,6 +76,10 @@ class ZOTrainerMixin:
         super().__init__(*args, **kwargs)
         trainer: Any = self
         _check(trainer.args, trainer.accelerator)
+        if trainer.accelerator.num_processes > 1:
+            # DDP would keep memory for gradients as large as the weights.
+            prepare = trainer.accelerator.prepare_model
+            trainer.accelerator.prepare_model = functools.partial(prepare, evaluation_mode=True)
         if trainer.optimizer is not None:
             raise TypeError(
                 "optimizers got an optimizer, but this Trainer makes its own from the model, so "
@@ -184,10 +191,10 @@ def _check(args: Any, accelerator: Any) -> None:
             "fp16=True scales the loss for the sake of gradients, of which there are none here; "
             "leave it off and load the model with dtype=torch.float16, or use bf16=True."
         )
-    if accelerator.num_processes > 1 or args.n_gpu > 1:
+    if args.n_gpu > 1:
         raise ValueError(
-            f"There are {max(accelerator.num_processes, args.n_gpu)} processes or GPUs, but this "
-            "Trainer runs on one; start it with one process and CUDA_VISIBLE_DEVICES=0."
+            f"There are {args.n_gpu} GPUs in one process, over which the Trainer would scatter "
+            "each forward; start a process for each by torchrun, or set CUDA_VISIBLE_DEVICES=0."
         )
     if getattr(accelerator.state, "deepspeed_plugin", None) or accelerator.distributed_type in (
         "FSDP",

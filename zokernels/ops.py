@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from zokernels import checks, masks, rules
+from zokernels import checks, masks, rules, shards
 from zokernels.backends import select
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 
@@ -64,7 +64,7 @@ def add_noise_(
 
     Args:
         params: Contiguous tensors of one device, float32, bfloat16, float16 or float64, that do
-            not overlap.
+            not overlap. Of a `DTensor` each process writes its part, with the noise of the whole.
         seeds: K ≥ 1 seeds of directions, 0 … 2⁶⁴ − 1.
         coeffs: K finite coefficients, rounded once to binary32.
         streams: The number of each tensor's noise stream; by default its position in ``params``.
@@ -84,12 +84,14 @@ def add_noise_(
         ValueError: If an argument is out of range, or the tensors do not fit; nothing is written.
         RuntimeError: If the backend named is not there.
     """
+    here = _here(params, None, streams, offsets, mask)
     numbers = checks.numbers_of_pass(
-        params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
-        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
+        here.params, seeds, coeffs, streams=here.streams, offsets=here.offsets, dist=dist,
+        mask=here.mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
+        each_step=each_step,
     )  # fmt: skip
-    checks.check_apart(params)
-    plan = AddNoise(**numbers, out=params)
+    checks.check_apart(here.params)
+    plan = AddNoise(**numbers, out=here.params)
     runs = [(select(part.params, backend), _trim(part)) for part in _by_arithmetic(plan)]
     for run, part in runs:
         if part is not None:
@@ -124,11 +126,14 @@ def add_noise(
     mask are copied.
     """
     checks.check_out(params, out)
+    here = _here(params, [[t] for t in out], streams, offsets, mask)
     numbers = checks.numbers_of_pass(
-        params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
-        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
+        here.params, seeds, coeffs, streams=here.streams, offsets=here.offsets, dist=dist,
+        mask=here.mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
+        each_step=each_step,
     )  # fmt: skip
-    checks.check_apart([*params, *out])
+    out = [t for (t,) in here.others]
+    checks.check_apart([*here.params, *out])
     plan = AddNoise(**numbers, out=out)
     runs = [(select(part.params, backend), part) for part in _by_arithmetic(plan)]
     for run, part in runs:
@@ -212,27 +217,43 @@ def apply_update_(
     Sources: signSGD (Bernstein et al., 2018), heavy-ball momentum, Adam
     (Kingma and Ba, 2015), ZO-AdaMM (Chen et al., 2019) for AMSGrad without bias correction.
     """
+    here = _here(params, None, streams, offsets, mask)
     numbers = checks.numbers_of_pass(
-        params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
-        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
+        here.params, seeds, coeffs, streams=here.streams, offsets=here.offsets, dist=dist,
+        mask=here.mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
+        each_step=each_step,
     )  # fmt: skip
     rates = checks.per_step(lr, "lr", len(seeds), each_step)
+    ordered = rules.check_states(rule, states, params, amsgrad)
     plan = ApplyUpdate(
         **numbers,
-        states=rules.check_states(rule, states, params, amsgrad),
+        states=_here(params, ordered, streams, offsets, mask).others,
         **rules.numbers(rule, rates, beta, betas, adam_eps, amsgrad, step),
     )
-    checks.check_apart([*params, *(s for state in plan.states for s in state)])
+    checks.check_apart([*here.params, *(s for state in plan.states for s in state)])
     runs = [(select(part.params, backend), part) for part in _by_arithmetic(plan)]
     for run, part in runs:
         run.apply_update(part)
         _mark_written([*part.params, *(s for state in part.states for s in state)])
     _tell(
-        rule, params, seeds, coeffs, states=plan.states, lr=lr, beta=beta, betas=betas,
+        rule, params, seeds, coeffs, states=ordered, lr=lr, beta=beta, betas=betas,
         adam_eps=adam_eps, amsgrad=amsgrad, step=step, streams=streams, offsets=offsets, dist=dist,
         mask=mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
         each_step=each_step,
     )  # fmt: skip
+
+
+def _here(
+    params: Sequence[torch.Tensor],
+    others: Sequence[Sequence[torch.Tensor]] | None,
+    streams: Sequence[int] | None,
+    offsets: Sequence[int] | None,
+    mask: masks.Mask | None,
+) -> shards.Cut:
+    """The pass over what this process holds, with what goes with each of the tensors."""
+    if not shards.among(params):
+        return shards.Cut(params, others or (), streams, offsets, mask)
+    return shards.cut(params, others or [()] * len(params), streams, offsets, mask)
 
 
 def _tell(

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from zokernels import shards
 from zokernels.blocks import layers_of
 from zokernels.perturb import is_compiled
 
@@ -47,6 +48,8 @@ class Prefix:
         self._parents: dict[nn.Module, nn.Module] = {}
         if model is None:
             self._give_up("only parameters were given; pass the module itself")
+        elif shards.of_model(model):
+            self._give_up("the weights are cut over processes, which all run each layer together")
         elif is_compiled(model):
             self._give_up("the model is compiled; pass it before torch.compile")
         elif not self.layers:

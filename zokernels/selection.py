@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from zokernels import shards
+
 _CHUNK = 1 << 20
 _DIGITS = 1 << 16
 
@@ -65,4 +67,5 @@ def _patterns(tensors: Sequence[torch.Tensor], width: int) -> Iterator[torch.Ten
 
 
 def _parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    yield from tensor.detach().reshape(-1).split(_CHUNK) if tensor.numel() else ()
+    whole = shards.whole(tensor.detach())
+    yield from whole.reshape(-1).split(_CHUNK) if tensor.numel() else ()

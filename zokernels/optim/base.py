@@ -14,6 +14,8 @@ from torch import nn
 
 from zokernels import blocks as partitions
 from zokernels import masks as mask_types
+from zokernels import shards
+from zokernels.distributed import Distributed, connect
 from zokernels.estimators import ROUNDING, Estimate, Point, derive_seed, estimate
 from zokernels.optim import sparse
 from zokernels.optim.forward import (
@@ -24,20 +26,13 @@ from zokernels.optim.forward import (
     check_closure,
     same_randomness,
 )
-from zokernels.optim.groups import Chosen, check_group, join_masks, trainable
+from zokernels.optim.groups import Chosen, check_group, join_masks, join_run, trainable
 from zokernels.optim.recording import Recorded
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired, choose_mode
 from zokernels.prefix import Prefix
 
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
-
-
-# What a param group cannot have of its own, since a step perturbs all groups together.
-_OF_THE_RUN = (
-    "seed", "step", "num_queries", "two_sided", "block_order", "sparsity", "resample_every",
-    "threshold",
-)  # fmt: skip
 
 
 class ZOOptimizer(Recorded, torch.optim.Optimizer):
@@ -69,6 +64,8 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         lazy_logits: Make a language model's logits only where the loss looks at them; not in place.
         backend: As for `zokernels.ops.add_noise_`.
         max_bad_steps: Raise after this many steps in a row with a loss that was not finite.
+        parallel: What several processes divide: ``"auto"`` or ``"data"`` (the batch), ``"query"``
+            (the directions), or both, by a `zokernels.Distributed`; None: nothing.
         model: The module, where ``params`` are groups of its parameters.
         rule_defaults: For authors of rules: the rule's own defaults of a param group.
 
@@ -103,10 +100,13 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         lazy_logits: bool = True,
         backend: str | None = None,
         max_bad_steps: int = 10,
+        parallel: str | Distributed | None = "auto",
         model: nn.Module | None = None,
         rule_defaults: dict[str, Any] | None = None,
     ):
         self.model = params if isinstance(params, nn.Module) else model
+        self.parallel = connect(parallel)
+        shards.settle(self.model)
         self.perturb = choose_mode(self.model, perturb)
         self.lazy_logits = lazy_logits
         self.backend = backend
@@ -176,10 +176,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         if self._numbers:
             self._last_stream = max(self._last_stream, len(self._numbers) - 1)
         group["streams"] = streams
-        # A group that joins a run goes on where the others are.
-        first = self.param_groups[0]
-        for name in _OF_THE_RUN:
-            group[name] = first[name]
+        join_run(group, self.param_groups[0])
         if group["threshold"] is not None:
             sparse.mask_group(group)
         self._perturbers.clear()
@@ -208,7 +205,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
 
         Args:
             closure: Runs a forward and returns the loss, a scalar. It is called 2q times
-                (two-sided) or q + 1 times, on the same batch each time.
+                (two-sided) or q + 1 times, each time on the same batch, or this process's share.
 
         Returns:
             The mean of L₊ and L₋, or one-sided the base loss: a detached scalar.
@@ -227,6 +224,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         self._base_loss = None
         group = self.param_groups[0]
         sparse.redraw(self.param_groups)
+        self.parallel.check(self)
         params = [g["params"][i] for g in self.param_groups for i in trainable(g)]
         if self.trajectory:
             self.trajectory.begin(group["step"])
@@ -282,11 +280,15 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
                 ]
                 return losses.of(sides)
 
-            two_sided = self.param_groups[0]["two_sided"]
-            together = self.perturb == "paired" and block is None
-            found = estimate(losses_at, self._seeds(block), two_sided, together)
+            def along(seeds: list[int]) -> Estimate:
+                two_sided = self.param_groups[0]["two_sided"]
+                together = self.perturb == "paired" and block is None
+                return estimate(losses_at, seeds, two_sided, together, self.parallel.ranks > 1)
+
+            found = self.parallel.join(along, self._seeds(block), self)
             if found.is_finite:
-                self._judge(found, lambda *point: losses.of([point])[0], groups)
+                loss_of = self.parallel.agreed(lambda *point: losses.of([point])[0], self)
+                self._judge(found, loss_of, groups)
         return found
 
     def _seeds(self, block: int | None) -> list[int]:

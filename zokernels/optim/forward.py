@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from zokernels import shards
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired
 
 Closure = Callable[[], torch.Tensor | float]
@@ -20,12 +21,14 @@ class StepTiming:
     """Seconds of the last step: forwards without the noise made in them, noise, update, all.
 
     With ``reuse_forward`` of `HybridZO` the backward counts among the forwards.
+    ``waiting`` is what the exchange with other processes took: mostly, waiting for the slowest.
     """
 
     forwards: float = 0.0
     backward: float = 0.0
     noise: float = 0.0
     update: float = 0.0
+    waiting: float = 0.0
     total: float = 0.0
 
 
@@ -66,6 +69,7 @@ class Forward:
         self.replay_random()
         loss = self.closure()
         if isinstance(loss, torch.Tensor):
+            loss = shards.whole(loss)
             if loss.numel() != 1:
                 raise ValueError(
                     f"The closure returned a tensor of shape {tuple(loss.shape)}, but the loss "
@@ -160,6 +164,7 @@ def same_randomness(
     try:
         yield replay
     finally:
+        shards.settle(model)
         for m in switched:
             m.training = True
         for buffer, copy, version in buffers:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zokernels import masks, ops
+from zokernels import masks, ops, shards
 from zokernels.estimators import Estimate
 from zokernels.optim.forward import Forward
 from zokernels.optim.groups import Chosen, join_masks
@@ -61,6 +61,11 @@ class ForwardGrad(ZOSGD):
             )
         # With ε = 1 a difference over ε is the derivative itself.
         super().__init__(params, lr, 1.0, two_sided=False, perturb=perturb, **common)
+        if any(shards.is_sharded(p) for group in self.param_groups for p in group["params"]):
+            raise ValueError(
+                "The weights are cut over processes (DTensors), through whose gathering no "
+                "forward-mode derivative goes; use ZOSGD, or whole weights in each process."
+            )
         self._layers: _Layers | None = None
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
@@ -69,12 +74,14 @@ class ForwardGrad(ZOSGD):
             return super()._sweep(forward)
 
     def _estimate(self, forward: Forward, block: int | None) -> Estimate:
-        groups, losses, slopes = self._chosen(block), [], []
-        for seed in self._seeds(block):
-            loss, slope = self._differentiate(forward, block, groups, seed)
-            losses.append(loss)
-            slopes.append(slope)
-        return Estimate(self._seeds(block), losses, slopes, sum(losses) / len(losses))
+        groups = self._chosen(block)
+
+        def along(seeds: list[int]) -> Estimate:
+            pairs = [self._differentiate(forward, block, groups, seed) for seed in seeds]
+            losses, slopes = [loss for loss, _ in pairs], [slope for _, slope in pairs]
+            return Estimate(seeds, losses, slopes, sum(losses) / len(losses))
+
+        return self.parallel.join(along, self._seeds(block), self)
 
     def _differentiate(
         self, forward: Forward, block: int | None, groups: Chosen, seed: int

@@ -9,6 +9,18 @@ from zokernels import blocks, masks, noise
 # Param groups, each with the positions of the parameters in it that a pass is for.
 Chosen = list[tuple[dict, list[int]]]
 
+# What a param group cannot have of its own, since a step perturbs all groups together.
+_OF_THE_RUN = (
+    "seed", "step", "num_queries", "two_sided", "block_order", "sparsity", "resample_every",
+    "threshold",
+)  # fmt: skip
+
+
+def join_run(group: dict, first: dict) -> None:
+    """Let a group that joins a run go on where the first one is."""
+    for name in _OF_THE_RUN:
+        group[name] = first[name]
+
 
 def mean_coefficients(group: dict, gradients: list[float]) -> list[float]:
     """The factors dₖ/q of the directions in ĝ; negated where the loss is maximized."""

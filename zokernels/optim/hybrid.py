@@ -91,6 +91,12 @@ class HybridZO(ZOSGD):
         _check_parameters(self.fo_optimizer, deep, model)
         self._needs_gradient = True
         super().__init__(shallow, lr, eps, model=model, **common)
+        if self.parallel.ranks > 1:
+            raise ValueError(
+                f"There are {self.parallel.ranks} processes, but HybridZO's deep part has "
+                "gradients, and processes exchange scalars only here; run it in one process, or "
+                "use ZOSGD."
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Both optimizers' state."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -10,7 +11,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
+from zokernels.trajectory.reader import read
 from zokernels.trajectory.recorder import check_recordable
+from zokernels.trajectory.writer import Writer
 
 if TYPE_CHECKING:
     from zokernels.optim.base import ZOOptimizer
@@ -110,6 +113,7 @@ def begin(
         replayable=optimizer.replayable,
         about=about,
         sync_every=sync_every,
+        on_disk=_by_first(optimizer),
     )
 
 
@@ -118,7 +122,8 @@ def go_on(
 ) -> Recorder:
     """Replays a trajectory onto a new optimizer; see `Recorded.resume`."""
     optimizer._check_resumable()
-    trajectory = Trajectory(path)
+    # One process reads and writes the file: others may not see it, or may see it half cut.
+    trajectory = Trajectory(path, optimizer.parallel.from_first(lambda: read(path)))
     until = trajectory.until(until)
     _check_same_run(optimizer, trajectory)
     named = _named(optimizer)
@@ -126,7 +131,8 @@ def go_on(
     by_name = {name: (name, p, stream) for name, p, stream in named}
     model = optimizer.model
     tensors = match(trajectory, [p for _, p, _ in named] if model is None else model)
-    recorder = Recorder.reopen(trajectory, until, [by_name[n] for n in order], sync_every)
+    ordered = [by_name[n] for n in order]
+    recorder = Recorder.reopen(trajectory, until, ordered, sync_every, _by_first(optimizer))
     states: dict[int, dict[str, torch.Tensor]] = {}
     play(trajectory, tensors, until, states, backend=optimizer.backend)
     for place, state in states.items():
@@ -143,6 +149,17 @@ def go_on(
     while optimizer.bad_steps < len(steps) and steps[-1 - optimizer.bad_steps].passes is None:
         optimizer.bad_steps += 1
     return recorder
+
+
+def _by_first(optimizer: ZOOptimizer) -> Callable[[Callable[[], Writer]], Writer | None]:
+    """Opens a file in the first of several processes; what it raises, all of them raise."""
+
+    def on_disk(open_file: Callable[[], Writer]) -> Writer | None:
+        opened: list[Writer] = []
+        optimizer.parallel.from_first(lambda: opened.append(open_file()))
+        return opened[0] if opened else None
+
+    return on_disk
 
 
 def _named(optimizer: ZOOptimizer) -> list[tuple[str, torch.Tensor, int]]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from zokernels import shards
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -49,7 +51,7 @@ def states_of(
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             kind = DTYPES[dtype] if dtype else wide
             for name in names:
-                state[name] = torch.zeros(p.shape, dtype=kind, device=p.device)
+                state[name] = torch.zeros_like(p, dtype=kind)
         found.append(state)
     return found
 
@@ -57,7 +59,7 @@ def states_of(
 def own_states(optimizer: torch.optim.Optimizer) -> set[int]:
     """The addresses of the state tensors that the optimizer holds."""
     tensors = (t for state in optimizer.state.values() for t in state.values())
-    return {t.data_ptr() for t in tensors if isinstance(t, torch.Tensor)}
+    return {shards.local(t).data_ptr() for t in tensors if isinstance(t, torch.Tensor)}
 
 
 def restore_states(
@@ -76,5 +78,5 @@ def restore_states(
     for key, p in zip(saved, params, strict=True):
         for name, value in state_dict["state"].get(key, {}).items():
             if isinstance(value, torch.Tensor):
-                mine = value.data_ptr() in own
+                mine = shards.local(value).data_ptr() in own
                 optimizer.state[p][name] = value.detach().to(p.device, copy=not mine)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from zokernels import masks
+from zokernels import masks, shards
 from zokernels.perturb.direction import Direction, Move
 from zokernels.perturb.in_place import InPlace
 from zokernels.perturb.modes import choose_mode
@@ -41,6 +41,7 @@ def perturbed(
     Yields:
         The model. Its weights are what they were when the block ends, also by an exception.
     """
+    shards.settle(model)
     chosen = [(i, p) for i, p in enumerate(model.parameters()) if p.requires_grad]
     params = [p for _, p in chosen]
     streams = [i for i, _ in chosen]

@@ -6,6 +6,8 @@ import warnings
 
 from torch import nn
 
+from zokernels import shards
+
 MODES = ("on_entry", "paired", "in_place")
 
 
@@ -32,6 +34,13 @@ def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
             raise ValueError(
                 f"perturb={wanted!r} needs the module, but only parameters were given; pass the "
                 "module itself, or use perturb='in_place'."
+            )
+        return "in_place"
+    if shards.of_model(model):
+        if wanted in ("on_entry", "paired"):
+            raise ValueError(
+                f"perturb={wanted!r} was asked for, but the weights are cut over processes, which "
+                "perturb their own parts before they are gathered; use perturb='in_place'."
             )
         return "in_place"
     if is_compiled(model):

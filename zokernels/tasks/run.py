@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 import zokernels as zk
+from zokernels.distributed import launched
 from zokernels.tasks import (
     chat,
     checkpoint,
@@ -83,6 +84,11 @@ class Finetune:
         """
         s = self.settings
         s.check()
+        if launched() > 1:
+            raise InputError(
+                f"torchrun started {launched()} processes, but finetune runs in one; start it "
+                "without torchrun, or train on several with ZOTrainer or a loop of your own."
+            )
         optimizers.check(s.optimizer, asdict(s))
         task = get_task(s.task).with_template(s.template)
         out = folder.RunFolder(s.out, s.overwrite, self.resume)

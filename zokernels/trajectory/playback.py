@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from zokernels import checks, masks, ops, rules
+from zokernels import checks, masks, ops, rules, shards
 from zokernels.estimators import ROUNDING, derive_seed
 from zokernels.trajectory.format import Scalars, TrajectoryError
 from zokernels.trajectory.reader import Trajectory
@@ -241,7 +241,7 @@ class _Player:
         names = rules.state_names(described["rule"], described["numbers"]["amsgrad"])
         for name, dtype in zip(names, described["states"][place], strict=True):
             if name not in state:
-                state[name] = torch.zeros(p.shape, dtype=getattr(torch, dtype), device=p.device)
+                state[name] = torch.zeros_like(p, dtype=getattr(torch, dtype))
         return state
 
 
@@ -258,6 +258,6 @@ def _check_written(trajectory: Trajectory, tensors: Sequence[torch.Tensor]) -> N
             chosen = [tensors[i] for i in described["parameters"]]
             checks.check_tensors(chosen, "the parameters")
             masks.resolve(masks.from_plain(described["mask"]), chosen)
-        checks.check_apart(tensors)
+        checks.check_apart([shards.local(t) for t in tensors])
     except (TypeError, ValueError) as error:
         raise TrajectoryError(f"{trajectory.path} can't be replayed: {error}") from None

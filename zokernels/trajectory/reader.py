@@ -17,6 +17,18 @@ _HEADER_FIELDS = {
 _STATE_TYPES = {"float32", "bfloat16", "float64"}
 
 
+def read(path: str | Path) -> bytes:
+    """The bytes of a file.
+
+    Raises:
+        TrajectoryError: If it cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise TrajectoryError(f"The trajectory {path} cannot be read: {error.strerror}.") from None
+
+
 class Trajectory:
     """What a file holds, read whole; nothing in it is executed.
 
@@ -25,6 +37,7 @@ class Trajectory:
 
     Args:
         path: The file.
+        data: Its bytes, where they have been read already.
 
     Attributes:
         header: The run: optimizer, seed, parameters, what the recorder was told about it.
@@ -37,14 +50,9 @@ class Trajectory:
             this package does not know.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, data: bytes | None = None):
         self.path = Path(path)
-        try:
-            data = self.path.read_bytes()
-        except OSError as error:
-            raise TrajectoryError(
-                f"The trajectory {path} cannot be read: {error.strerror}."
-            ) from None
+        data = read(path) if data is None else data
         self.passes: list[dict[str, Any]] = []
         self.steps: list[Step] = []
         self.torn = 0

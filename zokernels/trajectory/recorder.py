@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zokernels import masks, noise, ops
+from zokernels import masks, noise, ops, shards
 from zokernels.estimators import ROUNDING, derive_seed
 from zokernels.trajectory import format as form
 from zokernels.trajectory.format import Scalars, Step, TrajectoryError
 from zokernels.trajectory.reader import Trajectory
-from zokernels.trajectory.writer import Writer
+from zokernels.trajectory.writer import Nowhere, Writer
 
 Named = Sequence[tuple[str, torch.Tensor, int]]
+OnDisk = Callable[[Callable[[], Writer]], Writer | None]
 
 
 class Recorder:
@@ -57,6 +58,7 @@ class Recorder:
         replayable: bool = True,
         about: dict[str, Any] | None = None,
         sync_every: float = 1.0,
+        on_disk: OnDisk = lambda open_file: open_file(),
     ) -> Recorder:
         """Starts a file.
 
@@ -71,6 +73,8 @@ class Recorder:
             replayable: Whether the passes are all that changes the weights.
             about: What else a reader should know, as JSON can say it.
             sync_every: As for `Writer`.
+            on_disk: Opens the file by the function it is given; or does not, and gives None, where
+                another process has the file.
 
         Raises:
             TrajectoryError: If the file exists or cannot be written.
@@ -96,15 +100,23 @@ class Recorder:
                 for name, p, stream in named
             ],
         }
-        return cls(Writer.create(Path(path), form.pack_json(header), sync_every), seed, named)
+        packed = form.pack_json(header)
+        writer = on_disk(lambda: Writer.create(Path(path), packed, sync_every))
+        return cls(writer or Nowhere(Path(path)), seed, named)
 
     @classmethod
     def reopen(
-        cls, trajectory: Trajectory, step: int, named: Named, sync_every: float = 1.0
+        cls,
+        trajectory: Trajectory,
+        step: int,
+        named: Named,
+        sync_every: float = 1.0,
+        on_disk: OnDisk = lambda open_file: open_file(),
     ) -> Recorder:
         """Goes on with a file after so many steps; the records behind them are cut off."""
         size, check, described = trajectory.mark(step)
-        writer = Writer.reopen(trajectory.path, size, check, sync_every)
+        path = trajectory.path
+        writer = on_disk(lambda: Writer.reopen(path, size, check, sync_every)) or Nowhere(path)
         return cls(writer, trajectory.header["seed"], named, trajectory.passes[:described])
 
     def begin(self, step: int) -> None:
@@ -236,8 +248,8 @@ class Recorder:
 
 
 def checksum(p: torch.Tensor) -> int:
-    """CRC-32 of a tensor's elements in row-major order, little-endian."""
-    flat = p.detach().reshape(-1).contiguous()
+    """CRC-32 of a tensor's elements in row-major order, little-endian; of the whole `DTensor`."""
+    flat = shards.whole(p.detach()).reshape(-1).contiguous()
     return zlib.crc32(flat.view(torch.uint8).cpu().numpy().data) if flat.numel() else 0
 
 

@@ -150,6 +150,19 @@ class Writer:
         self._synced = time.monotonic()
 
 
+class Nowhere(Writer):
+    """The writer of a process that leaves the file to another one."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, frames: Sequence[tuple[bytes, bytes]]) -> None:
+        """Leaves the frames to the process that has the file."""
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 def sync_folder(path: Path) -> None:
     """Makes the names in a folder durable, where the system can."""
     with contextlib.suppress(OSError):

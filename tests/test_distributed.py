@@ -1,0 +1,415 @@
+"""Several processes against one: the same run.
+
+`ranks.py` is what the processes do; it runs once with two of them and once with four. `ranks_hf.py`
+is started by torchrun.
+"""
+
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from tiny import build, environment
+
+import zokernels as zk
+
+WORLDS = (2, 4)
+HERE = Path(__file__).parent
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    """Where the processes leave what they found; a run of one process, to be resumed, is there."""
+    folder = tmp_path_factory.mktemp("ranks")
+    (folder / "taken").touch()
+    one = ranks.network(torch.float32)
+    opt = ranks.make(one, "adam", num_queries=4)
+    opt.record(folder / "run.zk")
+    ranks.train(one, opt, dtype=torch.float32)
+    opt.trajectory.close()
+    return folder
+
+
+@pytest.fixture(scope="module")
+def found(out):
+    """What each process of each number of them returned: found[world][rank][case]."""
+    results = {}
+    for world in WORLDS:
+        # The second resumes what the first one left.
+        launch(ranks.main, world, out)
+        results[world] = [
+            torch.load(out / f"{world}-{r}.pt", weights_only=False) for r in range(world)
+        ]
+    return results
+
+
+def launch(case, world, out, fine=True):
+    """Runs a case of `ranks` in so many processes; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    # One import of torch for all of them.
+    context.set_forkserver_preload(["ranks"])
+    processes = [
+        context.Process(target=ranks.begin, args=(case, rank, world, port, out), daemon=True)
+        for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=400)
+        if process.is_alive():
+            process.kill()
+            process.join()
+    codes = [process.exitcode for process in processes]
+    errors = [path.read_text() for path in sorted(out.glob("error-*"))]
+    assert not fine or codes == [0] * world, errors
+    return codes
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """The runs of one process; each is made once."""
+    made = {}
+
+    def of(run, *args):
+        key = (run.__name__, *args)
+        if key not in made:
+            made[key] = run(*args)
+        return made[key]
+
+    return of
+
+
+def each(found, world, case):
+    """What the processes returned for a case, after a look that their weights are the same."""
+    results = [process[case] for process in found[world]]
+    for result in results[1:]:
+        assert same(result["weights"], results[0]["weights"])
+    return results
+
+
+def same(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+def close(a, b):
+    # The mean of the shares' losses is rounded otherwise than the whole batch's: by 1e-16, which a
+    # difference over 2ε and four steps make some 1e-12 of.
+    return all(torch.allclose(x, y, rtol=0, atol=1e-10) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ranks.OPTIMIZERS)
+def test_shares_of_a_batch_make_the_run_of_the_whole_batch(found, alone, world, name):
+    result, one = each(found, world, f"data {name}")[0], alone(ranks.data, name)
+    assert close(result["weights"], one["weights"])
+    assert result["losses"] == pytest.approx(one["losses"], abs=1e-10)
+    assert not close(one["weights"], [p.detach() for p in ranks.network().parameters()])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ranks.OPTIMIZERS)
+def test_parts_of_the_directions_make_the_same_bits(found, alone, world, name):
+    result, one = each(found, world, f"query {name}")[0], alone(ranks.query, name)
+    assert same(result["weights"], one["weights"])
+    assert result["losses"] == one["losses"]
+
+
+def test_shares_and_directions_at_once(found):
+    one = ranks.network()
+    losses = ranks.train(one, ranks.make(one, num_queries=4))
+    result = each(found, 4, "both")[0]
+    assert close(result["weights"], ranks.weights(one))
+    assert result["losses"] == pytest.approx(losses, abs=1e-10)
+
+
+def test_two_runs_of_two_processes_each_beside_each_other(found, out):
+    for run in range(2):
+        one = ranks.network()
+        ranks.train(one, ranks.make(one, seed=run))
+        pair = [found[4][2 * run + i]["two_runs"] for i in range(2)]
+        assert [result["rank"] for result in pair] == [0, 1]
+        assert same(pair[0]["weights"], pair[1]["weights"])
+        assert close(pair[0]["weights"], ranks.weights(one))
+        again = ranks.network()
+        zk.replay(again, out / f"beside-{run}.zk")
+        assert same(ranks.weights(again), pair[0]["weights"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_step_sends_at_most_64_bytes(found, world):
+    for process in found[world]:
+        assert 16 <= process["traffic"] <= 64
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_loss_that_is_not_finite_on_one_is_skipped_by_all(found, world):
+    for result in each(found, world, "not_finite"):
+        assert result["same"] and result["bad"] == 1 and result["after"] == 0
+        assert result["loss"] != result["loss"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_forward_that_fails_on_one_is_told_to_all_and_the_run_goes_on(found, world):
+    for rank, result in enumerate(each(found, world, "failing")):
+        assert result["same"]
+        expected = "no memory left" if rank == 1 else "A forward of step 1 failed on rank 1"
+        assert expected in result["message"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_one_whose_weights_strayed_is_named(found, world):
+    for process in found[world]:
+        assert f"Rank {world - 1} of {world} has strayed" in process["straying"]
+        assert "before step 2 its parameter '2.bias'" in process["straying"]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_other_settings_start_or_step_are_named(found, world):
+    for process in found[world]:
+        result = process["other_settings"]
+        assert result["lr"].startswith("Rank 1 has lr 0.03, but the others have 0.02")
+        assert "Rank 1" in result["start"] and "'0.weight'" in result["start"]
+        assert result["step"].startswith("Rank 1 is at step 2, but the others are not")
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_several_processes_cannot_do_is_refused(found, world):
+    for process in found[world]:
+        result = process["refused"]
+        assert "HybridZO's deep part has gradients" in result["hybrid"]
+        assert f"num_queries is {world + 1}" in result["queries"]
+        assert f"there are {world}" in result["layout"]
+        assert "'auto', 'data', 'query', None" in result["unknown"]
+
+
+def test_a_log_of_two_or_four_is_that_of_one(found, out, alone):
+    one = ranks.network(torch.float32)
+    zk.replay(one, out / "run.zk")
+    for world in WORLDS:
+        results = each(found, world, "recorded")
+        # A file that exists is left alone, and every process says so.
+        assert all("exists" in result["taken"] for result in results)
+        again = ranks.network(torch.float32)
+        zk.replay(again, out / f"run-{world}.zk")
+        assert same(ranks.weights(again), results[0]["weights"])
+
+
+def test_a_run_goes_on_with_another_number_of_processes(found, out):
+    # One process began it, two went on from step 3, four again, and here one.
+    straight = ranks.network(torch.float32)
+    opt = ranks.make(straight, "adam", num_queries=4)
+    ranks.train(straight, opt, range(ranks.STEPS + 1), dtype=torch.float32)
+    for world in WORLDS:
+        results = each(found, world, "resumed")
+        assert same(results[0]["weights"], ranks.weights(straight))
+        assert all("cannot be read" in result["missing"] for result in results)
+    assert len(zk.Trajectory(out / "run.zk").steps) == ranks.STEPS + 1
+    model = ranks.network(torch.float32)
+    opt = ranks.make(model, "adam", num_queries=4)
+    opt.resume(out / "run.zk", until=2).close()
+    assert opt.param_groups[0]["step"] == 2
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("name", ranks.SHARDED)
+def test_weights_cut_by_fsdp_make_the_same_bits(found, world, name):
+    one = ranks.network()
+    losses = ranks.train(one, ranks.make(one, name, **ranks.SHARDED[name]))
+    results = each(found, world, f"fsdp {name}")
+    assert same(results[0]["weights"], ranks.weights(one))
+    assert results[0]["losses"] == losses
+    total = sum(p.numel() for p in one.parameters())
+    assert sum(result["held"] for result in results) == total
+    assert max(result["held"] for result in results) < total
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_bfloat16_weights_and_states_cut_by_fsdp(found, world):
+    one = ranks.network(torch.bfloat16)
+    options = dict(state_dtype=torch.bfloat16, rounding="stochastic", lr=0.1)
+    ranks.train(one, ranks.make(one, "adam", **options), dtype=torch.bfloat16)
+    assert same(each(found, world, "fsdp_16_bit")[0]["weights"], ranks.weights(one))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_cut_weights_and_shares_of_the_batch(found, world):
+    for process in found[world]:
+        result = process["fsdp_shares"]
+        assert same(result["sharded"], result["whole"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_an_exception_leaves_cut_weights_as_they_were(found, world):
+    one = ranks.network()
+    ranks.train(one, ranks.make(one))
+    for result in each(found, world, "fsdp_interrupted"):
+        assert "interrupted" in result["message"] and result["same"]
+        assert same(result["weights"], ranks.weights(one))
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_loss_that_is_not_finite_with_cut_weights(found, world):
+    for process in found[world]:
+        assert process["fsdp_not_finite"] == dict(same=True, bad=1)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_log_of_cut_weights_is_that_of_whole_ones(found, out, world):
+    for result in each(found, world, "fsdp_recorded"):
+        assert same(result["weights"], result["resumed"])
+    whole = ranks.network()
+    zk.replay(whole, out / f"sharded-{world}.zk")
+    assert same(ranks.weights(whole), result["weights"])
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_what_cut_weights_cannot_do_is_refused(found, world):
+    for process in found[world]:
+        result = process["fsdp_refused"]
+        assert "use perturb='in_place'" in result["on_entry"]
+        assert "no forward-mode derivative" in result["forward"]
+        assert "gives them different directions" in result["query"]
+        assert "Bits" in result["bits"]
+
+
+def test_copies_of_cut_weights_with_directions_of_their_own(found):
+    one = ranks.network()
+    ranks.train(one, ranks.make(one, num_queries=4))
+    results = each(found, 4, "hsdp")
+    assert close(results[0]["weights"], ranks.weights(one))
+    # Ranks 1 and 3 hold the same part.
+    assert all("Rank 3 of 4 has strayed" in result["stray"] for result in results)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_part_of_any_dimension_has_the_noise_of_its_place(found, world):
+    for process in found[world]:
+        assert len(process["uneven"]) == 4 and all(process["uneven"].values())
+
+
+@pytest.mark.parametrize(
+    "world, case",
+    [(2, "tensor parallel"), (4, "tensor parallel"), (4, "tensor parallel and fsdp")],
+)
+def test_weights_cut_by_tensor_parallelism(found, world, case):
+    for result in each(found, world, case):
+        assert "Shard(dim=1)" in result["placements"][2]
+        assert same(result["moved"], result["wanted"])
+        # A row times a column is summed in another order, by parts.
+        assert close(result["weights"], result["plain"])
+        assert result["losses"][0] == pytest.approx(result["losses"][1], abs=1e-10)
+
+
+@pytest.mark.hf
+def test_the_trainer_and_accelerate_in_two_processes_are_one_run(tmp_path):
+    pytest.importorskip("transformers", reason="pip install 'zokernels[hf]'")
+    import ranks_hf
+
+    folder = str(build("opt", tmp_path / "model"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, str(HERE / "ranks_hf.py"), folder, str(tmp_path)],
+        env=environment(), capture_output=True, text=True, timeout=400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = [torch.load(tmp_path / f"{r}.pt", weights_only=False) for r in range(2)]
+    ones = dict(
+        trainer=ranks_hf.by_trainer(folder, str(tmp_path / "one"), 8),
+        loop=ranks_hf.by_accelerate(folder, 8),
+    )
+    began = [p.detach() for p in ranks_hf.model_of(folder).parameters()]
+    for case, one in ones.items():
+        assert same(results[0][case]["weights"], results[1][case]["weights"])
+        # The model's loss is float32, whose rounding over ε makes 1e-4 of a slope; weights moved
+        # by some 3e-2.
+        for a, b in zip(results[0][case]["weights"], one["weights"], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=2e-5)
+        moved = [(a - b).abs().max() for a, b in zip(one["weights"], began, strict=True)]
+        assert max(moved) > 1e-2
+    assert results[0]["trainer"]["logs"] == pytest.approx(ones["trainer"]["logs"], abs=1e-4)
+    # Only the first process tells of the run.
+    assert done.stdout.count("'train_runtime'") == 1
+
+
+def test_a_process_that_is_killed_ends_the_run_and_one_goes_on(tmp_path):
+    codes = launch(ranks.killed, 2, tmp_path, fine=False)
+    assert codes == [1, -signal.SIGKILL]
+    # "In seconds", with room for a machine that is busy or stopped for a while.
+    error = tmp_path / "error-0"
+    assert error.stat().st_mtime - float((tmp_path / "died").read_text()) < 30
+    message = error.read_text()
+    assert "RankError: Rank 0 of 2 lost another one at step 2: a process died" in message
+    path = tmp_path / "run.zk"
+    model, straight = ranks.network(torch.float32), ranks.network(torch.float32)
+    opt = ranks.make(model, num_queries=2)
+    opt.resume(path)
+    assert opt.param_groups[0]["step"] == 2
+    ranks.train(model, opt, range(2, 5), dtype=torch.float32)
+    opt.trajectory.close()
+    ranks.train(straight, ranks.make(straight, num_queries=2), range(5), dtype=torch.float32)
+    assert same(ranks.weights(model), ranks.weights(straight))
+
+
+@pytest.mark.parametrize("parallel", ["auto", "data", "query", None, zk.Distributed()])
+def test_without_other_processes_nothing_changes(parallel):
+    one, other = ranks.network(), ranks.network()
+    opt = ranks.make(other, parallel=parallel)
+    assert ranks.train(one, ranks.make(one)) == ranks.train(other, opt)
+    assert same(ranks.weights(one), ranks.weights(other))
+    assert (opt.parallel.rank, opt.parallel.ranks, opt.parallel.bytes_sent) == (0, 1, 0)
+
+
+def test_torchrun_without_a_process_group_is_noticed(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        ranks.make(ranks.network(), parallel="data")
+
+
+@pytest.mark.hf
+def test_finetune_under_torchrun_is_refused_before_anything_is_written(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    from zokernels.cli import main
+
+    assert main(["finetune", "--model", "x", "--out", str(tmp_path / "run")]) == 2
+    assert "torchrun started 2 processes" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(data=2), "there are 1"),
+        (dict(query=3), "there are 1"),
+        (dict(data=0), "at least 1 process"),
+        (dict(check_every=-1), "check_every"),
+    ],
+)
+def test_layouts_that_do_not_fit(options, message):
+    with pytest.raises(ValueError, match=message):
+        zk.Distributed(**options)
+
+
+def test_importing_starts_nothing():
+    code = (
+        "import sys, torch.distributed as d, zokernels;"
+        "print(d.is_initialized(), 'torch.distributed.tensor' in sys.modules,"
+        " 'torch.distributed.fsdp' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=dict(environment(), PATH=os.environ["PATH"]),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["False"] * 3
