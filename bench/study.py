@@ -43,9 +43,15 @@ def cells(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[float]]:
     """Accuracies over the seeds, in percent, by part, shots, scheme and optimizer."""
     found: dict[tuple[str, str, str, str], list[float]] = {}
     for row in rows:
-        key = (row["part"], row["shots"], row["scheme"], row["optimizer"])
+        key = (row["part"], row["shots"], row["scheme"], _optimizer(row))
         found.setdefault(key, []).append(100 * float(row["dev_accuracy_after"]))
     return found
+
+
+def _optimizer(row: Row) -> str:
+    # In this part it is the rate that differs.
+    rate = f", {float(row['lr']):g}" if row["part"].endswith("-rates") else ""
+    return row["optimizer"] + rate
 
 
 def tables(rows: Sequence[Row]) -> str:
@@ -62,8 +68,8 @@ def tables(rows: Sequence[Row]) -> str:
         head = ["optimizer", *(f"{scheme}{f', {k} shots' if k else ''}" for k, scheme in columns)]
         head += ["forwards", "backwards"]
         lines = [["before training", *(_before(here, *column) for column in columns), "–", "–"]]
-        for optimizer in dict.fromkeys(row["optimizer"] for row in here):
-            mine = [row for row in here if row["optimizer"] == optimizer]
+        for optimizer in dict.fromkeys(map(_optimizer, here)):
+            mine = [row for row in here if _optimizer(row) == optimizer]
             values = [found.get((part, *column, optimizer)) for column in columns]
             passes = [
                 "–".join(dict.fromkeys(f"{int(row[name]):,}" for row in mine))

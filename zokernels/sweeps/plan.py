@@ -130,7 +130,12 @@ def _run(part: Part, cell: dict[str, Any], given: dict[str, Any], out: Path, pat
 
 def _folder(cell: dict[str, Any], settings: Settings) -> str:
     """A name to read, and a checksum: other settings are another run."""
-    plain = {k: v for k, v in asdict(settings).items() if k not in ("out", "overwrite", "name")}
+    # What is as it always was is left out, so that an option of a later version makes no difference.
+    plain = {
+        k: v
+        for k, v in asdict(settings).items()
+        if k not in ("out", "overwrite", "name") and v != _default(k)
+    }
     check = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:8]
     words = [text(v) if k != PRESET else text(v).rsplit("/", 2)[-1] for k, v in cell.items()]
     name = "-".join(re.sub(r"[^\w.]+", "-", w).strip("-")[-40:] for w in words)
