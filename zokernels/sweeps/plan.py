@@ -130,7 +130,7 @@ def _run(part: Part, cell: dict[str, Any], given: dict[str, Any], out: Path, pat
 
 def _folder(cell: dict[str, Any], settings: Settings) -> str:
     """A name to read, and a checksum: other settings are another run."""
-    # What is as it always was is left out, so that an option of a later version makes no difference.
+    # Defaults are left out, so that an option of a later version makes no difference.
     plain = {
         k: v
         for k, v in asdict(settings).items()
