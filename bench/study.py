@@ -133,6 +133,8 @@ def draw(rows: Sequence[Row], path: Path) -> None:
         names = [f"{k[2]} {k[3]}" + (f" {k[1]} shots" if k[1] else "") for k in keys]
         panel.set_yticks(range(len(keys)), names, fontsize=7)
         panel.set_title(part, fontsize=9)
+        # The same axis for all, so that a tenth of a point does not look like a difference.
+        panel.set_xlim(40, 100)
         panel.grid(axis="x", color="0.92")
     axes[-1].set_xlabel("dev accuracy (%); filled: several seeds, open: one; bar: before training")
     figure.savefig(path, dpi=110)
