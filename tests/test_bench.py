@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import stories
+from bench import document, quickstart, stories
 from zokernels.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -47,6 +47,16 @@ def test_the_story_models_tokenizer_merges_by_score():
     for text in ("the ab cab", "abcabcabc", "hedthed", "dög the", "", "  the"):
         assert made(text)["input_ids"] == stories.reference(text, pieces), text
     assert made.decode(made("dög the")["input_ids"], skip_special_tokens=True) == "dög the"
+
+
+def test_a_quickstart_measured_again_replaces_its_row_and_moves_the_mean(tmp_path):
+    path = tmp_path / "rows.csv"
+    common = dict.fromkeys(quickstart.COLUMNS, "1") | {"settings": "quickstart"}
+    for seed, after in ((4, 0.5), (0, 0.75), (4, 0.77)):
+        quickstart.keep({**common, "seed": seed, "dev_after": after}, path)
+    rows = document.read_rows(path)
+    assert [row["seed"] for row in rows] == ["0", "4"]
+    assert "| 75.0 / 77.0 | 76.0 | 1.4 |" in quickstart.table(rows)
 
 
 @pytest.fixture

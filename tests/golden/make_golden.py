@@ -16,6 +16,7 @@ import torch  # noqa: E402
 from zokernels import noise  # noqa: E402
 
 FILE = Path(__file__).with_name("noise_v1.json")
+PACKAGED = ROOT / "zokernels" / "data" / "noise_v1.json"
 
 # kind, seed, stream, offset, numel, keep
 CASES = [
@@ -68,7 +69,8 @@ def main() -> None:
             if old not in cases:
                 raise SystemExit(f"Nothing is written, since this golden vector changed: {old}")
     lines = ",\n".join(json.dumps(case) for case in cases)
-    FILE.write_text(f'{{"version": {noise.VERSION}, "cases": [\n{lines}\n]}}\n')
+    for file in (FILE, PACKAGED):
+        file.write_text(f'{{"version": {noise.VERSION}, "cases": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":
