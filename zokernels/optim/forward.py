@@ -20,10 +20,12 @@ Closure = Callable[[], torch.Tensor | float]
 class StepTiming:
     """Seconds of the last step: forwards without the noise made in them, noise, update, all.
 
+    With ``reuse_forward`` of `HybridZO` the backward counts among the forwards.
     ``waiting`` is what the exchange with other processes took: mostly, waiting for the slowest.
     """
 
     forwards: float = 0.0
+    backward: float = 0.0
     noise: float = 0.0
     update: float = 0.0
     waiting: float = 0.0

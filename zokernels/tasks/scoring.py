@@ -6,12 +6,13 @@ numbers of candidates, the spare places hold −∞. The answer is their argmax,
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from zokernels.tasks.chat import answer
 from zokernels.tasks.errors import InputError
 from zokernels.tasks.task import Example, Task
 
@@ -24,6 +25,9 @@ _SCALE = 20.0
 
 class Scorer:
     """What the three kinds share.
+
+    Attributes:
+        chat: Turns a causal model's prompt into its chat form, if there is one.
 
     Args:
         model: A transformers model, perhaps inside an adapter.
@@ -51,6 +55,7 @@ class Scorer:
         self.max_length = max_length
         self.objective = objective or ("tokens" if task.generates else "candidates")
         self.demos = list(demos)
+        self.chat: Callable[[str], str] | None = None
         self.device = next(model.parameters()).device
         self._prepare()
 
@@ -84,7 +89,8 @@ class Scorer:
         solved = [
             self.task.prompt(e) + self.task.candidates(e)[e.label] + "\n\n" for e in self.demos
         ]
-        return "".join(solved) + self.task.prompt(example)
+        whole = "".join(solved) + self.task.prompt(example)
+        return self.chat(whole) if self.chat else whole
 
     def predict(self, examples: Sequence[Example], calibrate: bool = False) -> list[int]:
         """The index of each example's best candidate.
@@ -138,6 +144,8 @@ class CausalScorer(Scorer):
         prompts = [self.prompt(e) for e in examples]
         tails = [self.task.candidates(e) for e in examples]
         heads: list[list[int]] = self.tokenizer(prompts, verbose=False)["input_ids"]
+        if self.chat:
+            tails = [[answer(p, t) for t in own] for p, own in zip(prompts, tails, strict=True)]
         texts = [p + tail for p, own in zip(prompts, tails, strict=True) for tail in own]
         encoded = iter(self.tokenizer(texts, verbose=False)["input_ids"])
         rows: list[list[int]] = []
