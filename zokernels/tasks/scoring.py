@@ -192,6 +192,12 @@ class CausalScorer(Scorer):
         """Length-normalised log-probabilities."""
         return candidate_scores(self.model, batch)
 
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """What training lowers; of candidates it needs no more than their differences."""
+        if self.objective != "candidates":
+            return super().loss(batch)
+        return F.cross_entropy(candidate_scores(self.model, batch, True), batch["labels"])
+
 
 class MaskedScorer(Scorer):
     """The logits of the label words at the blank."""
@@ -267,7 +273,7 @@ class EncoderScorer(Scorer):
         return _SCALE * means[:count] @ means[count:].T
 
 
-def candidate_scores(model: Any, batch: Batch) -> torch.Tensor:
+def candidate_scores(model: Any, batch: Batch, relative: bool = False) -> torch.Tensor:
     """The mean log-probability of each candidate's tokens under a causal LM.
 
     Args:
@@ -275,6 +281,9 @@ def candidate_scores(model: Any, batch: Batch) -> torch.Tensor:
         batch: ``input_ids`` and ``attention_mask`` of the rows; for each candidate ``places`` of
             the logits that predict its tokens, ``targets`` and ``weights`` of these, and ``owners``
             (its row, its example, its place among that's); ``labels`` of the examples.
+        relative: Only differences between an example's scores matter, so that its candidates may be
+            scored by their logits where each is one token at the same place: what a softmax
+            divides by is the same for all of them.
 
     Returns:
         Scores of shape (examples, candidates), float32.
@@ -290,8 +299,12 @@ def candidate_scores(model: Any, batch: Batch) -> torch.Tensor:
     # Counted from the end, where neither trimming nor a soft prompt changes anything.
     places = batch["places"] - (width - logits.shape[1])
     rows, examples, columns = batch["owners"].unbind(1)
-    logs = logits[rows[:, None], places].float().log_softmax(-1)
-    chosen = logs.gather(-1, batch["targets"][..., None])[..., 0]
+    asked = logits[rows[:, None], places]
+    one_row_each = len(batch["input_ids"]) == len(batch["labels"])
+    if relative and one_row_each and places.shape[1] == 1:
+        chosen = asked.gather(-1, batch["targets"][..., None])[..., 0].float()
+    else:
+        chosen = asked.float().log_softmax(-1).gather(-1, batch["targets"][..., None])[..., 0]
     means = (chosen * batch["weights"]).sum(-1)
     shape = (len(batch["labels"]), int(columns.max()) + 1)
     out = torch.full(shape, float("-inf"), device=means.device)
