@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from bench import document, quickstart, roofline
+from bench import document, quickstart, roofline, study
 from bench.document import Row
 
 NAMES = {
@@ -106,6 +106,7 @@ def label(case: str, dist: str) -> str:
 # Document, marker, results, and what makes the table of their rows.
 TABLES: tuple[tuple[str, str, str, Callable[[list[Row]], str]], ...] = (
     ("README.md", "ops", "ops.csv", tables),
+    ("docs/study.md", "study", "study.csv", study.tables),
     ("docs/performance.md", "codegen", "codegen.csv", roofline.table),
     ("docs/finetune.md", "quickstart", "quickstart.csv", quickstart.table),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import document, quickstart
+from bench import document, quickstart, stories
 from zokernels.cli import main
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +34,19 @@ def test_bench_codegen_writes_what_it_counts(tmp_path, capsys):
 def test_bench_codegen_refuses_a_json_it_could_not_write(tmp_path, capsys):
     assert main(["bench", "codegen", "--json", str(tmp_path / "none" / "out.json")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.hf
+def test_the_story_models_tokenizer_merges_by_score():
+    letters = "abcdet "
+    pieces = [("<unk>", 0.0), ("<s>", 0.0), ("</s>", 0.0)]
+    pieces += [(f"<0x{byte:02X}>", 0.0) for byte in range(256)]
+    joined = [" t", "he", " the", "ed", "ab", "abc", "bc", "cab"]
+    pieces += [(word, -float(i)) for i, word in enumerate([*joined, *letters, "h"])]
+    made = stories.tokenizer(pieces)
+    for text in ("the ab cab", "abcabcabc", "hedthed", "dög the", "", "  the"):
+        assert made(text)["input_ids"] == stories.reference(text, pieces), text
+    assert made.decode(made("dög the")["input_ids"], skip_special_tokens=True) == "dög the"
 
 
 def test_a_quickstart_measured_again_replaces_its_row_and_moves_the_mean(tmp_path):

@@ -69,7 +69,7 @@ BAD = [
     ("scheme", ["--scheme", "adapter"], "--scheme must be one of full, lora, bitfit"),
     ("scheme that needs a causal LM", ["--scheme", "prefix"], "this model is no causal LM"),
     ("head of an encoder", ["--scheme", "head"], "this model has none"),
-    ("optimizer", ["--optimizer", "fo-sgd"], "--optimizer must be one of zosgd"),
+    ("optimizer", ["--optimizer", "lion"], "--optimizer must be one of zosgd"),
     ("objective", ["--objective", "f1"], "one of candidates, tokens, accuracy"),
     ("tokens of an encoder", ["--objective", "tokens"], "--objective tokens needs a causal LM"),
     ("examples in context of an encoder", ["--demos", "2"], "in context need a causal LM"),

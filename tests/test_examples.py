@@ -4,7 +4,10 @@ import importlib.util
 from pathlib import Path
 
 import pytest
+import torch
 from tiny import build
+
+from zokernels.cli import main
 
 pytestmark = pytest.mark.hf
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -40,6 +43,28 @@ def test_lora_in_the_trainer(model, tmp_path):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), out)
 
 
-@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda p: p.name)
+def test_supervised_fine_tuning_in_trl(model, tmp_path):
+    pytest.importorskip("trl", reason="needs TRL: pip install trl")
+    from transformers import AutoModelForCausalLM
+
+    out = tmp_path / "run"
+    assert load("trl_sft").main(model, 3, str(out)) > 0
+    before = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(out).state_dict()
+    assert any(not torch.equal(before[n], after[n]) for n in before)
+
+
+def test_a_sweep_and_its_table(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("MODEL", model)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    text = (EXAMPLES / "sweep.yaml").read_text().replace("steps: 500", "steps: 2")
+    (tmp_path / "sweep.yaml").write_text(text)
+    out = tmp_path / "out"
+    assert main(["sweep", str(tmp_path / "sweep.yaml"), "--out", str(out)]) == 0
+    assert set(load("read_sweep").main(str(out))) == {"full", "lora"}
+    assert len((out / "runs.csv").read_text().splitlines()) == 1 + 2 + 2 + 2 + 1
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.*")), ids=lambda p: p.name)
 def test_an_example_is_short(path):
     assert len(path.read_text().splitlines()) < 60

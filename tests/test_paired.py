@@ -167,6 +167,9 @@ def closures(model, inputs):
             model(ids, mask).logits.float().view(-1, VOCABULARY), labels.view(-1), reduction="sum"
         ),
         "some rows": lambda: model(ids, mask).logits[torch.arange(3), -1].logsumexp(-1).mean(),
+        "some words": lambda: model(ids, mask).logits[:, -1:].gather(
+            -1, torch.tensor([[[5, 7]], [[8, 5]], [[0, 9]]])
+        ).mean(),
         "all logits": lambda: model(ids, mask).logits.square().mean(),
         "smoothed": lambda: F.cross_entropy(
             model(ids, mask).logits.view(-1, VOCABULARY), labels.view(-1), label_smoothing=0.1

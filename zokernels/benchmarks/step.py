@@ -76,10 +76,10 @@ class Result:
 
 
 COLUMNS = (
-    *machine.COLUMNS, "spin", "model", "scheme", "loss", "rows", "length", "dtype", "optimizer", "queries",
-    "dist", "perturb", "lazy_logits", "forwards_ms", "step_ms", "ratio", "low", "high", *PARTS,
-    "tokens_per_s", "ns_per_weight", "memory_mb", "repeats", "times_faster_than_mezo", "mezo",
-    "torchzero", "fo-sgd", "fo-adamw",
+    *machine.COLUMNS, "spin", "model", "scheme", "loss", "rows", "length", "dtype", "optimizer",
+    "queries", "dist", "perturb", "lazy_logits", "forwards_ms", "step_ms", "ratio", "low", "high",
+    *PARTS, "tokens_per_s", "ns_per_weight", "memory_mb", "repeats", "times_faster_than_mezo",
+    "mezo", "torchzero", "fo-sgd", "fo-adamw",
 )  # fmt: skip
 
 
@@ -186,7 +186,7 @@ def _candidates(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], tor
     batch = {k: v.to(model.device) for k, v in batch.items()}
 
     def loss() -> torch.Tensor:
-        scores = candidate_scores(model, batch)
+        scores = candidate_scores(model, batch, relative=True)
         return torch.nn.functional.cross_entropy(scores, batch["labels"])
 
     return loss

@@ -1,11 +1,11 @@
-"""The command line: ``zokernels finetune | bench | verify | replay | env``."""
+"""The command line: ``zokernels finetune | sweep | bench | verify | replay | env``."""
 
 import sys
 from collections.abc import Sequence
 
 import typer
 
-from zokernels.cli import bench, env, finetune, replay, verify
+from zokernels.cli import bench, env, finetune, replay, sweep, verify
 from zokernels.tasks.errors import InputError, RunError
 
 __all__ = ["app", "main"]
@@ -18,6 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("finetune")(finetune.command)
+app.command("sweep")(sweep.command)
 app.command("replay")(replay.command)
 app.command("verify")(verify.command)
 app.command("env")(env.command)

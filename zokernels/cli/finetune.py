@@ -1,4 +1,4 @@
-"""``zokernels finetune``: a task, a model, and forward passes."""
+"""``zokernels finetune``: a task, a model, and an optimizer."""
 
 import shlex
 import sys
@@ -8,8 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
+from zokernels.cli import presets
 from zokernels.tasks import TASKS, InputError, folder, get_task
+from zokernels.tasks.models import quiet
 from zokernels.tasks.optimizers import OPTIMIZERS
+from zokernels.tasks.presets import get
 from zokernels.tasks.resume import settings_of
 from zokernels.tasks.run import Finetune
 from zokernels.tasks.schemes import SCHEMES
@@ -28,10 +31,15 @@ def command(
     model: Annotated[
         str | None, _option("Folder made by save_pretrained, or hub name.", _MODEL)
     ] = None,
+    preset: Annotated[
+        str | None,
+        _option("Settings of the benchmark paper, by name, or list; other options win.", _METHOD),
+    ] = None,
     task: Annotated[str, _option(f"Task: {', '.join(TASKS)}.", _DATA)] = "sst2",
     template: Annotated[
         bool, _option("Words around the texts.", _DATA, "--template/--no-template")
     ] = True,
+    chat: Annotated[bool, _option("Prompts as turns of a chat.", _DATA)] = False,
     shots: Annotated[int | None, _option("Training examples of each label.", _DATA)] = None,
     demos: Annotated[int, _option("Solved examples before each prompt.", _DATA)] = 0,
     calibrate: Annotated[bool, _option("Judge against a prompt without content.", _DATA)] = False,
@@ -67,6 +75,15 @@ def command(
     block_order: Annotated[
         str, _option("sequential (update at once) or simultaneous.", _METHOD)
     ] = "sequential",
+    hybrid_split: Annotated[
+        int | None, _option("Layers by zeroth order, with --optimizer hybrid.", _METHOD)
+    ] = None,
+    fo_lr: Annotated[
+        float | None, _option("Learning rate of the other layers of hybrid.", _METHOD)
+    ] = None,
+    fo_optimizer: Annotated[
+        str, _option("Optimizer of the other layers of hybrid: fo-sgd, fo-adam.", _METHOD)
+    ] = "fo-adam",
     weight_decay: Annotated[float, _option("Decoupled weight decay.", _METHOD)] = 0.0,
     rounding: Annotated[str, _option("nearest or stochastic.", _METHOD)] = "nearest",
     seed: Annotated[int, _option("Fixes data order and directions.", _METHOD)] = 0,
@@ -77,6 +94,9 @@ def command(
     keep_best: Annotated[
         bool, _option("Keep the step best on held-out training sentences.", _RUN)
     ] = False,
+    save_weights: Annotated[
+        bool, _option("Keep the weights, or only the log that makes them again.", _RUN)
+    ] = True,
     dtype: Annotated[str, _option("float32, bfloat16 or float16.", _MODEL)] = "float32",
     perturb: Annotated[str | None, _option("on_entry, paired or in_place.", _METHOD)] = None,
     backend: Annotated[str | None, _option("Kernels to use; see zokernels env.", _METHOD)] = None,
@@ -98,16 +118,22 @@ def command(
     options = dict(locals())
     path = options.pop("json")
     folder.check_json(path)
-    del options["context"], options["resume"]
+    for name in ("context", "resume", "preset"):
+        del options[name]
     if resume is not None:
         _check_alone(context)
         return _report(train(settings_of(resume), _words(), resume=True), path)
-    if model is None:
+    if preset == "list":
+        return presets.show()
+    if preset is not None:
+        given = {name for name in options if _is_given(context, name)}
+        options |= {k: v for k, v in get(preset).settings.items() if k not in given}
+    if options["model"] is None:
         raise InputError(
             "--model is missing: name a folder made by save_pretrained, or a model on the hub."
         )
-    get_task(task)
-    options["out"] = out or Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    get_task(options["task"])
+    options["out"] = out or Path("runs") / f"{options['task']}-{time.strftime('%Y%m%d-%H%M%S')}"
     return _report(train(Settings(**options), _words()), path)
 
 
@@ -124,12 +150,16 @@ def _words() -> str:
 def _check_alone(context: typer.Context) -> None:
     """Refuses options beside --resume that would change the run."""
     for name in context.params:
-        source = context.get_parameter_source(name)
-        if name not in ("resume", "json") and source is not None and source.name == "COMMANDLINE":
+        if name not in ("resume", "json") and _is_given(context, name):
             raise InputError(
                 f"--resume takes every setting from the run's folder; leave out "
                 f"--{name.replace('_', '-')}."
             )
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def train(settings: Settings, command_line: str = "", resume: bool = False) -> dict[str, Any]:
@@ -143,9 +173,10 @@ def train(settings: Settings, command_line: str = "", resume: bool = False) -> d
         metrics = Finetune(settings, watcher, command_line, resume).run()
         where = f"{settings.out}/{folder.REPORT}"
         if metrics["interrupted"]:
+            weights = f"their weights are in {settings.out}/{folder.WEIGHTS}, the report in"
             watcher.say(
-                f"Interrupted after {metrics['steps']} steps; their weights are in "
-                f"{settings.out}/{folder.WEIGHTS}, the report in {where}."
+                f"Interrupted after {metrics['steps']} steps; "
+                f"{weights if settings.save_weights else 'the report is in'} {where}."
             )
         else:
             watcher.say(ending(metrics, where))
@@ -159,13 +190,3 @@ def ending(metrics: dict[str, Any], where: str) -> str:
         f"dev {metrics['metric']} {before:.1%} -> {after:.1%} ({metrics['data']}, "
         f"{metrics['steps']} steps, {metrics['seconds']:.0f} s): {where}"
     )
-
-
-def quiet() -> None:
-    """Keeps transformers' own progress bars and load reports out of the run's output."""
-    try:
-        from transformers.utils import logging
-    except ImportError:
-        return
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

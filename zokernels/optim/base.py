@@ -282,8 +282,8 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
 
             def along(seeds: list[int]) -> Estimate:
                 two_sided = self.param_groups[0]["two_sided"]
-                together = self.perturb == "paired" and block is None
-                return estimate(losses_at, seeds, two_sided, together, self.parallel.ranks > 1)
+                to_the_end = self.parallel.ranks > 1
+                return estimate(losses_at, seeds, two_sided, losses.together, to_the_end)
 
             found = self.parallel.join(along, self._seeds(block), self)
             if found.is_finite:
@@ -319,7 +319,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
 
         perturber = self._get_perturber(params)
         with perturber.session():
-            losses = Losses(run, directions, perturber, self.timing, self._base_loss)
+            losses = Losses(run, directions, perturber, self.timing, self._base_loss, block is None)
             yield losses
             self._base_loss = losses.base
 

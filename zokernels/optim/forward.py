@@ -20,10 +20,12 @@ Closure = Callable[[], torch.Tensor | float]
 class StepTiming:
     """Seconds of the last step: forwards without the noise made in them, noise, update, all.
 
+    With ``reuse_forward`` of `HybridZO` the backward counts among the forwards.
     ``waiting`` is what the exchange with other processes took: mostly, waiting for the slowest.
     """
 
     forwards: float = 0.0
+    backward: float = 0.0
     noise: float = 0.0
     update: float = 0.0
     waiting: float = 0.0
@@ -91,6 +93,8 @@ class Losses:
         perturber: Perturbs the model.
         timing: Where the time is noted.
         base: The loss at θ, if it is known.
+        together: Whether points may share a forward: those of a block may not, which begin at the
+            block from what the last one left.
 
     Attributes:
         base: The loss at θ, if it is known by now.
@@ -103,9 +107,11 @@ class Losses:
         perturber: InPlace | OnEntry,
         timing: StepTiming,
         base: float | None,
+        together: bool,
     ):
         self.run, self.directions, self.perturber = run, directions, perturber
         self.timing, self.base = timing, base
+        self.together = together and isinstance(perturber, Paired)
 
     def of(self, places: Sequence[Place]) -> list[float]:
         """The loss at each of some places, which share a forward where that is possible."""
@@ -114,7 +120,8 @@ class Losses:
             None if moves is None else self.directions(moves, seeds, rounding_seed=rounding_seed)
             for moves, seeds, rounding_seed in places
         ]
-        if isinstance(self.perturber, Paired) and len(lanes) > 1:
+        if self.together and len(lanes) > 1:
+            assert isinstance(self.perturber, Paired)
             found = self.perturber.run_all(lanes, lambda: self.run(self.perturber.params))
             if None in lanes:
                 self.base = found[lanes.index(None)]

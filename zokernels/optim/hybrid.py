@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -147,6 +148,7 @@ class HybridZO(ZOSGD):
         Returns:
             The loss; NaN where it is finite and its gradient is not, as float16 can have it.
         """
+        started = time.perf_counter()
         with self._shallow_frozen(), torch.enable_grad():
             loss = forward()
             if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
@@ -155,10 +157,14 @@ class HybridZO(ZOSGD):
                     "part; return the model's own loss, and use no torch.no_grad in the closure."
                 )
             value = float(loss.detach())
+            began = time.perf_counter()
             if math.isfinite(value):
                 loss.backward()
-        gradients = [p.grad for g in self.fo_optimizer.param_groups for p in g["params"]]
-        return value if all(map(_is_finite, gradients)) else math.nan
+            if not self.reuse_forward:
+                self.timing.forwards += began - started
+                self.timing.backward += time.perf_counter() - began
+        deep = [p for group in self.fo_optimizer.param_groups for p in group["params"]]
+        return value if all_finite(p.grad for p in deep) else math.nan
 
     @contextlib.contextmanager
     def _shallow_frozen(self) -> Iterator[None]:
@@ -179,6 +185,11 @@ class HybridZO(ZOSGD):
             return super().step(closure)
         finally:
             self.zero_grad()
+
+
+def all_finite(gradients: Iterable[torch.Tensor | None]) -> bool:
+    """Whether every gradient is finite; those that are None count as such."""
+    return all(map(_is_finite, gradients))
 
 
 def _is_finite(gradient: torch.Tensor | None) -> bool:

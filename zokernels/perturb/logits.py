@@ -220,6 +220,31 @@ def _take(logits: PerturbedLogits, index: Any) -> Any:
     return logits.like([h[index] for h in logits.hidden])
 
 
+def _gather(logits: PerturbedLogits, dim: int, index: torch.Tensor) -> Any:
+    """Logits of a few words: only their rows of the head are made."""
+    last = dim in (-1, logits.dim() - 1)
+    if not last or index.shape[:-1] != logits.shape[:-1] or index.numel() * 8 > logits.shape[-1]:
+        return NotImplemented
+    lanes = len(logits.hidden)
+    words = list(index.chunk(lanes)) if logits.lane is None else [index] * lanes
+
+    def chosen() -> list[torch.Tensor]:
+        rows = logits.entry.filler.rows(logits.weight.place, words)
+        biases: list[Any] = [logits.bias] * lanes
+        if isinstance(logits.bias, PerturbedWeight):
+            biases = [own[0] for own in resolve(logits.bias)]
+        found = []
+        for h, w, b, word in zip(logits.hidden, rows, biases, words, strict=True):
+            product = (h[..., None, :].float() * w.float()).sum(-1)
+            product = product if b is None else product + b[word].float()
+            # A product of 16-bit tensors is rounded to 16 bits.
+            found.append(product.to(h.dtype).to(logits.wide))
+        return found
+
+    found = logits.entry.once(("gather",), logits.lane, [*logits.hidden, index], chosen)
+    return torch.cat(found) if logits.lane is None else found[logits.lane]
+
+
 def _cross_entropy(
     logits: Any,
     target: Any,
@@ -277,5 +302,6 @@ _WAITING: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.view: _view,
     torch.Tensor.reshape: _view,
     torch.Tensor.__getitem__: _take,
+    torch.Tensor.gather: _gather,
     F.cross_entropy: _cross_entropy,
 }

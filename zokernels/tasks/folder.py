@@ -13,6 +13,7 @@ from zokernels.trajectory.writer import sync_folder
 
 CONFIG, METRICS, LOG = "config.json", "metrics.json", "metrics.jsonl"
 PLOT, REPORT, WEIGHTS, TRAJECTORY = "plot.png", "report.md", "final", "trajectory.zk"
+CHECKPOINT = "checkpoint.pt"
 MARK = "zokernels_run"
 
 
@@ -137,7 +138,7 @@ class RunFolder:
         """Removes an earlier run's files and writes the new configuration."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            for name in (METRICS, LOG, PLOT, REPORT, TRAJECTORY):
+            for name in (METRICS, LOG, PLOT, REPORT, TRAJECTORY, CHECKPOINT):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / WEIGHTS).is_dir():
                 shutil.rmtree(self.path / WEIGHTS)

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from zokernels.optim.base import ZOOptimizer
 from zokernels.tasks.task import Example
 
 if TYPE_CHECKING:
@@ -27,7 +26,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def take_step(
-    optimizer: ZOOptimizer, scorer: Scorer, examples: Sequence[Example], retry: bool
+    optimizer: Any,
+    scorer: Scorer,
+    examples: Sequence[Example],
+    retry: bool,
+    seen: Callable[[torch.Tensor], None],
 ) -> tuple[float, bool]:
     """One optimizer step on a batch; where memory does not suffice, again and in two halves.
 
@@ -39,12 +42,13 @@ def take_step(
         scorer: Makes batches and losses; a loss is a mean over a batch's examples.
         examples: At least one.
         retry: Whether to try again.
+        seen: Called with the loss of every forward.
 
     Returns:
         The step's loss, and whether it was made in halves.
     """
     try:
-        return float(_step(optimizer, scorer, [examples])), False
+        return float(_step(optimizer, scorer, [examples], seen)), False
     except (RuntimeError, MemoryError) as error:
         if not (retry and len(examples) > 1 and is_out_of_memory(error)):
             raise
@@ -53,7 +57,7 @@ def take_step(
             raise
     # Out here the traceback is gone, and with it what its frames held.
     _free()
-    return float(_step(optimizer, scorer, halves(examples))), True
+    return float(_step(optimizer, scorer, halves(examples), seen)), True
 
 
 def in_parts(run: Callable[[Sequence[Example]], list[T]], examples: Sequence[Example]) -> list[T]:
@@ -79,12 +83,20 @@ def halves(examples: Sequence[Example]) -> list[Sequence[Example]]:
 
 
 def _step(
-    optimizer: ZOOptimizer, scorer: Scorer, parts: Sequence[Sequence[Example]]
+    optimizer: Any,
+    scorer: Scorer,
+    parts: Sequence[Sequence[Example]],
+    seen: Callable[[torch.Tensor], None],
 ) -> torch.Tensor:
     batches = [scorer.collate(part) for part in parts]
     total = sum(map(len, parts))
 
     def closure() -> torch.Tensor:
+        loss = forward()
+        seen(loss)
+        return loss
+
+    def forward() -> torch.Tensor:
         if len(parts) == 1:
             return scorer.loss(batches[0])
         means = [

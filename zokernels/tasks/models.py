@@ -1,5 +1,6 @@
 """Loading a model and its tokenizer, from a folder first."""
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ def load(name: str, dtype: str = "float32") -> Loaded:
         raise InputError(
             "Fine-tuning needs transformers, which is not installed: pip install 'zokernels[hf]'."
         ) from None
-    path = Path(name).expanduser()
+    path = Path(located(name)).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(
@@ -67,6 +68,28 @@ def load(name: str, dtype: str = "float32") -> Loaded:
     raise InputError(
         f"Model '{name}' is neither a folder nor in the local cache of the hub, and the hub was "
         f"not used: {why}."
+    )
+
+
+def located(name: str) -> str:
+    """The model's folder where ``name`` is ``package:NAME/FOLDER``, else ``name`` itself.
+
+    Some packages of the Python package index carry weights; such a package is found, not imported.
+
+    Raises:
+        InputError: If it is not installed, or has no such folder.
+    """
+    if not name.startswith("package:"):
+        return name
+    package, _, inside = name.removeprefix("package:").partition("/")
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        path = Path(place) / inside
+        if (path / "config.json").is_file():
+            return str(path)
+    raise InputError(
+        f"--model {name}: there is no installed package '{package}' with a model in "
+        f"'{inside or '.'}'; install it, or name a folder."
     )
 
 
@@ -119,6 +142,16 @@ def _read(transformers: Any, name: str, dtype: torch.dtype, *, cached: bool) -> 
             f"{missing[0]} among them."
         )
     return Loaded(model.eval(), tokenizer, kind, notes)
+
+
+def quiet() -> None:
+    """Keeps transformers' own progress bars and load reports out of the run's output."""
+    try:
+        from transformers.utils import logging
+    except ImportError:
+        return
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _check_vocabulary(name: str, tokenizer: Any, model: Any) -> None:

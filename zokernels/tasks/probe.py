@@ -83,6 +83,7 @@ class ProbeScorer(Scorer):
             texts = [plain.prompt(e) for e in examples]
         else:
             texts = [self.task.prompt(e) for e in examples]
+            texts = [self.chat(text) for text in texts] if self.chat else texts
         number = self.tokenizer.mask_token_id if blank is not None else None
         encoded: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
         rows = [self._cut(row, number) for row in encoded]

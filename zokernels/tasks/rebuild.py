@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 import zokernels as zk
-from zokernels.tasks import folder
+from zokernels.tasks import folder, optimizers
 from zokernels.tasks.errors import InputError, RunError
-from zokernels.tasks.resume import to_settings
+from zokernels.tasks.resume import read_settings, to_settings
 from zokernels.tasks.run import Finetune
 from zokernels.tasks.settings import Settings
 
@@ -91,6 +91,13 @@ def rebuild(
 def _check(run: Path, out: Path | None, verify: bool) -> None:
     if not run.exists():
         raise InputError(f"There is no run {run}; name a run folder or a trajectory file.")
+    if run.is_dir() and folder.is_run(run):
+        used = read_settings(run).optimizer
+        if not optimizers.replayable(used):
+            raise InputError(
+                f"{run} went by {used}, whose gradients by backpropagation no log of scalars can "
+                f"make again; its weights are in {run / folder.WEIGHTS}."
+            )
     if run.is_dir() and not (run / folder.TRAJECTORY).exists():
         raise InputError(f"{run} has no {folder.TRAJECTORY}, so it is not the folder of a run.")
     if verify and not (run / folder.WEIGHTS).is_dir():

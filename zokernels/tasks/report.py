@@ -2,6 +2,8 @@
 
 import math
 import platform
+from collections import Counter
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,6 +12,7 @@ import torch
 
 from zokernels.tasks import folder, get_task, optimizers
 from zokernels.tasks.settings import Settings
+from zokernels.tasks.task import Example
 
 if TYPE_CHECKING:
     from zokernels.tasks.run import Finetune, History
@@ -68,6 +71,9 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
         "dev_examples": len(run.splits.dev),
         "mean_loss_first_tenth": _mean(finite[: max(1, len(finite) // 10)]),
         "mean_loss_last_tenth": _mean(finite[-max(1, len(finite) // 10) :]),
+        "forwards": history.forwards,
+        "backwards": history.backwards,
+        "dev_majority": _majority(run.splits.dev, get_task(s.task).generates),
         "non_finite_steps": len(history.losses) - len(finite),
         "halved_steps": history.halved,
         "trained_weights": run.trained.weights,
@@ -80,6 +86,7 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
         "seed": s.seed,
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "machine": processor(),
     }
 
 
@@ -132,7 +139,13 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
     per_step = 1000 / max(1, len(run.history.losses))
     split = " · ".join(
         f"{name} {clock[part] * per_step:.1f} ms ({_percent(clock[part], clock['total'])})"
-        for name, part in (("forwards", "forwards"), ("noise", "noise"), ("update", "update"))
+        for name, part in (
+            ("forwards", "forwards"),
+            ("backward", "backward"),
+            ("noise", "noise"),
+            ("update", "update"),
+        )
+        if clock[part] or part == "forwards"
     )
     known = ", ".join(f"{name} {v}" for name, v in m["versions"].items() if v)
     # A bar would end the table's cell, and patterns are full of them.
@@ -164,8 +177,8 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
         f"| Method | {optimizers.find(s.optimizer).__name__}, {m['steps']:,} steps of "
         f"{s.batch_size} examples"
         f"{' with equal class counts' if s.balanced else ''}, lr {s.lr:g} {s.schedule}, "
-        f"ε {s.eps:g}, {s.num_queries} {s.dist} direction{'s' * (s.num_queries > 1)} a step, "
-        f"weight decay {s.weight_decay:g}, rounding to {s.rounding} |",
+        f"{_method(s)}weight decay {s.weight_decay:g} |",
+        f"| Passes | {m['forwards']:,} forwards and {m['backwards']:,} backwards in training |",
         f"| Loss | {_number(m['mean_loss_first_tenth'])} over the first tenth of the steps, "
         f"{_number(m['mean_loss_last_tenth'])} over the last"
         f"; {m['non_finite_steps']} not finite |",
@@ -182,8 +195,33 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _method(s: Settings) -> str:
+    plain = optimizers.key(s.optimizer)
+    if plain in optimizers.FIRST_ORDER:
+        return ""
+    own = (
+        f"ε {s.eps:g}, {s.num_queries} {s.dist} direction{'s' * (s.num_queries > 1)} a step, "
+        f"rounding to {s.rounding}, "
+    )
+    if plain == optimizers.HYBRID:
+        own += (
+            f"{s.hybrid_split} layers by zeroth order and the others by {s.fo_optimizer}, "
+            f"lr {s.fo_lr:g}, "
+        )
+    return own
+
+
+def _majority(dev: Sequence[Example], generates: bool) -> float | None:
+    """What always giving the most frequent answer of dev would reach."""
+    if generates or not dev:
+        return None
+    return max(Counter(e.label for e in dev).values()) / len(dev)
+
+
 def _prompts(s: Settings) -> str:
     parts = ["the task's template" if s.template else "no template"]
+    if s.chat:
+        parts.append("as a turn of a chat")
     if s.demos:
         parts.append(f"{s.demos} solved examples in context")
     if s.calibrate:

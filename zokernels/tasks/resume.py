@@ -67,6 +67,14 @@ def to_settings(plain: dict[str, Any], source: Path, out: Path) -> Settings:
     return Settings(**{**plain, "out": out})
 
 
+def other_data(path: Path) -> str:
+    """The sentence for a run whose training examples are not what they were."""
+    return (
+        f"--resume {path}: the training examples are not those that the run began with; bring the "
+        "data back, or start a new run."
+    )
+
+
 def fingerprint(pool: Sequence[Any]) -> int:
     """A checksum of the training examples, in their order."""
     return zlib.crc32("\n".join(map(repr, pool)).encode())
@@ -88,16 +96,13 @@ def restore(run: Finetune, optimizer: Any, out: folder.RunFolder, about: dict[st
     try:
         trajectory = zk.Trajectory(path)
         if trajectory.header["about"].get("pool") != about["pool"]:
-            raise InputError(
-                f"--resume {out.path}: the training examples are not those that the run began "
-                "with; bring the data back, or start a new run."
-            )
-        lines = _whole_lines(out.path / folder.LOG)
+            raise InputError(other_data(out.path))
+        lines = whole_lines(out.path / folder.LOG)
         logged = [r for r in lines if "loss" in r]
         step = min(trajectory.end, len(logged))
         # What was measured at this very step is measured again, since it may be incomplete.
         kept = [r for r in lines if r["step"] < step or ("loss" in r and r["step"] == step)]
-        _restore_history(run, kept)
+        restore_history(run, kept)
         _restore_best(run, kept, path)
         optimizer.resume(path, until=step)
     except zk.TrajectoryError as error:
@@ -107,7 +112,7 @@ def restore(run: Finetune, optimizer: Any, out: folder.RunFolder, about: dict[st
     return step
 
 
-def _whole_lines(path: Path) -> list[dict[str, Any]]:
+def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The log's records, up to the first that a kill cut short or that is out of turn."""
     found: list[dict[str, Any]] = []
     steps = 0
@@ -128,7 +133,8 @@ def _whole_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _restore_history(run: Finetune, records: list[dict[str, Any]]) -> None:
+def restore_history(run: Finetune, records: list[dict[str, Any]]) -> None:
+    """Brings back what was measured, for the plot and the report."""
     history = run.history
     for r in records:
         if "loss" in r:
@@ -137,6 +143,8 @@ def _restore_history(run: Finetune, records: list[dict[str, Any]]) -> None:
             for part, seconds in r["parts"].items():
                 history.seconds[part] += seconds
             history.seconds["total"] += r["seconds"]
+            history.forwards = r.get("forwards", 0)
+            history.backwards = r.get("backwards", 0)
         else:
             found = evaluate.Accuracy(r["accuracy"], r["examples"])
             getattr(history, r["split"]).append((r["step"], found))

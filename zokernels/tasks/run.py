@@ -1,12 +1,11 @@
 """One run: load, evaluate, train by forward passes, evaluate, and write down what happened."""
 
 import math
-import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,8 @@ import torch
 import zokernels as zk
 from zokernels.distributed import launched
 from zokernels.tasks import (
+    chat,
+    checkpoint,
     data,
     evaluate,
     folder,
@@ -28,6 +29,8 @@ from zokernels.tasks import (
 )
 from zokernels.tasks.batches import batches
 from zokernels.tasks.errors import InputError, RunError
+from zokernels.tasks.history import History, Watcher
+from zokernels.tasks.interrupt import stop_on_interrupt
 from zokernels.tasks.probe import ProbeScorer
 from zokernels.tasks.scoring import SCORERS, Scorer
 from zokernels.tasks.settings import Settings
@@ -36,32 +39,8 @@ from zokernels.tasks.task import Task
 _MAX_BAD_STEPS = 10
 _OPTIMIZER_OPTIONS = (
     "lr eps num_queries two_sided dist sparsity resample_every blocks block_order rounding "
-    "weight_decay seed perturb backend".split()
+    "weight_decay seed perturb backend hybrid_split fo_lr fo_optimizer".split()
 )
-
-
-class Watcher:
-    """What a run tells whoever watches it; this one stays silent."""
-
-    def say(self, sentence: str) -> None:
-        """Something worth reading, once."""
-
-    def step(self, number: int, loss: float, seconds: float, outside: float) -> None:
-        """After each step: its loss, its time, and the part of that outside the forwards."""
-
-
-@dataclass
-class History:
-    """What was measured, for the plot and the report. Lost losses are NaN here."""
-
-    losses: list[float] = field(default_factory=list)
-    # Steps whose batch did not fit in memory whole.
-    halved: int = 0
-    dev: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
-    valid: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("total", "forwards", "noise", "update"), 0.0)
-    )
 
 
 class Finetune:
@@ -89,6 +68,7 @@ class Finetune:
         self.resume = resume
         # Seconds of the steps that an earlier process did.
         self.earlier = 0.0
+        self._pool = 0
         self._started = time.perf_counter()
         self.best: tuple[float, int, list[torch.Tensor]] | None = None
 
@@ -109,7 +89,7 @@ class Finetune:
                 f"torchrun started {launched()} processes, but finetune runs in one; start it "
                 "without torchrun, or train on several with ZOTrainer or a loop of your own."
             )
-        optimizers.find(s.optimizer)
+        optimizers.check(s.optimizer, asdict(s))
         task = get_task(s.task).with_template(s.template)
         out = folder.RunFolder(s.out, s.overwrite, self.resume)
         self.splits = data.load(task, s.data)
@@ -127,12 +107,16 @@ class Finetune:
         self.watcher.say(self._overview(len(pool)))
         failure = None
         try:
-            done = self._begin(optimizer, out, resume.fingerprint(pool))
-            with _stop_on_interrupt(self.stopped):
+            self._pool = resume.fingerprint(pool)
+            done = self._begin(optimizer, out)
+            with stop_on_interrupt(self.stopped):
                 if done == 0 or (s.eval_every and done % s.eval_every == 0 and done < s.steps):
                     self._evaluate(scorer, out, done, whole=done == 0)
                 done, failure = self._train(scorer, optimizer, order, out, done)
-                optimizer.trajectory.close()
+                if optimizer.trajectory:
+                    optimizer.trajectory.close()
+                elif done < s.steps:
+                    checkpoint.save(self, optimizer, out.path / folder.CHECKPOINT, done, self._pool)
                 self._restore_best()
                 if not self.stopped.is_set():
                     self._evaluate(scorer, out, done, whole=True)
@@ -179,10 +163,15 @@ class Finetune:
             model, s.scheme, s.train_only, s.seed, len(get_task(s.task).words)
         )
 
-    def _begin(self, optimizer: Any, out: folder.RunFolder, pool: int) -> int:
+    def _begin(self, optimizer: Any, out: folder.RunFolder) -> int:
         """Starts the logs, or goes on with them: the number of steps that are done already."""
         settings = _plain(asdict(self.settings))
-        about = {"settings": settings, "pool": pool}
+        if not optimizer.replayable:
+            if self.resume and (out.path / folder.CHECKPOINT).exists():
+                return checkpoint.restore(self, optimizer, out, self._pool)
+            out.begin(settings)
+            return 0
+        about = {"settings": settings, "pool": self._pool}
         if self.resume and (out.path / folder.TRAJECTORY).exists():
             return resume.restore(self, optimizer, out, about)
         out.begin(settings)
@@ -204,9 +193,14 @@ class Finetune:
         s = self.settings
         demos = data.part(self.splits.train, s.demos) if s.demos else []
         common = (self.model, self.loaded.tokenizer, task, s.max_length, s.objective, demos)
-        if s.scheme == "probe":
-            return ProbeScorer(*common, kind=self.loaded.kind)
-        return SCORERS[self.loaded.kind](*common)
+        scorer = (
+            ProbeScorer(*common, kind=self.loaded.kind)
+            if s.scheme == "probe"
+            else SCORERS[self.loaded.kind](*common)
+        )
+        if s.chat:
+            scorer.chat = chat.form(self.loaded.tokenizer, s.model, self.loaded.kind)
+        return scorer
 
     def _overview(self, pool: int) -> str:
         s, t = self.settings, self.trained
@@ -226,16 +220,22 @@ class Finetune:
     ) -> tuple[int, str | None]:
         """Steps until done, stopped, or failed: the number of steps, and why it failed."""
         s = self.settings
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda n: s.factor(n + done))
+        schedules = [
+            torch.optim.lr_scheduler.LambdaLR(o, lambda n: s.factor(n + done))
+            for o in (optimizer, getattr(optimizer, "fo_optimizer", None))
+            if o is not None
+        ]
         for _ in range(done):
             next(order)
         for step in range(done + 1, s.steps + 1):
             if self.stopped.is_set():
                 return step - 1, None
             batch = next(order)
-            lr = float(schedule.get_last_lr()[0])
+            lr = float(schedules[0].get_last_lr()[0])
             try:
-                loss, halved = halves.take_step(optimizer, scorer, batch, s.retry_oom)
+                loss, halved = halves.take_step(
+                    optimizer, scorer, batch, s.retry_oom, self.history.count
+                )
             except (RuntimeError, FloatingPointError, MemoryError) as error:
                 return step - 1, self._why(step, error)
             if halved and not self.history.halved:
@@ -243,9 +243,12 @@ class Finetune:
                     f"Step {step}: a batch of {len(batch)} did not fit in memory, so its forwards "
                     "ran as two halves; further such steps are marked in the log."
                 )
-            schedule.step()
+            for schedule in schedules:
+                schedule.step()
             self._record(out, optimizer, step, loss, lr, halved)
             if s.eval_every and step % s.eval_every == 0 and step < s.steps:
+                if not optimizer.trajectory:
+                    checkpoint.save(self, optimizer, out.path / folder.CHECKPOINT, step, self._pool)
                 self._evaluate(scorer, out, step, whole=False)
         return s.steps, None
 
@@ -285,8 +288,11 @@ class Finetune:
             "seconds": round(timing.total, 6),
             "outside_forwards": round(1 - timing.forwards / timing.total, 4),
             "parts": {
-                part: round(getattr(timing, part), 6) for part in ("forwards", "noise", "update")
+                part: round(getattr(timing, part), 6)
+                for part in ("forwards", "backward", "noise", "update")
             },
+            "forwards": self.history.forwards,
+            "backwards": self.history.backwards,
         }
         out.log(record)
         self.watcher.step(step, loss, timing.total, timing.total - timing.forwards)
@@ -357,7 +363,8 @@ class Finetune:
         self.loaded.tokenizer.save_pretrained(path)
 
     def _finish(self, out: folder.RunFolder, done: int, failure: str | None) -> dict[str, Any]:
-        folder.write_folder(out.path / folder.WEIGHTS, self.save)
+        if self.settings.save_weights:
+            folder.write_folder(out.path / folder.WEIGHTS, self.save)
         seconds = time.perf_counter() - self._started + self.earlier
         metrics = report.metrics(self, done, failure, seconds)
         metrics["weights_of_step"] = self.best[1] if self.best else done
@@ -365,26 +372,9 @@ class Finetune:
         folder.write_text(out.path / folder.REPORT, report.text(self, metrics))
         # Last, since a run with metrics is finished.
         folder.write_json(out.path / folder.METRICS, metrics)
+        if not self.stopped.is_set() and failure is None:
+            (out.path / folder.CHECKPOINT).unlink(missing_ok=True)
         return metrics
-
-
-@contextmanager
-def _stop_on_interrupt(stopped: threading.Event) -> Iterator[None]:
-    """Ctrl-C asks for a stop between steps; a second one ends the process at once."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before: Callable[..., Any] | int | None = signal.getsignal(signal.SIGINT)
-
-    def ask(number: int, frame: Any) -> None:
-        stopped.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    signal.signal(signal.SIGINT, ask)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,12 +6,13 @@ numbers of candidates, the spare places hold −∞. The answer is their argmax,
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from zokernels.tasks.chat import answer
 from zokernels.tasks.errors import InputError
 from zokernels.tasks.task import Example, Task
 
@@ -24,6 +25,9 @@ _SCALE = 20.0
 
 class Scorer:
     """What the three kinds share.
+
+    Attributes:
+        chat: Turns a causal model's prompt into its chat form, if there is one.
 
     Args:
         model: A transformers model, perhaps inside an adapter.
@@ -51,6 +55,7 @@ class Scorer:
         self.max_length = max_length
         self.objective = objective or ("tokens" if task.generates else "candidates")
         self.demos = list(demos)
+        self.chat: Callable[[str], str] | None = None
         self.device = next(model.parameters()).device
         self._prepare()
 
@@ -84,7 +89,8 @@ class Scorer:
         solved = [
             self.task.prompt(e) + self.task.candidates(e)[e.label] + "\n\n" for e in self.demos
         ]
-        return "".join(solved) + self.task.prompt(example)
+        whole = "".join(solved) + self.task.prompt(example)
+        return self.chat(whole) if self.chat else whole
 
     def predict(self, examples: Sequence[Example], calibrate: bool = False) -> list[int]:
         """The index of each example's best candidate.
@@ -138,6 +144,8 @@ class CausalScorer(Scorer):
         prompts = [self.prompt(e) for e in examples]
         tails = [self.task.candidates(e) for e in examples]
         heads: list[list[int]] = self.tokenizer(prompts, verbose=False)["input_ids"]
+        if self.chat:
+            tails = [[answer(p, t) for t in own] for p, own in zip(prompts, tails, strict=True)]
         texts = [p + tail for p, own in zip(prompts, tails, strict=True) for tail in own]
         encoded = iter(self.tokenizer(texts, verbose=False)["input_ids"])
         rows: list[list[int]] = []
@@ -183,6 +191,12 @@ class CausalScorer(Scorer):
     def scores(self, batch: Batch) -> torch.Tensor:
         """Length-normalised log-probabilities."""
         return candidate_scores(self.model, batch)
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """What training lowers; of candidates it needs no more than their differences."""
+        if self.objective != "candidates":
+            return super().loss(batch)
+        return F.cross_entropy(candidate_scores(self.model, batch, True), batch["labels"])
 
 
 class MaskedScorer(Scorer):
@@ -259,7 +273,7 @@ class EncoderScorer(Scorer):
         return _SCALE * means[:count] @ means[count:].T
 
 
-def candidate_scores(model: Any, batch: Batch) -> torch.Tensor:
+def candidate_scores(model: Any, batch: Batch, relative: bool = False) -> torch.Tensor:
     """The mean log-probability of each candidate's tokens under a causal LM.
 
     Args:
@@ -267,6 +281,9 @@ def candidate_scores(model: Any, batch: Batch) -> torch.Tensor:
         batch: ``input_ids`` and ``attention_mask`` of the rows; for each candidate ``places`` of
             the logits that predict its tokens, ``targets`` and ``weights`` of these, and ``owners``
             (its row, its example, its place among that's); ``labels`` of the examples.
+        relative: Only differences between an example's scores matter, so that its candidates may be
+            scored by their logits where each is one token at the same place: what a softmax
+            divides by is the same for all of them.
 
     Returns:
         Scores of shape (examples, candidates), float32.
@@ -282,8 +299,12 @@ def candidate_scores(model: Any, batch: Batch) -> torch.Tensor:
     # Counted from the end, where neither trimming nor a soft prompt changes anything.
     places = batch["places"] - (width - logits.shape[1])
     rows, examples, columns = batch["owners"].unbind(1)
-    logs = logits[rows[:, None], places].float().log_softmax(-1)
-    chosen = logs.gather(-1, batch["targets"][..., None])[..., 0]
+    asked = logits[rows[:, None], places]
+    one_row_each = len(batch["input_ids"]) == len(batch["labels"])
+    if relative and one_row_each and places.shape[1] == 1:
+        chosen = asked.gather(-1, batch["targets"][..., None])[..., 0].float()
+    else:
+        chosen = asked.float().log_softmax(-1).gather(-1, batch["targets"][..., None])[..., 0]
     means = (chosen * batch["weights"]).sum(-1)
     shape = (len(batch["labels"]), int(columns.max()) + 1)
     out = torch.full(shape, float("-inf"), device=means.device)

@@ -30,6 +30,7 @@ _AT_LEAST = {
     "max_length": 8,
     "eval_every": 0,
     "eval_examples": 1,
+    "hybrid_split": 0,
     "seed": 0,
     "shots": 1,
     "demos": 0,
@@ -46,6 +47,7 @@ class Settings:
     out: Path
     task: str = "sst2"
     template: bool = True
+    chat: bool = False
     shots: int | None = None
     demos: int = 0
     calibrate: bool = False
@@ -64,6 +66,9 @@ class Settings:
     resample_every: int | None = None
     blocks: str | None = None
     block_order: str = "sequential"
+    hybrid_split: int | None = None
+    fo_lr: float | None = None
+    fo_optimizer: str = "fo-adam"
     scheme: str = "full"
     train_only: str | None = None
     weight_decay: float = 0.0
@@ -72,6 +77,7 @@ class Settings:
     eval_every: int = 0
     eval_examples: int | None = None
     keep_best: bool = False
+    save_weights: bool = True
     dtype: str = "float32"
     perturb: str | None = None
     backend: str | None = None
@@ -104,9 +110,9 @@ class Settings:
             if value not in allowed:
                 known = ", ".join(a for a in allowed if a is not None)
                 raise InputError(f"{_option(name)} must be one of {known}, got '{value}'.")
-        for name, low in (("lr", 0.0), ("weight_decay", 0.0)):
+        for name, low in (("lr", 0.0), ("fo_lr", 0.0), ("weight_decay", 0.0)):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value >= low):
+            if value is not None and not (math.isfinite(value) and value >= low):
                 raise InputError(f"{_option(name)} must be a number from {low:g} up, got {value}.")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise InputError(f"--eps must be a number above 0, got {self.eps}.")
