@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from bench import document, quickstart, roofline, study
+from bench import document, quickstart, roofline, steps, study
 from bench.document import Row
 
 NAMES = {
@@ -108,6 +108,7 @@ TABLES: tuple[tuple[str, str, str, Callable[[list[Row]], str]], ...] = (
     ("README.md", "ops", "ops.csv", tables),
     ("docs/study.md", "study", "study.csv", study.tables),
     ("docs/performance.md", "codegen", "codegen.csv", roofline.table),
+    ("docs/performance.md", "step", "step.csv", steps.tables),
     ("docs/finetune.md", "quickstart", "quickstart.csv", quickstart.table),
 )
 

@@ -77,7 +77,7 @@ def test_bench_step_writes_a_row_a_mode_beside_the_peers(tiny, tmp_path, capsys)
     found = json.loads(out.read_text())["step"]
     assert [row["perturb"] for row in found] == ["on_entry", "paired"]
     assert all(float(found[0][peer]) > 0 for peer in ("mezo", "fo-sgd", "fo-adamw"))
-    parts = [float(found[1][part]) for part in ("forwards", "noise", "update", "python")]
+    parts = [float(found[1][part]) for part in ("forwards", "noise", "update", "rest")]
     # Medians of parts need not add up to the median of the whole.
     assert sum(parts) == pytest.approx(float(found[1]["ratio"]), rel=0.5)
     with rows.open(newline="") as file:

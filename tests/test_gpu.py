@@ -123,3 +123,25 @@ def test_the_default_for_cuda_tensors_is_triton():
     p = torch.zeros(1000, device="cuda", dtype=torch.float64)
     zk.ops.add_noise_([p], [1], [1.0])
     assert torch.equal(p.cpu(), zk.noise.gaussian(1000, seed=1).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_way_of_perturbing_is_the_same_forward(dtype):
+    hf = pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
+    torch.manual_seed(0)
+    config = hf.OPTConfig(
+        vocab_size=9000, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, ffn_dim=128,
+        word_embed_proj_dim=64, max_position_embeddings=64, init_std=0.3,
+    )  # fmt: skip
+    model = hf.OPTForCausalLM(config).to("cuda", dtype).eval()
+    ids = torch.randint(3, 9000, (3, 12), device="cuda")
+    before = [p.clone() for p in model.parameters()]
+    slopes = []
+    for mode in ("in_place", "on_entry", "paired"):
+        opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, seed=5, perturb=mode)
+        opt.step(lambda: model(input_ids=ids, labels=ids).loss)
+        slopes += opt.projected_gradients
+    # The loss is rounded in its last places, and a slope is a difference over 2 ε.
+    rounding = 1e-3 if dtype is torch.float32 else 0.3
+    assert slopes[1:] == pytest.approx(slopes[:1] * 2, abs=rounding)
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))

@@ -22,7 +22,7 @@ from zokernels.tasks.scoring import candidate_scores
 
 # What of a batch the loss looks at: every token, or two candidates after the last one.
 LOSSES = ("tokens", "candidates")
-PARTS = ("forwards", "noise", "update", "python")
+PARTS = ("forwards", "noise", "update", "rest")
 
 
 @dataclass
@@ -53,7 +53,7 @@ class Result:
         step_ms: A step.
         ratio: The step over the two forwards of the same repetition.
         low, high: The quartiles of that ratio.
-        parts: Of a step in forwards, noise, update and Python, as multiples of the two forwards.
+        parts: Of a step in forwards, noise, update and the rest (Python), as multiples of the two forwards.
         peers: Of each peer, its step over the two forwards.
         weights: Trainable ones.
         tokens: Of a batch.
@@ -144,8 +144,8 @@ def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: Non
                 continue
             seconds[name].append(_clock(run, case.device))
         base, timing = seconds["forwards"][-1], opt.timing
-        known = {k: getattr(timing, k) / base for k in PARTS if k != "python"}
-        for k, v in (known | {"python": timing.total / base - sum(known.values())}).items():
+        known = {k: getattr(timing, k) / base for k in PARTS if k != "rest"}
+        for k, v in (known | {"rest": timing.total / base - sum(known.values())}).items():
             parts[k].append(v)
         progress()
     ratios = [s / f for s, f in zip(seconds["step"], seconds["forwards"], strict=True)]

@@ -125,7 +125,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "  its forwards": lambda row: row["forwards"],
         "  noise": lambda row: row["noise"],
         "  update": lambda row: row["update"],
-        "  Python": lambda row: row["python"],
+        "  rest, Python": lambda row: row["rest"],
         "milliseconds": lambda row: row["step_ms"],
         "tokens a second": lambda row: row["tokens_per_s"],
         "nanoseconds a weight": lambda row: row["ns_per_weight"],
