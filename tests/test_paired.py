@@ -322,6 +322,15 @@ def test_a_token_beyond_the_embedding_is_a_sentence():
         zk.ZOSGD(model).step(lambda: model(ids).logits.mean())
 
 
+@pytest.mark.parametrize("label", [-1, VOCABULARY])
+def test_a_label_that_is_no_token_is_a_sentence(label):
+    model, ids = build("opt"), torch.tensor([[3, 4, 5]])
+    with pytest.raises(IndexError, match=f"head has {VOCABULARY} rows"):
+        zk.ZOSGD(model).step(
+            lambda: model(input_ids=ids, labels=torch.tensor([[3, 4, label]])).loss
+        )
+
+
 def test_a_frozen_head_and_frozen_layers():
     model, inputs = build("opt-untied"), batch("opt")
     for name, p in model.named_parameters():

@@ -51,6 +51,8 @@ class PerturbedLogits(torch.Tensor):
             and type(x) is torch.Tensor
             and x.dim() > 1
             and x.dtype is weight.dtype
+            # Of float64 the sums would have to be, too.
+            and x.dtype is not torch.float64
             and weight.shape[0] >= _FEWEST_ROWS
             and entry.filler.can_split
             and not torch.is_autocast_enabled(x.device.type)
@@ -205,7 +207,7 @@ def _take(logits: PerturbedLogits, index: Any) -> Any:
         at = next(j for j, i in enumerate(index) if i is Ellipsis)
         index = (*index[:at], *[whole] * (logits.dim() - len(index) + 1), *index[at + 1 :])
     if len(index) == logits.dim():
-        if index[-1] != whole if isinstance(index[-1], slice) else True:
+        if not (isinstance(index[-1], slice) and index[-1] == whole):
             return NotImplemented
         index = index[:-1]
     plain = all(
@@ -268,6 +270,7 @@ def _cross_entropy(
         kept = [t != ignore_index for t in targets]
         hidden = [h[k] for h, k in zip(logits.hidden, kept, strict=True)]
         wanted = [t[k] for t, k in zip(targets, kept, strict=True)]
+        _check_targets(wanted, logits.shape[-1], ignore_index)
         found = _negative_log_likelihoods(logits, hidden, wanted)
         return [getattr(torch, reduction)(x).to(logits.wide) for x in found]
 
@@ -276,6 +279,16 @@ def _cross_entropy(
     if logits.lane is None:
         return torch.stack(found).as_subclass(LaneLosses)
     return found[logits.lane]
+
+
+def _check_targets(targets: list[torch.Tensor], vocabulary: int, ignore_index: int) -> None:
+    for t in targets:
+        if len(t) and not 0 <= int(t.min()) <= int(t.max()) < vocabulary:
+            raise IndexError(
+                f"The labels lie between {int(t.min())} and {int(t.max())}, but the head has "
+                f"{vocabulary} rows; use the tokenizer of this model, and {ignore_index} for what "
+                "is not to count."
+            )
 
 
 def _negative_log_likelihoods(
