@@ -53,7 +53,7 @@ class Result:
         step_ms: A step.
         ratio: The step over the two forwards of the same repetition.
         low, high: The quartiles of that ratio.
-        parts: Of a step in forwards, noise, update and the rest (Python), as multiples of the two forwards.
+        parts: Of a step in forwards, noise, update and the rest (Python), over the two forwards.
         peers: Of each peer, its step over the two forwards.
         weights: Trainable ones.
         tokens: Of a batch.
