@@ -98,7 +98,7 @@ class Prepared:
     """
 
     def __init__(self, plan: AddNoise, mirrors: Sequence[torch.Tensor] | None = None):
-        self._plan = plan
+        self.plan = plan
         self._tensors = _tensors(plan, plan.out)
         if mirrors is not None:
             for tensor, mirror in zip(self._tensors, mirrors, strict=True):
@@ -120,7 +120,7 @@ class Prepared:
         self._set(seeds, coeffs)
         tensor = self._tensors[0]
         tensor.in_ = self._start + begin * self._size
-        tensor.offset = self._plan.offsets[0] + begin
+        tensor.offset = self.plan.offsets[0] + begin
         tensor.numel = end - begin
         _run(self._args)
 
@@ -133,7 +133,7 @@ class Prepared:
             rows: Their numbers, a one-dimensional int64 tensor, all in range.
         """
         self._set(seeds, coeffs)
-        count, width = len(rows), self._plan.params[0].shape[1]
+        count, width = len(rows), self.plan.params[0].shape[1]
         template = _Tensor.from_buffer_copy(self._tensors[0])
         template.numel = width
         table = torch.frombuffer(bytearray(template), dtype=torch.int64).repeat(count, 1)

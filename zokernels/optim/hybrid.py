@@ -138,6 +138,9 @@ class HybridZO(ZOSGD):
             return super()._estimate(_FirstWithGradient(forward, self), block)  # type: ignore[arg-type]
         found = super()._estimate(forward, block)
         if found.is_finite:
+            # The backward needs the memory.
+            for perturber in self._perturbers.values():
+                perturber.release()
             # A loss that is not finite makes a bad step, in which neither part moves.
             found.losses.append(self._backward(forward))
         return found

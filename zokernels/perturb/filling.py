@@ -24,7 +24,7 @@ Lane = Direction | None
 Values = list[torch.Tensor]  # one tensor a lane
 
 # Tensors of up to so many elements are filled together, in groups of up to so many.
-_SMALL, _GROUP = 1 << 16, 1 << 18
+_SMALL, _GROUP = 1 << 14, 1 << 18
 # Elements: what is in a group begins at a cache line, so that a sum's order does not hang on it.
 _ALIGN = 64
 
@@ -66,6 +66,12 @@ class Filler:
         self._pairs = _pair(lanes)
         self._is_native = all(lane is None or self._takes_native(lane) for lane in lanes)
         self._current = None
+
+    def release(self) -> None:
+        """Give the scratch memory back; it is made again when it is needed."""
+        self._scratch.clear()
+        self._current = None
+        self._forget_places()
 
     @property
     def can_split(self) -> bool:

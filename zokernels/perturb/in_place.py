@@ -31,6 +31,9 @@ class InPlace:
         finally:
             self.copies = None
 
+    def release(self) -> None:
+        """Nothing is kept between sessions."""
+
     def run(self, direction: Direction, forward: Callable[[], float]) -> float:
         """``forward()`` at θ + scale · z."""
         with self.at(direction):

@@ -60,6 +60,10 @@ class OnEntry:
         """The forwards of one step."""
         yield
 
+    def release(self) -> None:
+        """Give the scratch memory back until the next forward."""
+        self._filler.release()
+
     def run(self, direction: Direction, forward: Callable[[], float]) -> float:
         """``forward()`` with every module of the model at θ + scale · z.
 
