@@ -75,13 +75,17 @@ class Scorer:
         """Scores of shape (examples, candidates), float32."""
         raise NotImplementedError
 
+    def comparisons(self, batch: Batch) -> torch.Tensor:
+        """Scores of which only the differences between an example's candidates matter."""
+        return self.scores(batch)
+
     def loss(self, batch: Batch) -> torch.Tensor:
         """What training lowers, a float32 scalar."""
-        scores = self.scores(batch)
+        if self.objective == "tokens":
+            return -self.scores(batch).gather(1, batch["labels"][:, None]).mean()
+        scores = self.comparisons(batch)
         if self.objective == "accuracy":
             return (scores.argmax(-1) != batch["labels"]).float().mean()
-        if self.objective == "tokens":
-            return -scores.gather(1, batch["labels"][:, None]).mean()
         return F.cross_entropy(scores, batch["labels"])
 
     def prompt(self, example: Example) -> str:
@@ -192,11 +196,9 @@ class CausalScorer(Scorer):
         """Length-normalised log-probabilities."""
         return candidate_scores(self.model, batch)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """What training lowers; of candidates it needs no more than their differences."""
-        if self.objective != "candidates":
-            return super().loss(batch)
-        return F.cross_entropy(candidate_scores(self.model, batch, True), batch["labels"])
+    def comparisons(self, batch: Batch) -> torch.Tensor:
+        """Scores up to a number that an example's candidates share."""
+        return candidate_scores(self.model, batch, relative=True)
 
 
 class MaskedScorer(Scorer):
