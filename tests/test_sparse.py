@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import bits
-from test_optim import MODES, Small, batch, state, unchanged
+from test_optim import APART, MODES, Small, batch, state, unchanged
 from test_rules import RULES, Odd
 from textbook import Textbook
 from torch import nn
@@ -142,7 +142,7 @@ def test_the_rules_follow_the_paper_with_a_redrawn_mask(name):
 
 
 @pytest.mark.parametrize("mask", ["sparsity", "magnitude", "bits"])
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", APART)
 def test_both_sides_and_the_update_see_one_mask(mode, mask):
     model = Uneven(torch.bfloat16)
     generator = torch.Generator().manual_seed(8)

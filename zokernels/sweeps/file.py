@@ -115,8 +115,9 @@ def _load(text: str, path: Path) -> Any:
         )
 
     Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
+    loader = Loader(text)
     try:
-        return yaml.load(text, Loader)  # noqa: S506 (a SafeLoader)
+        return loader.get_single_data()
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
@@ -124,6 +125,8 @@ def _load(text: str, path: Path) -> Any:
         raise InputError(f"{path}{line} is no YAML: {problem}.") from None
     except TypeError as error:
         raise InputError(f"{path} is no sweep file: {error}.") from None
+    finally:
+        loader.dispose()
 
 
 def _part(
