@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_map_only
 
+from zokernels.perturb.dispatch import METADATA
 from zokernels.perturb.weight import Entry, PerturbedWeight, resolve
 
 # A vocabulary smaller than this gains nothing.
@@ -147,8 +148,6 @@ class PerturbedLogits(torch.Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """What acts on positions waits; what looks at logits computes them."""
-        from zokernels.perturb.operations import METADATA
-
         kwargs = kwargs or {}
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from zokernels.perturb import operations  # noqa: F401  (fills the table of operations)
 from zokernels.perturb.direction import Direction
 from zokernels.perturb.filling import Filler, Lane
 from zokernels.perturb.hooks import Hooks

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from zokernels.perturb.dispatch import OPERATIONS
 from zokernels.perturb.logits import PerturbedLogits
 from zokernels.perturb.weight import Entry, PerturbedWeight, resolve
 
@@ -110,34 +111,16 @@ def _each(x: Any, weights: tuple, operation: Callable[..., torch.Tensor]) -> Any
     return entry.join(results, x)
 
 
-OPERATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.linear: _linear,
-    F.embedding: _embedding,
-    F.layer_norm: _layer_norm,
-    F.rms_norm: _rms_norm,
-    torch.addmm: _addmm,
-    torch.mul: _elementwise(torch.mul),
-    torch.Tensor.mul: _elementwise(torch.mul),
-    torch.add: _elementwise(torch.add),
-    torch.Tensor.add: _elementwise(torch.add),
-}
-
-# What is known of a weight without its values.
-METADATA = frozenset(
-    [
-        getattr(torch.Tensor, name).__get__
-        for name in (
-            "shape", "dtype", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn",
-            "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_cpu", "itemsize", "nbytes",
-            "output_nr", "_version", "is_xpu", "is_mps",
-        )
-    ]
-    + [
-        getattr(torch.Tensor, name)
-        for name in (
-            "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset",
-            "is_floating_point", "is_complex", "is_contiguous", "element_size", "__len__",
-            "__hash__", "is_conj", "is_neg", "is_inference", "get_device",
-        )
-    ]
-)  # fmt: skip
+OPERATIONS.update(
+    {
+        F.linear: _linear,
+        F.embedding: _embedding,
+        F.layer_norm: _layer_norm,
+        F.rms_norm: _rms_norm,
+        torch.addmm: _addmm,
+        torch.mul: _elementwise(torch.mul),
+        torch.Tensor.mul: _elementwise(torch.mul),
+        torch.add: _elementwise(torch.add),
+        torch.Tensor.add: _elementwise(torch.add),
+    }
+)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from zokernels.perturb.dispatch import METADATA, OPERATIONS
 from zokernels.perturb.filling import Filler, Lane
 
 Operation = Callable[..., Any]
@@ -184,8 +185,6 @@ class PerturbedWeight(torch.Tensor):
         cls, func: Operation, types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
         """The operation on perturbed values."""
-        from zokernels.perturb.operations import METADATA, OPERATIONS
-
         kwargs = kwargs or {}
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
