@@ -282,3 +282,14 @@ def test_ctrl_c_exits_130_and_says_where_things_are(places, tmp_path):
     assert {p.name for p in out.iterdir()} == FILES
     assert json.loads((out / "metrics.json").read_text())["interrupted"]
     assert "interrupted" in (out / "report.md").read_text()
+
+
+@pytest.mark.parametrize("kind", ["opt", "bert"])
+def test_both_points_in_one_forward_make_the_same_run(kind, places, tmp_path):
+    losses = {}
+    for mode in ("on_entry", "paired"):
+        out = tmp_path / mode
+        Finetune(settings(places, out, kind, perturb=mode)).run()
+        losses[mode] = [r["loss"] for r in lines(out) if "loss" in r]
+    # Sums of a doubled batch are taken in another order.
+    assert losses["paired"] == pytest.approx(losses["on_entry"], abs=1e-4)
