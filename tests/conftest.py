@@ -46,6 +46,15 @@ needs_native = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
+def one_thread():
+    """For a module: matrices this small only wait for a second thread, and sums depend on it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def places(tmp_path_factory):
     """Tiny models by kind, and a data folder whose classes differ by a word."""
     root = tmp_path_factory.mktemp("places")

@@ -15,15 +15,7 @@ from zokernels.tasks.run import Finetune, Watcher
 from zokernels.tasks.scoring import SCORERS, Scorer
 from zokernels.tasks.settings import Settings
 
-pytestmark = pytest.mark.hf
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

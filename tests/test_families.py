@@ -9,7 +9,7 @@ from zokernels.tasks import SST2, Example, InputError, families, models, schemes
 from zokernels.tasks.probe import ProbeScorer
 from zokernels.tasks.scoring import SCORERS
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 pytest.importorskip("peft", reason="pip install 'zokernels[hf]'")
 
 CAUSAL = ["opt", "llama", "mistral", "gpt2", "qwen", "gemma"]
@@ -20,15 +20,6 @@ CASES = [(k, s) for k in CAUSAL for s in schemes.SCHEMES]
 CASES += [(k, s) for k in MASKED for s in schemes.SCHEMES if s != "prefix"]
 CASES += [("bert", s) for s in schemes.SCHEMES if s not in ("prefix", "head")]
 TOKENS = torch.tensor([[7, 9, 11, 13, 8, 12, 20, 21, 14, 6]])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

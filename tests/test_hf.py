@@ -12,18 +12,9 @@ from tiny import build, environment
 import zokernels as zk
 from zokernels.optim.base import ZOOptimizer
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 transformers = pytest.importorskip("transformers", reason="pip install 'zokernels[hf]'")
 hf = pytest.importorskip("zokernels.hf")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import build, environment
 
 import zokernels as zk
@@ -18,7 +17,7 @@ from zokernels.cli import main
 from zokernels.tasks import InputError, folder, resume
 from zokernels.tasks.run import Finetune
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 
 # Two queries, 16-bit weights, a schedule, decay and a best step: all that a resume must bring back.
 OPTIONS = (
@@ -62,15 +61,6 @@ def runs():
     found = Runs()
     yield found
     found.close()
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As in the process that ran the whole: sums of a model's own kernels depend on threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

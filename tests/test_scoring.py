@@ -14,7 +14,7 @@ from zokernels.tasks.run import Finetune
 from zokernels.tasks.scoring import SCORERS
 from zokernels.tasks.settings import Settings
 
-pytestmark = pytest.mark.hf
+pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 COPA = [
     {"premise": "The film was dull.", "choice1": "A bad plot.", "choice2": "The movie is slow."}
     | {"question": "cause", "label": 1},
@@ -28,15 +28,6 @@ RECORD = [
     | {"answers": [right]}
     for names, right in ((("film", "the movie", "plot"), "plot"), (("heart", "plot"), "heart"))
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small only wait for a second thread."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from zokernels.perturb.filling import Filler
 
-
-@dataclass
-class _Entered:
-    """What a module holds while it runs: its parameters' own storage, to come back to."""
-
-    saved: list[tuple[nn.Parameter, torch.Tensor]] = field(default_factory=list)
+# What a module holds while it runs: its parameters, and their own storage to come back to.
+_Saved = list[tuple[nn.Parameter, torch.Tensor]]
 
 
 class Hooks:
@@ -84,28 +79,24 @@ class Hooks:
     @contextlib.contextmanager
     def set(self, watch: bool) -> Iterator[None]:
         """The hooks are there inside the block; ``watch`` notes every module that is entered."""
-        open_modules: dict[nn.Module, list[_Entered]] = {}
+        open_modules: dict[nn.Module, list[_Saved]] = {}
         handles = []
 
         def enter(module: nn.Module, _args: object) -> None:
             self.entered.add(module)
             if module not in self._owned:
                 return
-            inner = {id(p) for stack in open_modules.values() for e in stack for p, _ in e.saved}
-            entered = _Entered()
-            open_modules.setdefault(module, []).append(entered)
+            inner = {id(p) for stack in open_modules.values() for saved in stack for p, _ in saved}
+            saved: _Saved = []
+            open_modules.setdefault(module, []).append(saved)
             for i in self._owned[module]:
                 if id(self.params[i]) not in inner:
-                    self._fill(i, entered)
+                    self._fill(i, saved)
 
-        def leave(module: nn.Module, _args: object, output: object) -> object:
+        def leave(module: nn.Module, _args: object, _output: object) -> None:
             stack = open_modules.get(module)
-            if not stack:
-                return None
-            entered = stack.pop()
-            for p, stored in entered.saved:
-                p.data = stored
-            return None
+            if stack:
+                _restore(stack.pop())
 
         try:
             for module in self.model.modules() if watch else list(self._owned):
@@ -116,12 +107,16 @@ class Hooks:
             for handle in handles:
                 handle.remove()
             for stack in open_modules.values():
-                for entered in stack:
-                    for p, stored in entered.saved:
-                        p.data = stored
+                for saved in stack:
+                    _restore(saved)
 
-    def _fill(self, i: int, entered: _Entered) -> None:
+    def _fill(self, i: int, saved: _Saved) -> None:
         p = self.params[i]
-        entered.saved.append((p, p.data))
+        saved.append((p, p.data))
         p.data = self.filler.fresh(i)[0]
         self.filled.add(i)
+
+
+def _restore(saved: _Saved) -> None:
+    for p, stored in saved:
+        p.data = stored

@@ -111,19 +111,16 @@ class OnEntry:
 
     def unperturbed(self) -> str | None:
         """The name of a parameter that the forwards so far neither used nor filled, if any."""
-        for name, p in self.model.named_parameters():
-            i = next((i for i, q in enumerate(self.params) if q is p), None)
-            if i is not None and i not in self._entry.used and i not in self._hooks.filled:
-                return name
-        return None
+        missed = {id(self.params[i]) for i in self._untouched()}
+        return next((n for n, p in self.model.named_parameters() if id(p) in missed), None)
+
+    def _untouched(self) -> list[int]:
+        touched = self._entry.used | self._hooks.filled
+        return [i for i in range(len(self.params)) if i not in touched]
 
     def _settle(self) -> bool:
         """Leave to the hooks what no operation has asked for; whether that is anything."""
-        unused = [
-            i
-            for i in range(len(self.params))
-            if i not in self._entry.used and i not in self._hooks.filled
-        ]
+        unused = self._untouched()
         if not unused:
             return False
         self._hooks.take(unused)
