@@ -14,7 +14,7 @@ export ZOKERNELS_DATA ?= $(abspath ../shared/data)
 endif
 export STEPS
 
-.PHONY: help setup quickstart test test-slow sanitize lint format bench bench-table clean
+.PHONY: help setup quickstart test test-slow sanitize lint format bench report report-check clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -56,8 +56,11 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 bench: $(STAMP)  ## Run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-enable
 
-bench-table: $(STAMP)  ## Rewrite the README's table from bench/results
-	$(BIN)/python -m bench.table
+report: $(STAMP)  ## Make the documents' tables and figures from bench/results
+	$(BIN)/zokernels bench report
+
+report-check: $(STAMP)  ## Find tables and figures that are not those of bench/results
+	$(BIN)/zokernels bench report --check
 
 clean:  ## Remove what was built, and .venv
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

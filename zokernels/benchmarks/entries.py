@@ -30,6 +30,7 @@ class Linear:
     b: int = 0
 
     def __call__(self, q: int) -> int:
+        """The number for q queries."""
         return self.a * q + self.b
 
     def __str__(self) -> str:
@@ -79,6 +80,7 @@ class Entry:
 
     def measured(self, dtype: torch.dtype, q: int, two_sided: bool) -> costs.Cost:
         """What a step of q queries is counted to cost."""
+
         def build(net: nn.Module) -> torch.optim.Optimizer:
             return self.make(net, lr=1e-7, num_queries=q, two_sided=two_sided)
 

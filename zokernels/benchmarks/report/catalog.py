@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from zokernels.benchmarks.report.parts import Part, Table
+from zokernels.benchmarks.report.figures import accuracy, roofline, step
+from zokernels.benchmarks.report.figures import ops as passes
+from zokernels.benchmarks.report.figures import study as all_cells
+from zokernels.benchmarks.report.parts import Figure, Part, Table
 from zokernels.benchmarks.report.tables import (
     codegen,
     hybrid,
@@ -35,4 +38,9 @@ PARTS: tuple[Part, ...] = (
     Table("update", NUMERICS, ("numerics.csv",), numerics.update),
     Table("restore", NUMERICS, ("numerics.csv",), numerics.restore),
     Table("replay", "docs/reliability.md", ("replay.csv",), replay.table),
+    Figure("step", ("step.csv",), step.draw, version=1),
+    Figure("ops", ("ops.csv",), passes.draw, version=1),
+    Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
+    Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
+    Figure("study", ("study.csv",), all_cells.draw, version=1),
 )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,8 +15,8 @@ if TYPE_CHECKING:
 VERSION = 1
 KEYWORD = "zokernels-digest"
 
-# Inches and dots an inch: a README shows 900 of the 1,800 pixels, others see all of them.
-WIDTH, DPI = 9.0, 200
+# Inches and dots an inch: a README shows 900 of the 1,440 pixels, others see all of them.
+WIDTH, DPI = 9.0, 160
 
 # Okabe and Ito, "Color Universal Design" (2008); its yellow is too light for lines on white.
 BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
@@ -39,8 +40,6 @@ DTYPES = {"float32": (BLUE, "o"), "bfloat16": (VERMILION, "D"), "float16": (GREE
 _RC = {
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
-    "figure.constrained_layout.w_pad": 0.06,
-    "figure.constrained_layout.h_pad": 0.06,
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,
@@ -77,21 +76,51 @@ def png(draw: Callable[..., None], rows: Any, digest: str) -> bytes:
     Raises:
         ImportError: If there is no matplotlib.
     """
-    # Figure directly: pyplot would choose a backend for the whole process.
-    import matplotlib.style
-    from matplotlib.figure import Figure
-
-    with matplotlib.style.context(["default", _RC]):
-        figure = Figure(figsize=(WIDTH, 4))
-        draw(figure, *rows)
+    with drawn(draw, rows) as figure:
         file = io.BytesIO()
         # Without matplotlib's version, the bytes depend on the pixels alone.
         figure.savefig(file, format="png", dpi=DPI, metadata={KEYWORD: digest, "Software": None})
     return file.getvalue()
 
 
-def title(figure: Figure, text: str, caption: str) -> None:
-    """Put a heading above all panels, and below them where the rows were measured."""
-    figure.suptitle(text, x=0.012, ha="left", fontsize=12.5, fontweight="bold")
-    lines = textwrap.fill(caption, 142)
-    figure.supxlabel(lines, x=0.012, ha="left", fontsize=7.5, color=FAINT)
+@contextlib.contextmanager
+def drawn(draw: Callable[..., None], rows: Any) -> Iterator[Figure]:
+    """The figure, while matplotlib's settings are those of this file."""
+    # Figure directly: pyplot would choose a backend for the whole process.
+    import matplotlib.style
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context(["default", _RC]):
+        figure = Figure(figsize=(WIDTH, 4), dpi=DPI)
+        draw(figure, *rows)
+        yield figure
+
+
+def frame(figure: Figure, title: str, caption: str, handles: Any = (), columns: int = 0) -> None:
+    """Put a heading and a legend above all panels, and below them where the rows were measured.
+
+    Args:
+        figure: Of its final size.
+        title: One line.
+        caption: Wrapped.
+        handles: Of the legend, each with a label; none for no legend.
+        columns: Of the legend; all in one line if 0.
+    """
+    _, height = figure.get_size_inches()
+    lines = textwrap.wrap(caption, 160)
+    columns = columns or max(1, len(handles))
+    legend_lines = -(-len(handles) // columns)
+    above = 0.42 + 0.24 * legend_lines + (0.08 if legend_lines else 0)
+    below = 0.12 + 0.155 * len(lines)
+    figure.text(0.012, 1 - 0.1 / height, title, ha="left", va="top", fontsize=13, fontweight="bold")
+    figure.text(
+        0.012, 0.08 / height, "\n".join(lines), ha="left", va="bottom", fontsize=7.5, color=FAINT,
+        linespacing=1.3,
+    )  # fmt: skip
+    if handles:
+        figure.legend(
+            handles=handles, loc="upper left", bbox_to_anchor=(0.0035, 1 - 0.36 / height),
+            ncols=columns, columnspacing=1.5,
+        )  # fmt: skip
+    room = (0, below / height, 1, 1 - (above + below) / height)
+    figure.set_layout_engine("constrained", rect=room, h_pad=0.08, w_pad=0.06)

@@ -1,4 +1,4 @@
-"""``zokernels bench report``: the documents' tables and figures from the rows under bench/results."""
+"""``zokernels bench report``: the documents' tables and figures from bench/results."""
 
 import sys
 from collections import Counter
@@ -21,7 +21,7 @@ def command(
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit 1 if a part is out of date.")
     ] = False,
-    json: Annotated[Path | None, typer.Option(help="Also write what was done to this file.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write the outcome to this file.")] = None,
 ) -> int:
     """Make the tables, sentences and figures of README and docs from bench/results.
 

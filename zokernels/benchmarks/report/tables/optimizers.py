@@ -1,4 +1,4 @@
-"""What each optimizer does, and what a step of it costs, in theory and counted, from optimizers.csv."""
+"""What each optimizer does and a step of it costs, in theory and counted, from optimizers.csv."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def tables(rows: Sequence[Row]) -> str:
 def summary(rows: Sequence[Row]) -> str:
     """The step beside its forwards and MeZO's, for the README."""
     found = compared(rows)
-    tasks = [latest(rows)["full", "candidates", *_case(row)[2:]]["paired"] for row, _ in found]
+    tasks = [latest(rows)[("full", "candidates", *_case(row)[2:])]["paired"] for row, _ in found]
     times = [float(row["mezo"]) / float(modes["paired"]["ratio"]) for row, modes in found]
     dtypes = [row["dtype"] for row, _ in found]
     first = rows[0]
