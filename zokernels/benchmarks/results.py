@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from zokernels.benchmarks import machine
+from zokernels.tasks import folder
 
 Row = dict[str, str]
 
@@ -18,12 +20,13 @@ FOLDER = machine.ROOT / PLACE
 
 
 def write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Replace a file by these rows."""
+    """Replace a file by these rows, whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    folder.write_text(path, text.getvalue())
     print(f"{len(rows)} rows written to {path}", file=sys.stderr)
 
 
@@ -45,15 +48,15 @@ def caption(rows: Sequence[Row]) -> str:
     forms = {
         "machine": "{}", "threads": "{} threads", "python": "Python {}", "torch": "torch {}",
         "gcc": "gcc {}", "triton": "Triton {}", "spin": "GOMP_SPINCOUNT={}", "commit": "commit {}",
-        "date": "{}",
+        "tests": "tests {}", "date": "{}",
     }  # fmt: skip
     parts = []
     for column, form in forms.items():
-        values = distinct(rows, column) if column in rows[0] else []
+        values = [v for v in distinct(rows, column) if v] if column in rows[0] else []
         if column == "commit" and len(values) > 1:
             form = "commits {}"
         if column == "threads" and values == ["1"]:
             form = "{} thread"
-        if values and values != [""]:
+        if values:
             parts.append(form.format(", ".join(values)))
     return "; ".join(parts)

@@ -22,9 +22,8 @@ README, PERFORMANCE = "README.md", "docs/performance.md"
 OPTIMIZERS, NUMERICS = "docs/optimizers.md", "docs/numerics.md"
 
 PARTS: tuple[Part, ...] = (
-    Table("ops", README, ("ops.csv",), ops.tables),
     Table("step-summary", README, ("step.csv",), steps.summary),
-    Table("codegen-summary", README, ("codegen.csv",), codegen.summary),
+    Table("ops", PERFORMANCE, ("ops.csv",), ops.tables),
     Table("step", PERFORMANCE, ("step.csv",), steps.tables),
     Table("step-targets", PERFORMANCE, ("step.csv",), steps.targets),
     Table("codegen", PERFORMANCE, ("codegen.csv",), codegen.table),

@@ -67,17 +67,6 @@ def table(rows: Sequence[Row]) -> str:
     return caption + "\n\n" + document.table(head, lines, "lrrrrrrlr")
 
 
-def summary(rows: Sequence[Row]) -> str:
-    """What the README says of a Gaussian `add_noise_`."""
-    narrow, wide = _gaussians(rows)
-    return (
-        f"On sm_{SM} a Gaussian `add_noise_` takes {_count(narrow)} instructions a bfloat16 weight "
-        f"and {_count(wide)} a float32 weight, and a further seed {_further(narrow)} and "
-        f"{_further(wide)}; on an H200 that is at least {_share(narrow)} and {_share(wide)} of the "
-        "time that its bytes take."
-    )
-
-
 def reading(rows: Sequence[Row]) -> str:
     """How docs/performance.md reads the table."""
     narrow, wide = _gaussians(rows)
@@ -96,10 +85,6 @@ def reading(rows: Sequence[Row]) -> str:
 def _gaussians(rows: Sequence[Row]) -> tuple[Row, Row]:
     of = {row["case"]: row for row in chosen(rows)}
     return of["add_noise bfloat16 gaussian"], of["add_noise float32 gaussian"]
-
-
-def _count(row: Row) -> str:
-    return f"{float(row['instructions_per_weight']):.1f}"
 
 
 def _further(row: Row) -> str:

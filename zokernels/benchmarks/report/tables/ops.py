@@ -16,6 +16,8 @@ NAMES = {
     "mezo-inplace-compiled": "MeZO in place, `torch.compile`",
 }
 
+Pass = tuple[str, str, str, str]
+
 
 def tables(rows: Sequence[Row]) -> str:
     """A table a machine: a line a pass, two columns a type."""
@@ -32,22 +34,31 @@ def machines(rows: Sequence[Row]) -> list[list[Row]]:
     return found
 
 
-def label(case: str, dist: str) -> str:
+def label(one: Pass) -> str:
     """The pass in the reader's words."""
-    if case.startswith("native-"):
-        return f"`add_noise_` {dist}, {case.removeprefix('native-')}"
-    return NAMES.get(case, case)
+    op, dist, variant, case = one
+    of = "" if op == "add_noise_" else f", {op}"
+    if case in NAMES:
+        return ", ".join(filter(None, [NAMES[case] + of, variant]))
+    what = "`add_noise_`" if op == "add_noise_" else f"`apply_update_` {op}"
+    return ", ".join(filter(None, [f"{what} {dist}", variant, case.removeprefix("native-")]))
+
+
+def which(row: Row) -> Pass:
+    """What runs: the op, its noise, what differs from the plain pass, and whose code."""
+    return row.get("op", "add_noise_"), row["dist"], row.get("variant", ""), row["case"]
 
 
 def _table(rows: list[Row]) -> str:
     dtypes = results.distinct(rows, "dtype")
-    cells = {(row["case"], row["dist"], row["dtype"]): row for row in rows}
+    cells = {(which(row), row["dtype"]): row for row in rows}
     lines = []
-    for case, dist in dict.fromkeys((row["case"], row["dist"]) for row in rows):
-        line = [label(case, dist)]
+    for one in dict.fromkeys(map(which, rows)):
+        line = [label(one)]
         for dtype in dtypes:
-            row = cells.get((case, dist, dtype))
-            line += [_time(row), f"{float(row['speedup_over_mezo']):.1f}"] if row else ["–", "–"]
+            row = cells.get((one, dtype))
+            times = row["speedup_over_mezo"] if row else ""
+            line += [_time(row) if row else "–", f"{float(times):.1f}" if times else "–"]
         lines.append(line)
     head = ["pass", *(name for dtype in dtypes for name in (dtype, "× MeZO"))]
     caption = (

@@ -54,26 +54,25 @@ def tables(rows: Sequence[Row]) -> str:
 
 def summary(rows: Sequence[Row]) -> str:
     """The step beside its forwards and MeZO's, for the README."""
-    found = compared(rows)
-    tasks = [latest(rows)[("full", "candidates", *_case(row)[2:])]["paired"] for row, _ in found]
-    times = [float(row["mezo"]) / float(modes["paired"]["ratio"]) for row, modes in found]
-    dtypes = [row["dtype"] for row, _ in found]
+    found = []
+    for row, modes in compared(rows):
+        task = latest(rows)[("full", "candidates", *_case(row)[2:])]["paired"]
+        paired = float(modes["paired"]["ratio"])
+        times = float(row["mezo"]) / paired
+        found.append((row["dtype"], f"{paired:.2f}", f"{float(task['ratio']):.2f}", f"{times:.1f}"))
+    (dtype, step, own, mezo), *others = found
     first = rows[0]
     return (
-        f"A whole step of full fine-tuning, {first['model'].upper()} on {first['machine']}, takes "
-        + _and([f"{float(m['paired']['ratio']):.2f} times" for _, m in found], dtypes)
-        + ' its two plain forwards with `perturb="paired"`; '
-        + _and([f"{float(row['ratio']):.2f} times" for row in tasks], dtypes)
-        + " where the loss is a task's own. MeZO's step as published takes "
-        + _and([f"{row['mezo']} times" for row, _ in found], dtypes)
-        + " its two: "
-        + _and([f"{t:.1f} times" for t in times], dtypes)
-        + " as long as this one."
+        f"A whole step of full fine-tuning, {first['model'].upper()} in {dtype} on "
+        f'{first["machine"]}, takes {step} times its two plain forwards with `perturb="paired"`, '
+        f"and {own} times them where the loss is a task's own; MeZO's step as published takes "
+        f"{mezo} times as long."
+        + "".join(f" In {other[0]} these are {_and(other[1:])}." for other in others)
     )
 
 
-def _and(values: Sequence[str], dtypes: Sequence[str]) -> str:
-    return " and ".join(f"{v} ({d})" for v, d in zip(values, dtypes, strict=True))
+def _and(words: Sequence[str]) -> str:
+    return f"{', '.join(words[:-1])} and {words[-1]}"
 
 
 def targets(rows: Sequence[Row]) -> str:
