@@ -126,11 +126,11 @@ def test_other_drawing_code_makes_a_figure_stale(which, monkeypatch, checkout, c
 
 BAD = {
     "marker missing": (
-        lambda root: edit(root / "README.md", "<!-- bench:ops -->\n", ""),
-        "ops (README.md): README.md needs the lines <!-- bench:ops --> and <!-- /bench:ops -->",
+        lambda root: edit(root / "docs/performance.md", "<!-- bench:ops -->\n", ""),
+        "ops (docs/performance.md): docs/performance.md needs the lines <!-- bench:ops --> and <!-- /bench:ops -->",
     ),
     "marker twice": (
-        lambda root: edit(root / "README.md", "<!-- /bench:ops -->", "<!-- /bench:ops -->" * 2),
+        lambda root: edit(root / "README.md", "<!-- bench:step-summary -->", "<!-- bench:step-summary -->" * 2),
         "once each and in this order",
     ),
     "page missing": (lambda root: (root / "docs/study.md").unlink(), "docs/study.md is missing"),
