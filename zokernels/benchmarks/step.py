@@ -181,6 +181,7 @@ def _candidates(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], tor
         "targets": torch.tensor([[100], [200]]).repeat(rows, 1),
         "weights": torch.ones(2 * rows, 1),
         "owners": torch.stack([pairs, pairs, torch.arange(2).repeat(rows)], 1),
+        "one_place": torch.tensor(True),
         "labels": torch.arange(rows) % 2,
     }
     batch = {k: v.to(model.device) for k, v in batch.items()}
