@@ -124,13 +124,14 @@ def test_other_drawing_code_makes_a_figure_stale(which, monkeypatch, checkout, c
     assert len(capsys.readouterr().err.splitlines()) == len(FIGURES)
 
 
+SUMMARY = "<!-- bench:step-summary -->"
 BAD = {
     "marker missing": (
         lambda root: edit(root / "docs/performance.md", "<!-- bench:ops -->\n", ""),
-        "ops (docs/performance.md): docs/performance.md needs the lines <!-- bench:ops --> and <!-- /bench:ops -->",
+        "docs/performance.md needs the lines <!-- bench:ops --> and <!-- /bench:ops -->, once",
     ),
     "marker twice": (
-        lambda root: edit(root / "README.md", "<!-- bench:step-summary -->", "<!-- bench:step-summary -->" * 2),
+        lambda root: edit(root / "README.md", SUMMARY, 2 * SUMMARY),
         "once each and in this order",
     ),
     "page missing": (lambda root: (root / "docs/study.md").unlink(), "docs/study.md is missing"),
