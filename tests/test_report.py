@@ -5,8 +5,11 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -206,20 +209,26 @@ def rows_of(part):
     return [results.read(results.FOLDER / source) for source in part.sources]
 
 
-@pytest.mark.parametrize("part", FIGURES, ids=lambda part: part.name)
-def test_a_figure_is_the_same_twice_opaque_and_knows_its_rows(part, tmp_path):
+def test_another_process_draws_the_same_bytes_opaque_and_with_their_digest(checkout):
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install '.[bench]'")
     from PIL import Image
 
-    first, again = (style.png(part.draw, rows_of(part), "of these rows") for _ in range(2))
-    assert first == again
-    path = tmp_path / "figure.png"
-    path.write_bytes(first)
-    assert png.note(path, style.KEYWORD) == "of these rows" and png.note(path, "other") is None
-    image = Image.open(io.BytesIO(first))
-    assert image.width == style.WIDTH * style.DPI
-    # A transparent ground would be black on a dark page.
-    assert image.convert("RGBA").getextrema()[3] == (255, 255)
+    shutil.rmtree(checkout / "docs/figures")
+    assert report() == 0
+    drawn = contents(checkout / "docs/figures")
+    shutil.rmtree(checkout / "docs/figures")
+    # Sets of names have another order there.
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "zokernels.cli", "bench", "report"]
+    subprocess.run(command, env=environment, check=True, capture_output=True)
+    assert contents(checkout / "docs/figures") == drawn
+    for part in FIGURES:
+        path = checkout / part.page
+        assert png.note(path, style.KEYWORD) == part.digest(rows_of(part), style.VERSION)
+        image = Image.open(path)
+        assert image.width == style.WIDTH * style.DPI
+        # A transparent ground would be black on a dark page.
+        assert image.convert("RGBA").getextrema()[3] == (255, 255)
 
 
 def test_line_ends_of_a_page_stay(checkout):
