@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from zokernels.benchmarks import results
-from zokernels.benchmarks.report import catalog, document, png, style
+from zokernels.benchmarks.report import catalog, document, png, renewal, style
 from zokernels.benchmarks.report.parts import Figure
 from zokernels.benchmarks.report.tables import study as tables
 from zokernels.cli import main
@@ -150,6 +150,22 @@ BAD = {
         lambda root: (root / "bench/results/hybrid.csv").write_text("split,share\n0,1\n"),
         "hybrid can't be made from hybrid.csv: there is no 'reuse_forward'; measure again",
     ),
+    "cells missing": (
+        lambda root: edit(root / "bench/results/hybrid.csv", "0,False,3,", "0,False,"),
+        "bench/results/hybrid.csv can't be read: row 2 has more or fewer cells than the head",
+    ),
+    "no text": (
+        lambda root: (root / "bench/results/hybrid.csv").write_bytes(b"\xff\xfe"),
+        "bench/results/hybrid.csv can't be read: 'utf-8' codec",
+    ),
+    "other rows": (
+        lambda root: edit_all(root / "bench/results/study.csv", "minilm", "stories"),
+        "accuracy can't be made from study.csv, quickstart.csv: no row is of the parts",
+    ),
+    "other architectures": (
+        lambda root: edit_all(root / "bench/results/codegen.csv", ",90,", to=",70,"),
+        "there are no rows of sm_90; measure again",
+    ),
     "no number": (
         lambda root: change(root, "ops.csv", "ns_per_weight", "fast", line=1),
         "could not convert string to float: 'fast'; measure again",
@@ -161,6 +177,13 @@ def edit(path, old, new):
     text = path.read_text(encoding="utf-8")
     assert old in text
     path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def edit_all(path, *old, to="other"):
+    text = path.read_text(encoding="utf-8")
+    for one in old:
+        text = text.replace(one, to)
+    path.write_text(text, encoding="utf-8")
 
 
 @pytest.mark.parametrize("case", BAD)
@@ -314,3 +337,19 @@ def test_csv_rows_come_back_as_they_were(tmp_path):
     assert results.read(tmp_path / "none.csv") == []
     with path.open(newline="") as file:
         assert next(csv.reader(file)) == ["a", "b"]
+
+
+def test_a_full_disk_is_told_and_the_page_stays(checkout, monkeypatch, capsys):
+    def full(path, text):
+        raise OSError(28, "No space left on device")
+
+    change(checkout, "replay.csv", "replay_ns", "0.5")
+    before = contents(checkout)
+    monkeypatch.setattr(renewal.folder, "write_text", full)
+    assert report() == 2
+    told = capsys.readouterr().err
+    assert told == (
+        "replay (docs/reliability.md): docs/reliability.md can't be written: "
+        "No space left on device.\n"
+    )
+    assert contents(checkout) == before

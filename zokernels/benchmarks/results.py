@@ -31,11 +31,22 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]])
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file; an absent one has none."""
+    """The rows of a file; an absent one has none.
+
+    Raises:
+        ValueError: If it is no CSV, or a row has not the cells of the head.
+    """
     if not path.exists():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except csv.Error as error:
+        raise ValueError(f"it is no CSV: {error}") from None
+    for number, row in enumerate(rows, 1):
+        if None in row or None in row.values():
+            raise ValueError(f"row {number} has more or fewer cells than the head")
+    return rows
 
 
 def distinct(rows: Sequence[Row], column: str) -> list[str]:

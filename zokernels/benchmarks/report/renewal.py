@@ -62,10 +62,21 @@ def renew(root: Path, parts: Sequence[Part], check: bool = False) -> list[Outcom
             continue
         state = (STALE if check else WRITTEN) if changed else CURRENT
         found.append(Outcome(part.name, part.page, state))
-    if not check:
-        for name in dict.fromkeys(o.file for o in found if o.state == WRITTEN and o.file in pages):
+    if check:
+        return found
+    failed = {}
+    for name in dict.fromkeys(o.file for o in found if o.state == WRITTEN and o.file in pages):
+        try:
             folder.write_text(root / name, pages[name])
-    return found
+        except OSError as error:
+            failed[name] = f"{name} can't be written: {error.strerror}."
+    return [
+        Outcome(o.name, o.file, REFUSED, failed[o.file]) if o.file in failed else o for o in found
+    ]
+
+
+# What a table or a figure raises where the rows are not those that it is made of.
+_UNFIT = (LookupError, ValueError, ArithmeticError)
 
 
 class Refusal(Exception):
@@ -73,9 +84,13 @@ class Refusal(Exception):
 
 
 def _rows(root: Path, source: str) -> list[results.Row]:
-    found = results.read(root / results.PLACE / source)
+    place = results.PLACE / source
+    try:
+        found = results.read(root / place)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{place} can't be read: {error}; measure again.") from None
     if not found:
-        raise Refusal(f"{results.PLACE / source} is missing or has no rows; measure first.")
+        raise Refusal(f"{place} is missing or has no rows; measure first.")
     return found
 
 
@@ -85,14 +100,17 @@ def _table(root: Path, part: Table, rows: list[list[results.Row]], pages: dict[s
     if part.page not in pages:
         if not page.is_file():
             raise Refusal(f"{part.page} is missing.")
-        # Bytes, so that the line ends stay what they are.
-        pages[part.page] = page.read_bytes().decode("utf-8")
+        try:
+            # Bytes, so that the line ends stay what they are.
+            pages[part.page] = page.read_bytes().decode("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise Refusal(f"{part.page} can't be read: {error}.") from None
     old = pages[part.page]
     try:
         pages[part.page] = document.replaced(old, part.name, part.make(*rows))
     except document.MarkerError as error:
         raise Refusal(f"{part.page} {error}.") from None
-    except (KeyError, ValueError) as error:
+    except _UNFIT as error:
         raise _unfit(part, error) from None
     return pages[part.page] != old
 
@@ -108,10 +126,13 @@ def _figure(root: Path, part: Figure, rows: list[list[results.Row]], check: bool
         data = style.png(part.draw, rows, digest)
     except ImportError as error:
         raise Refusal(f"{part.page} needs matplotlib: {error}; pip install matplotlib.") from None
-    except (KeyError, ValueError) as error:
+    except _UNFIT as error:
         raise _unfit(part, error) from None
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_bytes(path, data)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder.write_bytes(path, data)
+    except OSError as error:
+        raise Refusal(f"{part.page} can't be written: {error.strerror}.") from None
     return True
 
 

@@ -40,8 +40,15 @@ class Panel:
 
 
 def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> None:
-    """A row a model, a panel a scheme; squares go by backpropagation, filled: several seeds."""
-    panels = [*_study(study), *_quickstart(quickstart)]
+    """A row a model, a panel a scheme; squares go by backpropagation, filled: several seeds.
+
+    Raises:
+        ValueError: If no row is of those parts.
+    """
+    used = [row for row in study if row["part"] in PARTS]
+    if not used:
+        raise ValueError(f"no row is of the parts {', '.join(PARTS)}")
+    panels = [*_study(used), *_quickstart(quickstart)]
     models = list(dict.fromkeys(panel.model for panel in panels))
     lines = [[panel for panel in panels if panel.model == model] for model in models]
     columns = max(map(len, lines))
@@ -58,7 +65,6 @@ def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> Non
     # One scale, and a wide one, so that a point more or less does not look like a difference.
     low, high = grid[0][0].get_ylim()
     grid[0][0].set_ylim(min(low, 45), max(high, 90))
-    used = [row for row in study if row["part"] in PARTS]
     style.frame(
         figure, "Accuracy against forwards",
         "SST-2, whole dev set, weights of the last step. Mean ± sample standard deviation over "
@@ -72,8 +78,7 @@ def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> Non
 
 def _study(rows: Sequence[Row]) -> list[Panel]:
     found: dict[tuple[str, str], Panel] = {}
-    chosen = [row for row in rows if row["part"] in PARTS]
-    for row in sorted(chosen, key=lambda r: (PARTS.index(r["part"]), SCHEMES.index(r["scheme"]))):
+    for row in sorted(rows, key=lambda r: (PARTS.index(r["part"]), SCHEMES.index(r["scheme"]))):
         before, majority = (float(row[k]) * 100 for k in ("dev_accuracy_before", "dev_majority"))
         key = (row["part"], row["scheme"])
         panel = found.setdefault(key, Panel(row["model"], row["scheme"], before, majority))
