@@ -81,8 +81,10 @@ def test_a_changed_row_is_told_by_every_part_made_of_it_and_then_written(checkou
     assert report("--check", "--json", str(out)) == 1
     assert contents(checkout) == before
     told = capsys.readouterr().err.splitlines()
-    stale = ["quickstart (docs/finetune.md)", "replay (docs/reliability.md)"]
-    stale.append("accuracy (docs/figures/accuracy.png)")
+    stale = [
+        "quickstart (docs/finetune.md)", "replay (docs/reliability.md)",
+        "accuracy (docs/figures/accuracy.png)",
+    ]  # fmt: skip
     assert told == [f"{what} is out of date; run `zokernels bench report`." for what in stale]
     found = json.loads(out.read_text())["report"]
     assert [p["name"] for p in found if p["state"] == "stale"] == [w.split()[0] for w in stale]

@@ -50,13 +50,13 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
         below[column].set_title(f"{row['dtype']}: zokernels, magnified")
         for axes in (above[column], below[column]):
             axes.set_xlabel("time of a step ÷ time of its two plain forwards")
-    above[0].set_xlim(0, 1.12 * max(float(row[name] or 0) for row, _ in cases for name in PEERS))
+    above[0].set_xlim(0, 1.15 * max(float(row[name] or 0) for row, _ in cases for name in PEERS))
     below[0].set_xlim(0, 1.22 * max(float(m["ratio"]) for _, ms in cases for m in ms.values()))
     first = cases[0][0]
     what = (
         f"{first['model'].upper()} with random weights, {first['rows']} × {first['length']} "
-        "tokens, full fine-tuning by ZO-SGD. Medians; whiskers: quartiles; dashed: the two plain "
-        "forwards."
+        "tokens, full fine-tuning by ZO-SGD. Medians, each over forwards timed in turn with it; "
+        "whiskers: quartiles; dashed: the two plain forwards."
     )
     style.frame(
         figure, "Time of a fine-tuning step, by part", f"{what} {results.caption(used)}.",

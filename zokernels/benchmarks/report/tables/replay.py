@@ -30,3 +30,13 @@ def table(rows: Sequence[Row]) -> str:
         "are of medians of the same moments."
     )
     return caption + "\n\n" + document.table(head, lines, "l" + "r" * len(rows))
+
+
+def recording(rows: Sequence[Row], step_ms: float = 2.5) -> str:
+    """What share of a short step the recording of it takes, at most one sync a second."""
+    records = max(float(row["record_us"]) for row in rows) / (1000 * step_ms)
+    syncs = max(float(row["sync_ms"]) for row in rows) / 1000
+    return (
+        f"Recording takes {100 * (records + syncs):.2f} % of a step of {step_ms:g} ms "
+        f"({100 * records:.2f} % in records, {100 * syncs:.2f} % in syncs), and less of a longer one."
+    )
