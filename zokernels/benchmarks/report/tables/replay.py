@@ -38,5 +38,6 @@ def recording(rows: Sequence[Row], step_ms: float = 2.5) -> str:
     syncs = max(float(row["sync_ms"]) for row in rows) / 1000
     return (
         f"Recording takes {100 * (records + syncs):.2f} % of a step of {step_ms:g} ms "
-        f"({100 * records:.2f} % in records, {100 * syncs:.2f} % in syncs), and less of a longer one."
+        f"({100 * records:.2f} % in records, {100 * syncs:.2f} % in syncs), and less of a "
+        "longer one."
     )
