@@ -71,7 +71,10 @@ def renew(root: Path, parts: Sequence[Part], check: bool = False) -> list[Outcom
         except OSError as error:
             failed[name] = f"{name} can't be written: {error.strerror}."
     return [
-        Outcome(o.name, o.file, REFUSED, failed[o.file]) if o.file in failed else o for o in found
+        Outcome(o.name, o.file, REFUSED, failed[o.file])
+        if o.state == WRITTEN and o.file in failed
+        else o
+        for o in found
     ]
 
 

@@ -107,7 +107,7 @@ def frame(figure: Figure, title: str, caption: str, handles: Any = (), columns: 
         columns: Of the legend; all in one line if 0.
     """
     _, height = figure.get_size_inches()
-    lines = textwrap.wrap(caption, 160)
+    lines = textwrap.wrap(caption, 150)
     columns = columns or max(1, len(handles))
     legend_lines = -(-len(handles) // columns)
     above = 0.42 + 0.24 * legend_lines + (0.08 if legend_lines else 0)
