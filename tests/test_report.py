@@ -272,10 +272,12 @@ def whole_study():
     rows = []
     for part, given in file["parts"].items():
         fixed = {"part": part, "model": given["base"]["name"], "shots": "", "scheme": "full"}
-        fixed |= {k: v for k, v in given["base"].items() if k in ("scheme", "optimizer")}
+        fixed |= {k: v for k, v in given["base"].items() if k in ("scheme", "optimizer", "task")}
         grid = {k: list(map(str, values)) for k, values in given["grid"].items()}
         for number, cell in enumerate(itertools.product(*grid.values())):
             row = like | fixed | dict(zip(grid, cell, strict=True))
+            if row["task"] == "trec":
+                row |= {"dev_accuracy_before": "0.17", "dev_majority": "0.224"}
             for seed in range(1 + ("-" not in part and number < 4)):
                 after = 0.55 + 0.01 * (number % 30) + 0.02 * seed
                 rows.append(row | {"seed": str(seed), "dev_accuracy_after": str(after)})
@@ -325,7 +327,7 @@ def _not_drawn(figure):
 
 def test_a_whole_study_has_a_line_for_every_optimizer_and_a_column_for_every_scheme():
     text = tables.tables(whole_study())
-    for scheme in ("full", "lora", "prefix", "prompt", "bitfit", "full, 16 shots"):
+    for scheme in ("full", "lora", "prompt", "bitfit", "full, 16 shots"):
         assert re.search(rf"\| {scheme} \|", text)
     for optimizer in style.OPTIMIZERS:
         assert f"\n| {optimizer} | " in text
