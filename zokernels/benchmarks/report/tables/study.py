@@ -58,7 +58,8 @@ def tables(rows: Sequence[Row]) -> str:
         first = here[0]
         parts += [
             f"**{part}**: {first['model']}, {task(first)}, {first['steps']} steps of "
-            f"{first['batch_size']}; always the most frequent answer: {100 * float(first['dev_majority']):.1f} %.",
+            f"{first['batch_size']}; always the most frequent answer: "
+            f"{100 * float(first['dev_majority']):.1f} %.",
             document.table(head, lines, "l" + "r" * (len(head) - 1)),
         ]
     parts.append(
