@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 from zokernels.backends import native
+from zokernels.benchmarks import tested
 
-ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("date", "commit", "machine", "threads", "python", "torch")
+ROOT = tested.ROOT
+COLUMNS = ("date", "commit", "machine", "threads", "python", "torch", "tests")
+# Columns that rows of earlier versions lack; there they are read as empty.
+LATER = ("tests",)
 # What the numbers depend on; a change of these since the commit makes it "-dirty".
 MEASURED = ("zokernels", "csrc", "setup.py", "bench/*.py")
 
@@ -29,11 +32,17 @@ def about(device: str = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "tests": tested.outcome(),
     }
 
 
 def commit() -> str:
-    """The short commit, with "-dirty" if what is measured differs from it."""
+    """The short commit, with "-dirty" if what is measured differs from it.
+
+    An installed package knows none, even inside another repository's folder: "unknown".
+    """
+    if not tested.is_checkout():
+        return "unknown"
     try:
         head = _git("rev-parse", "--short", "HEAD").strip()
         dirty = _git("status", "--porcelain", "--", *MEASURED).strip()
