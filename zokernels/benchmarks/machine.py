@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
@@ -70,6 +72,33 @@ def cpu() -> str:
         if "cpu family" in fields and "model" in fields:
             model += f" (family {fields['cpu family']} model {fields['model']})"
     return f"{model}, {os.cpu_count()} cores"
+
+
+def gcc() -> str:
+    """The gcc that compiled the native library, as written in the library itself."""
+    if not native.LIBRARY.exists():
+        return ""
+    found = re.search(rb"GCC: \([^)]*\) ([\w.]+)", native.LIBRARY.read_bytes())
+    return found[1].decode() if found else "unknown"
+
+
+def triton() -> str:
+    """The version of triton, or "" without it."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that a process can still have; None where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _git(*arguments: str) -> str:
