@@ -100,7 +100,8 @@ def caption(row: Row) -> str:
         "machine": "{}", "threads": "{} threads", "torch": "torch {}", "triton": "triton {}",
         "commit": "commit {}", "tests": "tests {}", "date": "{}",
     }  # fmt: skip
-    return ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name))
+    said = ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name))
+    return said.replace(", 1 threads", ", 1 thread")
 
 
 def _pass(row: Row) -> str:
@@ -126,5 +127,5 @@ def _finish(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10)
-    figure.supxlabel("\n".join(textwrap.wrap(caption(rows[0]), 110)), fontsize=7, color="0.35")
+    figure.supxlabel("\n".join(textwrap.wrap(caption(rows[0]), 125)), fontsize=7, color="0.35")
     return figure

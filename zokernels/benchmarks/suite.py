@@ -57,9 +57,7 @@ def runs(full: bool) -> list[Run]:
         found.append(
             Run("step", (*narrow, "--loss", "candidates", "--no-peers"), 2, "step-candidates", hf)
         )
-        found.append(
-            Run("step", (*narrow, "--scheme", "lora", "--no-peers"), 2, "step-lora", hf)
-        )
+        found.append(Run("step", (*narrow, "--scheme", "lora", "--no-peers"), 2, "step-lora", hf))
     found.append(Run("codegen", () if full else here, 3 if full else 1, "codegen", triton))
     return found
 
