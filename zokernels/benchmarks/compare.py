@@ -17,7 +17,6 @@ import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from zokernels.benchmarks import tested, timing
 from zokernels.benchmarks.ops import Plan
@@ -29,7 +28,7 @@ _LIBRARY = Path("zokernels", "backends", "_native.so")
 _SOURCES = ("csrc", "setup.py")
 
 Key = tuple[str, ...]
-# Of one process: each case's time over its floor's of the same repetition; a floor's own in ns.
+# Of one process: each case's fastest repetition over its floor's; a floor's own in ns a weight.
 Ratios = dict[Key, float]
 
 
@@ -166,14 +165,8 @@ def _side(root: Path, plan: Plan) -> Ratios:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise RunError(f"The passes of {root} could not be measured: {lines[-1]}")
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    names = ("dtype", "op", "dist", "variant", "case")
-    return {
-        tuple(row[name] for name in names): float(
-            row["ns_per_weight" if row["case"] == "floor" else "ratio_to_floor_median"]
-        )
-        for row in rows
-    }
+    lines = json.loads(done.stdout.splitlines()[-1])
+    return {tuple(key): value for key, value in lines}
 
 
 def _sources(root: Path) -> dict[str, bytes]:

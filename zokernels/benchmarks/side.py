@@ -1,7 +1,8 @@
 """One side of a comparison, as a script: the passes of one package, timed by this folder's code.
 
-``python side.py PACKAGE_ROOT PLAN`` prints the rows. The package may be of another commit, whose own
-benchmarks are absent or other than these; so both sides are measured by the same code.
+``python side.py PACKAGE_ROOT PLAN`` prints each case's fastest repetition, over its floor's, and a
+floor's own in nanoseconds a weight: other processes can only make a repetition longer. The package may be of another commit, whose
+own benchmarks are absent or other than these; so both sides are measured by the same code.
 """
 
 from __future__ import annotations
@@ -32,7 +33,14 @@ def main() -> None:
         found = ops.measure(ops.Plan(**options))
     except passes.Unavailable as error:
         sys.exit(str(error))
-    print(json.dumps(found.rows))
+    fastest = {case: min(taken) for case, taken in found.seconds.items()}
+    floors = {case.floor: taken for case, taken in fastest.items() if case.name == passes.FLOOR}
+    lines = []
+    for case, taken in fastest.items():
+        is_floor = case.name == passes.FLOOR
+        value = taken / options["numel"] * 1e9 if is_floor else taken / floors[case.floor]
+        lines.append(([case.dtype, case.op, case.dist, case.variant, case.name], value))
+    print(json.dumps(lines))
 
 
 if __name__ == "__main__":

@@ -68,17 +68,17 @@ def headline(command: str, rows: Rows) -> list[str]:
 
 
 def _ops(rows: Rows) -> list[str]:
-    lines = []
+    said: dict[str, str] = {}
     for row in rows:
         ours = row["dist"] == "gaussian" and row["case"].split("-")[0] in ("native", "triton")
-        first = ours and not row["variant"] and row["op"] in ("add_noise_", "adam")
+        if not ours or row["variant"] or row["op"] not in ("add_noise_", "adam"):
+            continue
+        what = f"{row['op']} {row['dtype']}"
+        faster = row["speedup_over_fastest_peer"]
+        beside = f", {faster} times as fast as {row['fastest_peer']}" if faster else ""
         # Of several instruction sets the first is the fastest.
-        line = f"{row['op']} {row['dtype']}: {row['ratio_to_floor_median']} times its floor"
-        if first and not any(said.startswith(line.partition(":")[0] + ":") for said in lines):
-            faster = row["speedup_over_fastest_peer"]
-            beside = f", {faster} times as fast as {row['fastest_peer']}" if faster else ""
-            lines.append(line + beside)
-    return lines
+        said.setdefault(what, f"{what}: {row['ratio_to_floor_median']} times its floor{beside}")
+    return list(said.values())
 
 
 def _step(rows: Rows) -> list[str]:

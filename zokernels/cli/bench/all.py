@@ -82,7 +82,7 @@ def _run(run: suite.Run, out: Path, plots: bool) -> dict[str, Any]:
     Console(stderr=True).rule(f"bench {run.command} {' '.join(run.options)}")
     started = time.perf_counter()
     try:
-        code = subprocess.run(command, timeout=run.limit, env=environment).returncode
+        code = _process(command, run.limit, environment)
     except subprocess.TimeoutExpired:
         return result | {"outcome": "stopped", "why": f"it took more than {run.limit:.0f} s"}
     result["seconds"] = round(time.perf_counter() - started, 1)
@@ -94,6 +94,10 @@ def _run(run: suite.Run, out: Path, plots: bool) -> dict[str, Any]:
         "files": list(files.values()),
         "lines": suite.headline(run.command, rows),
     }
+
+
+def _process(command: list[str], limit: float, environment: dict[str, str]) -> int:
+    return subprocess.run(command, timeout=limit, env=environment).returncode
 
 
 def _table(results: list[dict[str, Any]], out: Path) -> Table:
