@@ -1,8 +1,9 @@
 """One side of a comparison, as a script: the passes of one package, timed by this folder's code.
 
 ``python side.py PACKAGE_ROOT PLAN`` prints each case's fastest repetition, over its floor's, and a
-floor's own in nanoseconds a weight: other processes can only make a repetition longer. The package may be of another commit, whose
-own benchmarks are absent or other than these; so both sides are measured by the same code.
+floor's own in nanoseconds a weight: other processes can only make a repetition longer. The package
+may be of another commit, whose own benchmarks are absent or other than these; so both sides are
+measured by the same code.
 """
 
 from __future__ import annotations

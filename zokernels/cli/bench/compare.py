@@ -54,8 +54,8 @@ def table(found: list[compare.Difference], base: str, here: str) -> Table:
     """A line a pass."""
     made = Table(
         title=f"Working tree ({here}) over {base}: above 1 is slower\nThe fastest of a "
-        "process in multiples of the memory floor, a floor in ns a weight;\nmedians over processes, "
-        "of the ratio quartiles too",
+        "process in multiples of the memory floor, a floor in ns a weight;\nmedians over "
+        "processes, of the ratio quartiles too",
         title_justify="left",
     )
     made.add_column("pass")
