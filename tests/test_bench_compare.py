@@ -155,7 +155,7 @@ def test_a_commit_against_itself_has_the_same_passes(tmp_path, monkeypatch, caps
 
 @needs_git
 @pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
-def test_an_interrupt_removes_the_commits_folder(tmp_path, monkeypatch):
+def test_an_interrupt_removes_the_commits_folder(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
     def interrupted(commit, into):
@@ -165,3 +165,4 @@ def test_an_interrupt_removes_the_commits_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(compare, "unpack", interrupted)
     assert main(["bench", "compare", "HEAD"]) == 130
     assert list(tmp_path.iterdir()) == []
+    assert "Interrupted; the commit's folder is removed" in capsys.readouterr().err

@@ -188,3 +188,22 @@ def test_a_file_that_cannot_be_written_does_not_keep_the_others_from_it(tmp_path
     with pytest.raises(Exception, match="--csv .* could not be written: disk full"):
         out.write("it", [{"x": 1}], lambda: None)
     assert json.loads((tmp_path / "a.json").read_text()) == {"it": [{"x": 1}]}
+
+
+@needs_native
+def test_a_peer_that_fails_is_left_out_and_a_pass_of_ours_is_not(monkeypatch):
+    def failing(peer):
+        def run():
+            raise RuntimeError("no kernel\nand a trace")
+
+        case = passes.Case("float32", "sign", "gaussian", "", "broken", lambda t: run, peer=peer)
+        monkeypatch.setattr(
+            ops, "cases", lambda plan: [*passes.floors("float32", "cpu", False), case]
+        )
+        return ops.measure(ops.Plan(numel=1000, dtypes=("float32",), repeats=1))
+
+    found = failing(peer=True)
+    assert {row["case"] for row in found.rows} == {"floor"}
+    assert "float32-sign-gaussian-broken left out: no kernel" in found.notes
+    with pytest.raises(RuntimeError, match="no kernel"):
+        failing(peer=False)

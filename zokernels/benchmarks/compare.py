@@ -30,6 +30,7 @@ _SOURCES = ("csrc", "setup.py")
 Key = tuple[str, ...]
 # Of one process: each case's fastest repetition over its floor's; a floor's own in ns a weight.
 Ratios = dict[Key, float]
+Sides = tuple[list[Ratios], list[Ratios]]
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def alternate(
     plan: Plan,
     runs: int,
     progress: Callable[[], None] = lambda: None,
-) -> tuple[list[Ratios], list[Ratios]]:
+) -> Sides:
     """Measure both in turn, base, here, here, base, base and so on; a process each.
 
     Args:

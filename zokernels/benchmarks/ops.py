@@ -134,28 +134,37 @@ def environment(plan: Plan) -> dict[str, object]:
 
 
 def _prepare(plan: Plan, watch: Callable[[str, float], None]) -> tuple[dict[Case, Pass], list[str]]:
-    """The passes, compiled, in the order of the rows; and why others are left out."""
+    """The passes, compiled and warm, in the order of the rows; and why others are left out."""
     tensors = Tensors(plan.numel, plan.device)
     runs, notes = {}, []
     wanted = cases(plan)
     for place, case in enumerate(wanted):
         try:
-            runs[case] = case.build(tensors)
-        except (Unavailable, torch.cuda.OutOfMemoryError) as reason:
+            run = case.build(tensors)
+            run()
+            runs[case] = run
+        except (Unavailable, RuntimeError) as reason:
+            # Of ours, only memory may be missing.
+            if not (case.peer or isinstance(reason, Unavailable | torch.OutOfMemoryError)):
+                raise
             notes.append(f"{case} left out: {str(reason).splitlines()[0]}")
         watch("Preparing", (place + 1) / len(wanted))
+    if not any(case.name == FLOOR for case in runs):
+        raise Unavailable(f"Nothing to measure: {notes[0]}")
+    # A pass whose floor does not fit has nothing to be compared with.
+    floors = {case.floor for case in runs if case.name == FLOOR}
+    runs = {case: run for case, run in runs.items() if case.floor in floors}
     return runs, notes
 
 
 def _schedule(
     runs: dict[Case, Pass], plan: Plan, watch: Callable[[str, float], None]
 ) -> tuple[dict[Case, int], int]:
-    """Every how many repetitions each case runs, and the repetitions; the calls warm it up, too."""
+    """Every how many repetitions each case runs, and the repetitions, by how long each takes."""
     taken = {}
     for place, (case, run) in enumerate(runs.items()):
-        timing.clock(run, plan.device)
         taken[case] = timing.clock(run, plan.device)
-        watch("Warming up", (place + 1) / len(runs))
+        watch("Trying", (place + 1) / len(runs))
     floors = {case.floor: taken[case] for case in runs if case.name == FLOOR}
     slow = {case for case in runs if taken[case] > SLOW * floors[case.floor]}
 

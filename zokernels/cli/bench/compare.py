@@ -23,7 +23,7 @@ def command(
         list[str] | None, typer.Option(help="float32 and bfloat16; may be repeated.")
     ] = None,
     json: output.JSON = None,
-) -> None:
+) -> int:
     """Compare the passes of a commit with the working tree's, on this CPU, in alternation."""
     folder.check_json(json)
     dtypes = tuple(dict.fromkeys(dtype or ("float32", "bfloat16")))
@@ -31,14 +31,12 @@ def command(
         output.check_choice("--dtype", name, tuple(passes.DTYPES))
     commit = compare.resolve(base)
     plan = ops.Plan(numel=numel, dtypes=dtypes, peers=False, repeats=repeats)
-    with tempfile.TemporaryDirectory(prefix="zokernels-base-") as scratch:
-        with output.progress() as progress:
-            bar = progress.add_task(f"Building {commit[:9]}", total=1 + 2 * runs)
-            compare.unpack(commit, Path(scratch))
-            progress.update(bar, advance=1, description="Measuring")
-            sides = compare.alternate(
-                Path(scratch), machine.ROOT, plan, runs, lambda: progress.advance(bar)
-            )
+    try:
+        with tempfile.TemporaryDirectory(prefix="zokernels-base-") as scratch:
+            sides = _measure(commit, Path(scratch), plan, runs)
+    except KeyboardInterrupt:
+        output.say("Interrupted; the commit's folder is removed, and nothing was compared.")
+        return 130
     found = compare.differences(*sides)
     here = machine.commit()
     console = Console()
@@ -48,6 +46,15 @@ def command(
         about = machine.about() | {"base": commit, "runs": runs, "numel": numel}
         rows = [asdict(f) | {"key": list(f.key)} for f in found]
         folder.write_answer(json, {"environment": about, "compare": rows})
+    return 0
+
+
+def _measure(commit: str, scratch: Path, plan: ops.Plan, runs: int) -> compare.Sides:
+    with output.progress() as progress:
+        bar = progress.add_task(f"Building {commit[:9]}", total=1 + 2 * runs)
+        compare.unpack(commit, scratch)
+        progress.update(bar, advance=1, description="Measuring")
+        return compare.alternate(scratch, machine.ROOT, plan, runs, lambda: progress.advance(bar))
 
 
 def table(found: list[compare.Difference], base: str, here: str) -> Table:
