@@ -64,7 +64,7 @@ def runs(full: bool) -> list[Run]:
 
 def headline(command: str, rows: Rows) -> list[str]:
     """The few lines of the summary that a run's rows come to."""
-    return _HEADLINES[command](rows)
+    return _HEADLINES.get(command, lambda rows: [f"{len(rows)} rows"])(rows)
 
 
 def _ops(rows: Rows) -> list[str]:
