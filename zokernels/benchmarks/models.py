@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -68,8 +69,7 @@ def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
     if length > longest:
         raise InputError(f"--length is {length}, but {name} reads at most {longest} tokens.")
     with torch.device("meta"):
-        kind_of = hf.AutoModelForMaskedLM if _is_masked(name) else hf.AutoModelForCausalLM
-        weights = sum(p.numel() for p in kind_of.from_config(chosen).parameters())
+        weights = sum(p.numel() for p in empty(name).parameters())
     needed = weights * getattr(torch, dtype).itemsize
     free = machine.free_memory(device)
     if free is not None and needed > free:
@@ -81,21 +81,30 @@ def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
 
 def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
     """The model with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return empty(name, dtype).to(device).eval()
+
+
+def empty(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model on the device, or with the fake tensors, that torch is told to use."""
     import transformers as hf
 
-    torch.manual_seed(0)
-    chosen = config(name)
-    kind = hf.AutoModelForMaskedLM if _is_masked(name) else hf.AutoModelForCausalLM
-    return kind.from_config(chosen, dtype=dtype).to(device).eval()
+    kind = hf.AutoModelForMaskedLM if name == "roberta-large" else hf.AutoModelForCausalLM
+    return kind.from_config(config(name), dtype=dtype)
 
 
-def batch(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random tokens, every position with a label."""
+def batch(model: Any, rows: int, length: int, caches: bool = True) -> dict[str, Any]:
+    """Random tokens, every position with a label.
+
+    Args:
+        model: The model.
+        rows, length: How many tokens.
+        caches: Whether a causal model keeps every layer's keys and values, which it does unless
+            told not to, and which only generation needs.
+    """
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=generator)
     ids = ids.to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-
-
-def _is_masked(name: str) -> bool:
-    return name == "roberta-large"
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    causal = "use_cache" in inspect.signature(model.forward).parameters
+    return given if caches or not causal else {**given, "use_cache": False}
