@@ -72,19 +72,21 @@ class Kind:
         wide: Whether these are float32 whatever the weights are, or of the weights' type.
         backward: Which layers go by backpropagation: "none", "all", or "deep" ones.
         tangent: Whether it makes tangents instead of perturbed weights.
+        plain: Whether it also asks for the loss at the weights themselves, whose logits don't wait.
     """
 
     states: int = 0
     wide: bool = True
     backward: str = "none"
     tangent: bool = False
+    plain: bool = False
 
 
 KINDS = {
-    "inference": Kind(),
+    "inference": Kind(plain=True),
     "zo-sgd": Kind(),
     "zo-sgd-sign": Kind(),
-    "zo-sgd-cons": Kind(),
+    "zo-sgd-cons": Kind(plain=True),
     "zo-sgd-mmt": Kind(states=1),
     "zo-adam": Kind(states=3),
     "forward-grad": Kind(tangent=True),
@@ -170,11 +172,9 @@ def _scratch(cell: Cell, kind: Kind, shape: _Shape, dtype: torch.dtype) -> int:
 def _way(cell: Cell, kind: Kind) -> str:
     if kind.backward != "none":
         return kind.backward
-    if cell.optimizer == "inference":
-        return "whole"
     if kind.tangent:
         return "tangent"
-    return "in place" if cell.perturb == "in_place" else cell.perturb
+    return "plain" if kind.plain or cell.perturb == "in_place" else cell.perturb
 
 
 @cache
@@ -202,10 +202,11 @@ def _run(name: str, rows: int, length: int, dtype: torch.dtype, way: str) -> int
                 loss.backward()
     if way in ("on_entry", "paired"):
         return max(live.most, _head(model, inputs["input_ids"].numel(), dtype))
+    # A tangent goes beside every activation.
     return live.most * (2 if way == "tangent" else 1)
 
 
-def _head(model: nn.Module, tokens: int, dtype: torch.dtype) -> int:
+def _head(model: Any, tokens: int, dtype: torch.dtype) -> int:
     """The hidden states, a part of the head, its logits, and these as float32 twice."""
     vocabulary, width = model.get_output_embeddings().weight.shape
     part = lazy.rows_of_a_part(width, dtype, "cpu")

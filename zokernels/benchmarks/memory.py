@@ -38,7 +38,9 @@ MEASURED, ARITHMETIC, KILLED = "measured", "arithmetic", "killed for memory"
 _MARGIN, _SLACK = 1 << 30, 1.25
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _STEPS = 2
-_BASE = dict(lr=1e-7, eps=1e-3, weight_decay=0.0, fo_lr=1e-7, fo_optimizer="fo-adam")
+_BASE: dict[str, Any] = dict(
+    lr=1e-7, eps=1e-3, weight_decay=0.0, fo_lr=1e-7, fo_optimizer="fo-adam"
+)
 
 
 def row(cell: Cell, measure: bool = True) -> dict[str, Any]:
@@ -52,8 +54,10 @@ def row(cell: Cell, measure: bool = True) -> dict[str, Any]:
         RunError: If the measuring process fails for another reason than memory.
     """
     theory = footprint.of(cell)
-    found = run(cell) if measure and fits(theory, cell.device) else {"source": ARITHMETIC}
-    peak = found.get("peak")
+    found: dict[str, Any] = {"source": ARITHMETIC}
+    if measure and fits(theory, cell.device):
+        found = run(cell)
+    peak: int | None = found.get("peak")
     return {
         **machine.about(cell.device),
         **{k: v for k, v in asdict(cell).items() if k != "device"},

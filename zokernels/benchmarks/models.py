@@ -59,15 +59,7 @@ def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
     Raises:
         InputError: If there is no such device, the text is too long, or memory is too small.
     """
-    import transformers as hf
-
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise InputError(f"--device must be cpu, or cuda where torch sees one, got '{device}'.")
-    chosen = config(name)
-    longest = chosen.max_position_embeddings - (2 if isinstance(chosen, hf.RobertaConfig) else 0)
-    if length > longest:
-        raise InputError(f"--length is {length}, but {name} reads at most {longest} tokens.")
+    check_shape(name, length, device)
     with torch.device("meta"):
         weights = sum(p.numel() for p in empty(name).parameters())
     needed = weights * getattr(torch, dtype).itemsize
@@ -77,6 +69,23 @@ def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
             f"--model {name} in {dtype} takes {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} "
             "GiB are free; choose a smaller one, or --dtype bfloat16."
         )
+
+
+def check_shape(name: str, length: int, device: str) -> None:
+    """Raise unless there is such a device and the model reads texts of this length.
+
+    Raises:
+        InputError: If not.
+    """
+    import transformers as hf
+
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--device must be cpu, or cuda where torch sees one, got '{device}'.")
+    chosen = config(name)
+    longest = chosen.max_position_embeddings - (2 if isinstance(chosen, hf.RobertaConfig) else 0)
+    if length > longest:
+        raise InputError(f"--length is {length}, but {name} reads at most {longest} tokens.")
 
 
 def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
@@ -98,7 +107,8 @@ def batch(model: Any, rows: int, length: int, caches: bool = True) -> dict[str, 
 
     Args:
         model: The model.
-        rows, length: How many tokens.
+        rows: Of the batch.
+        length: Tokens of a row.
         caches: Whether a causal model keeps every layer's keys and values, which it does unless
             told not to, and which only generation needs.
     """
