@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -58,18 +59,9 @@ def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
     Raises:
         InputError: If there is no such device, the text is too long, or memory is too small.
     """
-    import transformers as hf
-
-    kind = device.partition(":")[0]
-    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise InputError(f"--device must be cpu, or cuda where torch sees one, got '{device}'.")
-    chosen = config(name)
-    longest = chosen.max_position_embeddings - (2 if isinstance(chosen, hf.RobertaConfig) else 0)
-    if length > longest:
-        raise InputError(f"--length is {length}, but {name} reads at most {longest} tokens.")
+    check_shape(name, length, device)
     with torch.device("meta"):
-        kind_of = hf.AutoModelForMaskedLM if _is_masked(name) else hf.AutoModelForCausalLM
-        weights = sum(p.numel() for p in kind_of.from_config(chosen).parameters())
+        weights = sum(p.numel() for p in empty(name).parameters())
     needed = weights * getattr(torch, dtype).itemsize
     free = machine.free_memory(device)
     if free is not None and needed > free:
@@ -79,23 +71,50 @@ def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
         )
 
 
-def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The model with random weights, in evaluation mode."""
+def check_shape(name: str, length: int, device: str) -> None:
+    """Raise unless there is such a device and the model reads texts of this length.
+
+    Raises:
+        InputError: If not.
+    """
     import transformers as hf
 
-    torch.manual_seed(0)
+    kind = device.partition(":")[0]
+    if kind not in ("cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise InputError(f"--device must be cpu, or cuda where torch sees one, got '{device}'.")
     chosen = config(name)
-    kind = hf.AutoModelForMaskedLM if _is_masked(name) else hf.AutoModelForCausalLM
-    return kind.from_config(chosen, dtype=dtype).to(device).eval()
+    longest = chosen.max_position_embeddings - (2 if isinstance(chosen, hf.RobertaConfig) else 0)
+    if length > longest:
+        raise InputError(f"--length is {length}, but {name} reads at most {longest} tokens.")
 
 
-def batch(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
-    """Random tokens, every position with a label."""
+def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
+    """The model with random weights, in evaluation mode."""
+    torch.manual_seed(0)
+    return empty(name, dtype).to(device).eval()
+
+
+def empty(name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The model on the device, or with the fake tensors, that torch is told to use."""
+    import transformers as hf
+
+    kind = hf.AutoModelForMaskedLM if name == "roberta-large" else hf.AutoModelForCausalLM
+    return kind.from_config(config(name), dtype=dtype)
+
+
+def batch(model: Any, rows: int, length: int, caches: bool = True) -> dict[str, Any]:
+    """Random tokens, every position with a label.
+
+    Args:
+        model: The model.
+        rows: Of the batch.
+        length: Tokens of a row.
+        caches: Whether a causal model keeps every layer's keys and values, which it does unless
+            told not to, and which only generation needs.
+    """
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, model.config.vocab_size, (rows, length), generator=generator)
     ids = ids.to(model.device)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
-
-
-def _is_masked(name: str) -> bool:
-    return name == "roberta-large"
+    given = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}
+    causal = "use_cache" in inspect.signature(model.forward).parameters
+    return given if caches or not causal else {**given, "use_cache": False}

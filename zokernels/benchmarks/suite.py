@@ -58,6 +58,12 @@ def runs(full: bool) -> list[Run]:
             Run("step", (*narrow, "--loss", "candidates", "--no-peers"), 2, "step-candidates", hf)
         )
         found.append(Run("step", (*narrow, "--scheme", "lora", "--no-peers"), 2, "step-lora", hf))
+    lengths = ("64", "256", "1024") if full else ("64", "512")
+    named = [part for length in lengths for part in ("--length", length)]
+    chosen = () if full else ("--optimizer", "zo-sgd", "--optimizer", "fo-adam")
+    found.append(
+        Run("memory", (*chosen, *named, "--device", device), 10 if full else 2, "memory", hf)
+    )
     found.append(Run("codegen", () if full else here, 3 if full else 1, "codegen", triton))
     return found
 
@@ -103,8 +109,17 @@ def _codegen(rows: Rows) -> list[str]:
     return [*lines[:3], f"{spilled} of {len(rows)} kernels spill registers"]
 
 
+def _memory(rows: Rows) -> list[str]:
+    return [
+        f"{row['optimizer']}, {row['rows']} × {row['length']} tokens: "
+        f"{float(row['peak_mb'] or row['theory_mb']) / 1024:.2f} GiB, {row['source']}"
+        for row in rows
+    ]
+
+
 _HEADLINES: dict[str, Callable[[Rows], list[str]]] = {
     "ops": _ops,
     "step": _step,
+    "memory": _memory,
     "codegen": _codegen,
 }

@@ -24,7 +24,7 @@ Lane = Direction | None
 Values = list[torch.Tensor]  # one tensor a lane
 
 # Tensors of up to so many elements are filled together, in groups of up to so many.
-_SMALL, _GROUP = 1 << 14, 1 << 18
+SMALL, GROUP = 1 << 14, 1 << 18
 # Elements: what is in a group begins at a cache line, so that a sum's order does not hang on it.
 _ALIGN = 64
 
@@ -308,11 +308,11 @@ def _group_small(params: Sequence[nn.Parameter]) -> list[tuple[list[int], list[i
     end: dict[int, int] = {}
     open_group: dict[tuple, int] = {}
     for i, p in enumerate(params):
-        if p.numel() > _SMALL:
+        if p.numel() > SMALL:
             continue
         kind = (p.dtype, p.device)
         g = open_group.get(kind)
-        if g is None or end[g] + p.numel() > _GROUP:
+        if g is None or end[g] + p.numel() > GROUP:
             g = open_group[kind] = len(groups)
             groups.append(([], []))
             end[g] = 0

@@ -126,8 +126,7 @@ class PerturbedLogits(torch.Tensor):
         weight, entry = self.weight, self.entry
         # A product with a few rows of a strided slice takes a hundred times as long in bfloat16.
         flat = [h.contiguous() for h in flat]
-        size = weight.shape[1] * flat[0].element_size()
-        step = max(64, _PART.get(flat[0].device.type, _PART["cpu"]) // size)
+        step = rows_of_a_part(weight.shape[1], flat[0].dtype, flat[0].device.type)
         biases: list[Any] = [self.bias] * len(flat)
         if isinstance(self.bias, PerturbedWeight):
             biases = [own[0].clone() for own in resolve(self.bias)]  # type: ignore[union-attr]
@@ -163,6 +162,11 @@ class PerturbedLogits(torch.Tensor):
 
         args, kwargs = tree_map_only(PerturbedLogits, compute, (args, kwargs))
         return func(*args, **kwargs)
+
+
+def rows_of_a_part(width: int, dtype: torch.dtype, device: str) -> int:
+    """How many rows of the head are made at a time."""
+    return max(64, _PART.get(device, _PART["cpu"]) // (width * dtype.itemsize))
 
 
 def _same(logits: PerturbedLogits, *_: Any, **__: Any) -> Any:

@@ -27,7 +27,7 @@ def command(
     full: Annotated[bool, typer.Option("--full/--quick", help="Minutes, or half an hour.")] = False,
     json: output.JSON = None,
 ) -> int:
-    """Run ops, step and codegen one after the other; 1 if one of them failed."""
+    """Run ops, step, memory and codegen one after the other; 1 if one of them failed."""
     folder.check_json(json)
     _check_folder(out)
     runs = suite.runs(full)

@@ -1,0 +1,198 @@
+"""Peak memory of a step, measured in a process of its own, beside what arithmetic says.
+
+On a CPU the peak is the process's high-water mark over two steps, less what the process held before
+the model was built; on CUDA it is the most that the allocator gave out. A step that would not fit
+is not started: its row is arithmetic alone, and says so.
+
+``python -m zokernels.benchmarks.memory CELL``, with a cell as JSON, measures one and prints it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zokernels.benchmarks import footprint, machine, models
+from zokernels.benchmarks.footprint import Cell, Footprint
+from zokernels.tasks import optimizers
+from zokernels.tasks.errors import RunError
+
+COLUMNS = (
+    *machine.COLUMNS, "model", "optimizer", "perturb", "dtype", "rows", "length", "source",
+    "peak_mb", "theory_mb", "weights_mb", "state_mb", "scratch_mb", "run_mb", "step_s",
+)  # fmt: skip
+MEASURED, ARITHMETIC, KILLED = "measured", "arithmetic", "killed for memory"
+# What the system, and libraries for themselves, need besides a cell's own bytes.
+_MARGIN, _SLACK = 1 << 30, 1.25
+_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+_STEPS = 2
+_BASE: dict[str, Any] = dict(
+    lr=1e-7, eps=1e-3, weight_decay=0.0, fo_lr=1e-7, fo_optimizer="fo-adam"
+)
+
+
+def row(cell: Cell, measure: bool = True) -> dict[str, Any]:
+    """The values of `COLUMNS`: measured where it fits, and by arithmetic in any case.
+
+    Args:
+        cell: What to measure.
+        measure: Whether to try.
+
+    Raises:
+        RunError: If the measuring process fails for another reason than memory.
+    """
+    theory = footprint.of(cell)
+    found: dict[str, Any] = {"source": ARITHMETIC}
+    if measure and fits(theory, cell.device):
+        found = run(cell)
+    peak: int | None = found.get("peak")
+    return {
+        **machine.about(cell.device),
+        **{k: v for k, v in asdict(cell).items() if k != "device"},
+        "perturb": cell.perturb if is_perturbed(cell.optimizer) else "",
+        "source": found["source"],
+        "peak_mb": "" if peak is None else f"{peak / 2**20:.0f}",
+        "theory_mb": f"{theory.total / 2**20:.0f}",
+        **{f"{k}_mb": f"{v / 2**20:.0f}" for k, v in asdict(theory).items()},
+        "step_s": f"{found['seconds']:.2f}" if "seconds" in found else "",
+    }
+
+
+def is_perturbed(optimizer: str) -> bool:
+    """Whether an optimizer has a way of perturbing weights."""
+    kind = footprint.KINDS[optimizer]
+    return optimizer != "inference" and not kind.tangent and kind.backward != "all"
+
+
+def fits(theory: Footprint, device: str) -> bool:
+    """Whether a cell can be measured here without driving the machine out of memory."""
+    free = machine.free_memory(device)
+    return free is None or theory.total * _SLACK + _MARGIN < free
+
+
+def run(cell: Cell) -> dict[str, Any]:
+    """Measures in a fresh process: the source, peak bytes, and seconds of the last step.
+
+    Raises:
+        RunError: If the process fails, with the last line of what it said.
+    """
+    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
+    done = subprocess.run(
+        [sys.executable, "-m", "zokernels.benchmarks.memory", json.dumps(asdict(cell))],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+    )
+    if done.returncode == 0:
+        return {"source": MEASURED, **json.loads(done.stdout.splitlines()[-1])}
+    said = done.stderr.strip().splitlines()
+    # The kernel kills with 9; Python and torch say it.
+    if done.returncode == -9 or any("memory" in line.lower() for line in said[-1:]):
+        return {"source": KILLED}
+    raise RunError(
+        f"{cell.optimizer} on {cell.model} failed: {said[-1] if said else 'it said nothing'}"
+    )
+
+
+def step_of(model: Any, cell: Cell) -> Callable[[], Any]:
+    """One step of a cell's optimizer; of "inference" the two forwards of one."""
+    inputs = models.batch(model, cell.rows, cell.length, caches=False)
+
+    def closure() -> torch.Tensor:
+        return model(**inputs).loss
+
+    @torch.no_grad()
+    def forwards() -> None:
+        float(closure())
+        float(closure())
+
+    if cell.optimizer == "inference":
+        return forwards
+    options = {**_BASE, "hybrid_split": footprint.split(model.config.num_hidden_layers)}
+    if is_perturbed(cell.optimizer):
+        options["perturb"] = cell.perturb
+    opt = optimizers.build(cell.optimizer, model, options)
+    return lambda: opt.step(closure)
+
+
+def _measure_here(cell: Cell) -> dict[str, Any]:
+    on_gpu = cell.device.startswith("cuda")
+    dtype = getattr(torch, cell.dtype)
+    # What torch and its libraries take when they are first used is not the step's.
+    tiny = _tiny(cell, dtype).to(cell.device).eval()
+    warm = step_of(tiny, Cell(**{**asdict(cell), "rows": 1, "length": 8}))
+    for _ in range(_STEPS):
+        warm()
+    del tiny, warm
+    _tidy()
+    before = torch.cuda.memory_allocated() if on_gpu else _held("VmRSS")
+    step = step_of(models.build(cell.model, dtype, cell.device), cell)
+    _tidy()
+    _reset(on_gpu)
+    for _ in range(_STEPS):
+        began = time.perf_counter()
+        step()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - began
+    most = torch.cuda.max_memory_allocated() if on_gpu else _held("VmHWM")
+    return {"peak": most - before, "seconds": seconds}
+
+
+def _tiny(cell: Cell, dtype: torch.dtype) -> Any:
+    """A model of the same classes that is small in every way."""
+    import transformers as hf
+
+    config = models.config(cell.model)
+    small = dict(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, vocab_size=512)
+    for name, value in small.items():
+        setattr(config, name, value)
+    for name in ("ffn_dim", "intermediate_size", "word_embed_proj_dim", "num_key_value_heads"):
+        if hasattr(config, name):
+            setattr(config, name, 4 if name == "num_key_value_heads" else 64)
+    if hasattr(config, "head_dim"):
+        config.head_dim = 16
+    masked = cell.model == "roberta-large"
+    kind = hf.AutoModelForMaskedLM if masked else hf.AutoModelForCausalLM
+    return kind.from_config(config, dtype=dtype)
+
+
+def _tidy() -> None:
+    gc.collect()
+    # The C library keeps what was freed; where it is another one than glibc, it can't be asked.
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+def _reset(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif _CLEAR.exists():
+        # 5 sets the high-water mark back to what is held now (proc(5)).
+        _CLEAR.write_text("5")
+
+
+def _held(field: str) -> int:
+    if not _STATUS.exists():
+        # Elsewhere the high-water mark since the process began is all there is.
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return most * (1 if sys.platform == "darwin" else 1024)
+    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_here(Cell(**json.loads(sys.argv[1])))))
