@@ -73,8 +73,9 @@ def words(
 
 
 def tail(plan: Pass, decay: float, rounding_seed: int, rate: float = 0.0) -> list[int]:
-    """What of `words` lies between coefficients and the last: decay, rounding seed, and of a rule
-    −lr and its own numbers.
+    """What of `words` lies between the coefficients and the last one.
+
+    That is decay and rounding seed; and of a rule −lr, the factor on v̂, and its own numbers.
     """
     found = [bits32(decay), signed(rounding_seed)]
     if isinstance(plan, ApplyUpdate):

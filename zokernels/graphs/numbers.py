@@ -98,7 +98,8 @@ class StepNumbers:
     """
 
     def __init__(self, optimizer: ZOOptimizer, groups: Chosen):
-        first, device = optimizer.param_groups[0], optimizer.param_groups[0]["params"][0].device
+        first = optimizer.param_groups[0]
+        device = groups[0][0]["params"][groups[0][1][0]].device
         self.optimizer, self.groups = optimizer, groups
         self.two_sided, self.queries = bool(first["two_sided"]), int(first["num_queries"])
         sides = (1.0, -1.0) if self.two_sided else (1.0,)
@@ -122,7 +123,7 @@ class StepNumbers:
             deferred.Deferred(u.backend, u.plan, numbers)
             for u, numbers in zip(self._updates, self._numbers, strict=True)
         ]
-        # Tensors: CUDA divides by a Python number as it multiplies by its inverse, which rounds twice.
+        # Tensors: by a Python number CUDA divides as it multiplies by its inverse: rounded twice.
         self._count = torch.tensor(float(self.queries), dtype=torch.float64, device=device)
         self._losses = torch.tensor(float(len(self.points)), dtype=torch.float64, device=device)
         self.outcome = torch.zeros(len(self.points) + 1, dtype=torch.float64, device=device)
@@ -133,7 +134,10 @@ class StepNumbers:
         return [self._given.section("move", query, side, g) for g in range(len(self.groups))]
 
     def write(self, enabled: bool = True) -> None:
-        """Send the numbers of the optimizer's present step; without ``enabled`` it writes no weight.
+        """Send the numbers of the optimizer's present step.
+
+        Args:
+            enabled: Whether the step may write weights.
 
         Raises:
             ValueError: If one is not finite.
@@ -149,7 +153,7 @@ class StepNumbers:
         for at in filter(None, self.points):
             for g, (group, _) in enumerate(self.groups):
                 scale = _word(at[1] * float(group["eps"]), "eps")
-                words["move", *at, g] = [signed(seeds[at[0]]), scale, _ONE, 0, 1]
+                words[("move", *at, g)] = [signed(seeds[at[0]]), scale, _ONE, 0, 1]
         for j, update in enumerate(self._updates):
             group = self.groups[update.group][0]
             lr = checks.finite(group["lr"], "lr")

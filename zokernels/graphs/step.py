@@ -33,19 +33,19 @@ class GraphedStep:
     """A step of a zeroth-order optimizer as one CUDA graph: forwards, projected gradients, update.
 
     The graph is captured here, with its own copy of a batch, and each call replays it: the batch is
-    copied, seeds, scales, learning rates and decays are written in one small copy, and nothing waits
-    for the device. The weights are those of ``opt.step`` bit for bit where the losses are. A loss
+    copied, seeds, scales, learning rates and decays are written in one small copy, and nothing
+    waits for the device. The weights are those of ``opt.step`` bit for bit where the losses are. A loss
     that is not finite is met on the device: that step writes no weight.
 
     The host reads the losses of a step while the next one runs, or at `read`; with a trajectory
-    (`opt.record`) after every step, which then waits for its end. ``opt.projected_gradients`` and
+    (``opt.record``) after every step, which then waits for its end. ``opt.projected_gradients`` and
     ``opt.bad_steps`` are those of the last step that was read.
 
     Args:
         opt: `ZOSGD`, `ZOSGDSign`, `ZOSGDMomentum` or `ZOAdam`. Schedulers, ``state_dict``,
             ``record`` and ``opt.step`` itself go on working. A setting that the graph has fixed
             (``num_queries``, a mask, which parameters are trained …) may not change after it.
-            Record, resume or load a state before the graph is made, since it fixes where states are.
+            Record, resume or load a state before the graph is made: it fixes where states are.
         loss_fn: Takes a batch and returns its loss, a tensor of one element. It may not read a
             tensor on the host (``.item()``, ``if loss > 1``) or draw random numbers, and sees its
             own static tensors. Dropout is off.
@@ -110,8 +110,8 @@ class GraphedStep:
             batch: Built and shaped as ``example_batch``, on any device.
 
         Returns:
-            The mean of L₊ and L₋, or one-sided the base loss: a detached scalar on the device, which
-            nobody has waited for.
+            The mean of L₊ and L₋, or one-sided the base loss: a detached scalar on the device,
+            which nobody has waited for.
 
         Raises:
             ValueError: If the batch does not fit the graph; nothing has run then.
@@ -331,8 +331,8 @@ class GraphedStep:
         if changed or len(now) != len(self._settings):
             raise RuntimeError(
                 f"{', '.join(dict.fromkeys(changed)) or 'The param groups'} changed since the step "
-                "was captured, whose graph holds them as they were (of parameters and states: where "
-                "they are); make a new GraphedStep."
+                "was captured, whose graph holds them as they were (of parameters and states: "
+                "where they are); make a new GraphedStep."
             )
 
 

@@ -15,6 +15,6 @@ from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.paired import Paired
 
 __all__ = [
-    "MODES", "DeferredDirection", "Direction", "InPlace", "Move", "OnEntry", "Paired", "choose_mode",
-    "is_compiled", "perturbed",
+    "MODES", "DeferredDirection", "Direction", "InPlace", "Move", "OnEntry", "Paired",
+    "choose_mode", "is_compiled", "perturbed",
 ]  # fmt: skip

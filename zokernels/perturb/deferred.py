@@ -62,8 +62,8 @@ class DeferredDirection(Direction):
         if key not in self._prepared:
             if self.is_closed:
                 raise RuntimeError(
-                    "The forward asks for perturbed weights that it did not ask for before, so that "
-                    "it can't be captured; let loss_fn do the same in every call."
+                    "The forward asks for perturbed weights that it did not ask for before, so "
+                    "that it can't be captured; let loss_fn do the same in every call."
                 )
             self._prepared[key] = self._prepare(sources, out, chosen, offsets)
         for one in self._prepared[key]:

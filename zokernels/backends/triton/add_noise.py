@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from zokernels.backends.plan import AddNoise
-from zokernels.noise import GAUSSIAN
 from zokernels.backends.triton import arithmetic, launch, noise, table
 from zokernels.backends.triton.arithmetic import narrow, nearest, stochastic, widen
 from zokernels.backends.triton.group import (
@@ -28,6 +27,7 @@ from zokernels.backends.triton.group import (
     store,
 )  # fmt: skip
 from zokernels.backends.triton.noise import ROUNDING
+from zokernels.noise import GAUSSIAN
 
 
 @triton.jit

@@ -59,7 +59,7 @@ def coefficients(plan: Pass) -> tuple[list[float], bool]:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with all that it is launched with; what it reads in memory may change between runs."""
+    """A kernel with its arguments; what it reads in memory may change between runs."""
 
     kernel: Any
     programs: int

@@ -26,7 +26,11 @@ def command(
     dist: Annotated[str, typer.Option(help="gaussian or rademacher.")] = "gaussian",
     scheme: Annotated[str, typer.Option(help="What is trained, as for finetune.")] = "full",
     perturb: Annotated[
-        list[str] | None, typer.Option(help="on_entry, paired or in_place; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="on_entry, paired or in_place, and on CUDA also graphed_on_entry, graphed_paired "
+            "or graphed_in_place: the step as a CUDA graph. May be repeated."
+        ),
     ] = None,
     loss: Annotated[
         str, typer.Option(help="tokens: of all; candidates: two answers of one token, as a task.")
@@ -54,7 +58,8 @@ def command(
     _check("--dist", dist, ("gaussian", "rademacher"))
     _check("--loss", loss, step.LOSSES)
     for mode in modes:
-        _check("--perturb", mode, ("on_entry", "paired", "in_place"))
+        _check("--perturb", mode, (*step.MODES, *step.GRAPHED))
+        _check_graphed(mode, device, loss, mode in step.GRAPHED)
     models.check(model, rows, length, dtype, device)
     _check_columns(csv_file, step.COLUMNS)
     found: list[dict[str, Any]] = []
@@ -82,6 +87,13 @@ def command(
 def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise InputError(f"{option} must be one of {', '.join(allowed)}, got '{value}'.")
+
+
+def _check_graphed(mode: str, device: str, loss: str, graphed: bool) -> None:
+    if graphed and not device.startswith("cuda"):
+        raise InputError(f"--perturb {mode} captures a CUDA graph; give --device cuda with it.")
+    if graphed and loss != "tokens":
+        raise InputError(f"--perturb {mode} takes the loss of all tokens; leave --loss out.")
 
 
 def _check_columns(path: Path | None, columns: tuple[str, ...]) -> None:
