@@ -125,6 +125,17 @@ def test_it_is_the_optimizers_step_bit_for_bit(case, mode):
     assert sum(moved) >= 8 and twin.training and twin.dropout.training
 
 
+def test_it_is_that_of_the_reference_too():
+    one, other = pair(width=8, dtype=torch.bfloat16, rounding="stochastic", backend="reference")
+    (model, opt), (twin, twin_opt) = one, other
+    many = batches(3)
+    step = zk.GraphedStep(twin_opt, loss_fn(twin), many[0], capture=False)
+    for batch in many:
+        opt.step(lambda b=batch: loss_fn(model)(b))
+        step(batch)
+    assert_same(one, other)
+
+
 def test_both_run_in_one_forward_where_that_was_asked_for():
     (_, _), (model, opt) = pair(perturb="paired")
     calls = []

@@ -34,8 +34,8 @@ class GraphedStep:
 
     The graph is captured here, with its own copy of a batch, and each call replays it: the batch is
     copied, seeds, scales, learning rates and decays are written in one small copy, and nothing
-    waits for the device. The weights are those of ``opt.step`` bit for bit where the losses are. A loss
-    that is not finite is met on the device: that step writes no weight.
+    waits for the device. The weights are those of ``opt.step`` bit for bit where the losses are. A
+    loss that is not finite is met on the device: that step writes no weight.
 
     The host reads the losses of a step while the next one runs, or at `read`; with a trajectory
     (``opt.record``) after every step, which then waits for its end. ``opt.projected_gradients`` and
