@@ -8,6 +8,7 @@ from conftest import same_bits, varied
 from test_graphed import CASES, MODES, batches, loss_fn, pair
 from test_ops import DISTS, DTYPES, SIZES, mask_of, unaligned
 from test_update import RULES, flat, states_of
+from tiny import models
 
 import zokernels as zk
 
@@ -258,3 +259,24 @@ def test_a_compiled_model_is_captured():
     losses = [step(b).item() for b in batches(3)]
     assert all(map(math.isfinite, losses))
     assert not all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_language_models_step_is_captured(mode):
+    pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
+    torch.manual_seed(0)
+    model = models()["opt"]().cuda().eval()
+    ids = torch.randint(5, 30, (3, 12), device="cuda")
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    slopes = []
+    for graphed in (False, True):
+        opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, seed=5, perturb=mode, lazy_logits=False)
+        if graphed:
+            step = zk.GraphedStep(opt, lambda b: model(**b).loss, batch)
+            step(batch)
+            step.read()
+        else:
+            opt.step(lambda: model(**batch).loss)
+        slopes += opt.projected_gradients
+    # Attention takes its mask as it is in a capture: another kernel, and a slope over 2 ε.
+    assert slopes[1] == pytest.approx(slopes[0], abs=1e-3)
