@@ -91,6 +91,7 @@ def test_bench_step_writes_a_row_a_mode_beside_the_peers(tiny, tmp_path, capsys)
         (["--model", "opt-9"], "--model must be one of"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--perturb", "twice"], "--perturb must be one of"),
+        (["--perturb", "graphed_paired"], "graphed_paired captures a CUDA graph; give --device"),
         (["--loss", "none"], "--loss must be one of"),
         (["--device", "tpu"], "--device must be cpu"),
         (["--length", "4000"], "reads at most"),

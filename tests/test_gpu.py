@@ -1,10 +1,14 @@
 """The Triton backend on a CUDA device: the CPU's bits. bench/on_gpu.sh runs these."""
 
+import math
+
 import pytest
 import torch
 from conftest import same_bits, varied
+from test_graphed import CASES, MODES, batches, loss_fn, pair
 from test_ops import DISTS, DTYPES, SIZES, mask_of, unaligned
 from test_update import RULES, flat, states_of
+from tiny import models
 
 import zokernels as zk
 
@@ -145,3 +149,134 @@ def test_every_way_of_perturbing_is_the_same_forward(dtype):
     rounding = 1e-3 if dtype is torch.float32 else 0.3
     assert slopes[1:] == pytest.approx(slopes[:1] * 2, abs=rounding)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def on_gpu(batch):
+    return {k: v.cuda() for k, v in batch.items()}
+
+
+def graphed_and_eager(mode, **options):
+    """The same run by a graph and by the same step without one, on the device."""
+    found = []
+    for capture in (True, False):
+        model, opt = pair(perturb=mode, **options)[0]
+        model.cuda()
+        # States are made where the weights are.
+        found.append((model, opt, capture))
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("case", CASES)
+def test_a_graph_replays_the_step(case, mode):
+    many = batches(6)
+    many[3] = many[3] | {"weight": torch.tensor(float("nan"))}
+    results = []
+    for model, opt, capture in graphed_and_eager(mode, **CASES[case]):
+        step = zk.GraphedStep(opt, loss_fn(model), many[0], capture=capture)
+        schedule = torch.optim.lr_scheduler.LinearLR(opt, 0.1, total_iters=3)
+        losses = []
+        for batch in many:
+            losses.append(step(batch))
+            schedule.step()
+        step.read()
+        states = [t for s in opt.state.values() for t in s.values() if torch.is_tensor(t)]
+        results.append(
+            (torch.stack(losses).cpu(), [t.cpu() for t in (*model.parameters(), *states)])
+        )
+    (losses, tensors), (wanted, others) = results
+    # Kernels chosen in a capture are those of the warm-up, so that losses agree, and with them all.
+    assert same_bits(losses, wanted)
+    assert all(map(same_bits, tensors, others))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_graph_is_the_optimizers_step_where_the_losses_are(mode):
+    (model, opt), (twin, twin_opt) = pair(perturb=mode, num_queries=2, weight_decay=0.1)
+    model.cuda(), twin.cuda()
+    many = batches(4)
+    step = zk.GraphedStep(twin_opt, loss_fn(twin), many[0])
+    for batch in map(on_gpu, many):
+        opt.step(lambda b=batch: loss_fn(model)(b))
+        step(batch)
+        step.read()
+        # A loss is rounded in its last place, and a slope is a difference over 2 ε.
+        assert twin_opt.projected_gradients == pytest.approx(opt.projected_gradients, abs=2e-3)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, atol=1e-4)
+
+
+def test_a_replay_waits_for_nothing():
+    model, opt = pair(perturb="on_entry")[0]
+    model.cuda()
+    many = [on_gpu(b) for b in batches(4)]
+    step = zk.GraphedStep(opt, loss_fn(model), many[0])
+    step(many[0])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        # Beyond the first the host waits, by an event, for the step before the last only.
+        for batch in many[1:]:
+            step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_trajectory_of_replays_is_replayed(tmp_path):
+    model, opt = pair(perturb="on_entry", weight_decay=0.1)[0]
+    model.cuda()
+    base = [p.detach().clone() for p in model.parameters()]
+    log = opt.record(tmp_path / "run")
+    step = zk.GraphedStep(opt, loss_fn(model), batches(1)[0])
+    for batch in batches(5):
+        step(batch)
+    log.close()
+    after = [p.detach().clone() for p in model.parameters()]
+    for p, b in zip(model.parameters(), base, strict=True):
+        p.data.copy_(b)
+    zk.replay(model, tmp_path / "run")
+    assert all(same_bits(p.cpu(), a.cpu()) for p, a in zip(model.parameters(), after, strict=True))
+
+
+def test_what_reads_the_device_is_refused_at_the_capture():
+    model, opt = pair(perturb="on_entry")[0]
+    model.cuda()
+
+    def reads(batch):
+        loss = loss_fn(model)(batch)
+        return loss if loss.item() > 0 else -loss
+
+    with pytest.raises(RuntimeError, match="could not be captured.*read a tensor on the host"):
+        zk.GraphedStep(opt, reads, batches(1)[0])
+
+
+def test_a_compiled_model_is_captured():
+    model = pair()[0][0].cuda()
+    compiled = torch.compile(model)
+    with pytest.warns(UserWarning, match="compiled"):
+        opt = zk.ZOSGD(compiled, lr=1e-2, eps=3e-3, seed=7)
+    step = zk.GraphedStep(opt, loss_fn(compiled), batches(1)[0])
+    before = [p.clone() for p in model.parameters()]
+    losses = [step(b).item() for b in batches(3)]
+    assert all(map(math.isfinite, losses))
+    assert not all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_language_models_step_is_captured(mode):
+    pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
+    torch.manual_seed(0)
+    model = models()["opt"]().cuda().eval()
+    ids = torch.randint(5, 30, (3, 12), device="cuda")
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    slopes = []
+    for graphed in (False, True):
+        opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, seed=5, perturb=mode, lazy_logits=False)
+        if graphed:
+            step = zk.GraphedStep(opt, lambda b: model(**b).loss, batch)
+            step(batch)
+            step.read()
+        else:
+            opt.step(lambda: model(**batch).loss)
+        slopes += opt.projected_gradients
+    # Attention takes its mask as it is in a capture: another kernel, and a slope over 2 ε.
+    assert slopes[1] == pytest.approx(slopes[0], abs=1e-3)

@@ -72,6 +72,31 @@ def test_instructions_a_weight_on_sm_90(case):
     assert code.loads[:accesses] == [128] * accesses
 
 
+@pytest.mark.parametrize(
+    "case",
+    [("add_noise", "bfloat16"), ("add_noise", "float32"), ("adam", "bfloat16")],
+    ids="-".join,
+)
+def test_a_kernel_that_a_graph_replays_reads_its_numbers_and_its_guard(case):
+    from zokernels.backends.triton import codegen
+
+    plain = codegen.count_case(codegen.Case(*case, "gaussian"), 90)
+    code = codegen.count_case(codegen.Case(*case, "gaussian", deferred=True), 90)
+    # A product a weight and seed for the noise's unit, one for the decay; the guard is one load.
+    # The layout of the registers gives the rest (3.0 counted in bfloat16).
+    assert code.per_weight <= plain.per_weight + 3.25
+    assert code.spills == 0 and set(code.stores) == {128}
+    compiled, _ = codegen.compile_case(codegen.Case(*case, "gaussian", deferred=True), 90)
+    text = compiled.asm["ptx"]
+    assert ".target sm_90" in text
+    # The branch to the end comes before the first weight is loaded or stored.
+    body = text[text.index(".entry") :]
+    first_return = min(i for i in (body.find("ret;"), body.find("bra")) if i > 0)
+    assert first_return < body.index("st.global")
+    loads = body[:first_return].count("ld.global")
+    assert loads == 1
+
+
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("case", [k for k in CODE if k[1] == "bfloat16"], ids="-".join)
 def test_no_product_and_sum_is_fused_that_the_specification_keeps_apart(case, capability):

@@ -6,6 +6,7 @@ Public names only; importing touches no CUDA and no transformers.
 from zokernels import masks, noise, ops
 from zokernels.backends import backends
 from zokernels.distributed import Distributed, RankError
+from zokernels.graphs import GraphedStep
 from zokernels.optim import (
     ZOSGD,
     ForwardGrad,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Distributed",
     "ForwardGrad",
+    "GraphedStep",
     "HybridZO",
     "RankError",
     "Trajectory",

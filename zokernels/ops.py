@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from zokernels import checks, masks, rules, shards
 from zokernels.backends import select
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 
-__all__ = ["add_noise", "add_noise_", "apply_update_", "listening"]
+__all__ = ["add_noise", "add_noise_", "apply_update_", "listening", "taking"]
 
 P = TypeVar("P", bound=Pass)
 
@@ -25,6 +26,10 @@ P = TypeVar("P", bound=Pass)
 # one), tensors, seeds, coefficients, and the keywords.
 Listener = Callable[[str, Sequence[torch.Tensor], Sequence[int], Sequence[float], dict], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+# Gets a pass, checked and planned, and the backend that would run it.
+Taker = Callable[[ModuleType, Pass], None]
+_taker: ContextVar[Taker | None] = ContextVar("taker", default=None)
 
 
 @contextlib.contextmanager
@@ -38,6 +43,19 @@ def listening(listener: Listener) -> Iterator[None]:
         yield
     finally:
         _listener.reset(token)
+
+
+@contextlib.contextmanager
+def taking(taker: Taker) -> Iterator[None]:
+    """Hand the passes of this thread inside the block to ``taker`` instead of running them.
+
+    Listeners are told of them all the same.
+    """
+    token = _taker.set(taker)
+    try:
+        yield
+    finally:
+        _taker.reset(token)
 
 
 def add_noise_(
@@ -94,7 +112,7 @@ def add_noise_(
     plan = AddNoise(**numbers, out=here.params)
     runs = [(select(part.params, backend), _trim(part)) for part in _by_arithmetic(plan)]
     for run, part in runs:
-        if part is not None:
+        if part is not None and not _is_taken(run, part):
             run.add_noise(part)
             _mark_written(part.out)
     _tell(
@@ -139,8 +157,9 @@ def add_noise(
     for run, part in runs:
         trimmed = _trim(part)
         if trimmed is not None:
-            run.add_noise(trimmed)
-            _mark_written(part.out)
+            if not _is_taken(run, trimmed):
+                run.add_noise(trimmed)
+                _mark_written(part.out)
         else:
             for source, target in zip(part.params, part.out, strict=True):
                 target.detach().copy_(source.detach().view_as(target))
@@ -233,8 +252,9 @@ def apply_update_(
     checks.check_apart([*here.params, *(s for state in plan.states for s in state)])
     runs = [(select(part.params, backend), part) for part in _by_arithmetic(plan)]
     for run, part in runs:
-        run.apply_update(part)
-        _mark_written([*part.params, *(s for state in part.states for s in state)])
+        if not _is_taken(run, part):
+            run.apply_update(part)
+            _mark_written([*part.params, *(s for state in part.states for s in state)])
     _tell(
         rule, params, seeds, coeffs, states=ordered, lr=lr, beta=beta, betas=betas,
         adam_eps=adam_eps, amsgrad=amsgrad, step=step, streams=streams, offsets=offsets, dist=dist,
@@ -254,6 +274,13 @@ def _here(
     if not shards.among(params):
         return shards.Cut(params, others or (), streams, offsets, mask)
     return shards.cut(params, others or [()] * len(params), streams, offsets, mask)
+
+
+def _is_taken(run: ModuleType, plan: Pass) -> bool:
+    taker = _taker.get()
+    if taker is not None:
+        taker(run, plan)
+    return taker is not None
 
 
 def _tell(

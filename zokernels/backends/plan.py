@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -67,3 +68,23 @@ class ApplyUpdate(Pass):
     one_minus_beta2: float
     adam_eps: float
     amsgrad: bool
+
+    @property
+    def of_rule(self) -> tuple[float, ...]:
+        """The rule's numbers that are one for all steps."""
+        betas = (self.beta1, self.one_minus_beta1, self.beta2, self.one_minus_beta2)
+        return (*betas, self.adam_eps)
+
+
+def signed(seed: int) -> int:
+    """The int64 of the bits of an unsigned one."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
+def bits32(x: float) -> int:
+    """The bits of a number rounded to binary32.
+
+    Raises:
+        OverflowError: If that is infinite.
+    """
+    return struct.unpack("<I", struct.pack("<f", x))[0]

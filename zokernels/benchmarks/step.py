@@ -17,11 +17,15 @@ from typing import Any
 import torch
 
 from zokernels.benchmarks import machine, models, peers
+from zokernels.graphs import GraphedStep
 from zokernels.tasks import optimizers, schemes
 from zokernels.tasks.scoring import candidate_scores
 
 # What of a batch the loss looks at: every token, or two candidates after the last one.
 LOSSES = ("tokens", "candidates")
+# How a step is run: as the optimizers perturb, and so captured as a CUDA graph.
+MODES = ("on_entry", "paired", "in_place")
+GRAPHED = tuple(f"graphed_{mode}" for mode in MODES)
 PARTS = ("forwards", "noise", "update", "rest")
 
 
@@ -116,6 +120,8 @@ def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: Non
     if case.scheme != "full":
         model, _ = schemes.apply(model, case.scheme)
     inputs = models.batch(model, case.rows, case.length)
+    # A captured step computes whole logits.
+    captured = case.perturb in GRAPHED
     closure = {"tokens": _tokens, "candidates": _candidates}[case.loss](model, inputs)
 
     @torch.no_grad()
@@ -125,11 +131,15 @@ def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: Non
         float(model(**inputs).loss)
 
     options = dict(
-        lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb, num_queries=case.queries,
+        lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb.removeprefix("graphed_"),
+        num_queries=case.queries,
         lazy_logits=case.lazy_logits,
     )  # fmt: skip
     opt = optimizers.build(case.optimizer, model, options)
     runs: dict[str, Callable[[], Any]] = {"forwards": forwards, "step": lambda: opt.step(closure)}
+    if captured:
+        whole = GraphedStep(opt, lambda batch: model(**batch).loss, inputs)
+        runs["step"] = lambda: whole(inputs)
     runs |= {name: peers.build(name, model, _tokens(model, inputs)) for name in case.peers}
     before = _peak_mb(case.device, forwards)
     memory = _peak_mb(case.device, runs["step"]) - before

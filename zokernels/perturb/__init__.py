@@ -7,6 +7,7 @@ was stored comes back bit for bit.
 """
 
 from zokernels.perturb.context import perturbed
+from zokernels.perturb.deferred import DeferredDirection
 from zokernels.perturb.direction import Direction, Move
 from zokernels.perturb.in_place import InPlace
 from zokernels.perturb.modes import MODES, choose_mode, is_compiled
@@ -14,6 +15,6 @@ from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.paired import Paired
 
 __all__ = [
-    "MODES", "Direction", "InPlace", "Move", "OnEntry", "Paired", "choose_mode", "is_compiled",
-    "perturbed",
+    "MODES", "DeferredDirection", "Direction", "InPlace", "Move", "OnEntry", "Paired",
+    "choose_mode", "is_compiled", "perturbed",
 ]  # fmt: skip

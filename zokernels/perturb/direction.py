@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -30,7 +30,12 @@ class Direction:
     """Trainable parameters and the K seeds of the noise that moves them.
 
     ``params``, ``streams`` and ``moves`` have one entry a parameter.
+
+    Attributes:
+        is_deferred: Whether the numbers of its passes are known only when they run.
     """
+
+    is_deferred: ClassVar[bool] = False
 
     params: Sequence[nn.Parameter]
     streams: Sequence[int]

@@ -34,14 +34,16 @@ class Filler:
 
     Args:
         params: Contiguous parameters of one device.
+        keep: Keep the memory of every value, so that it has the same address in each forward.
 
     Attributes:
         lanes: The points of the forward that is under way.
         seconds: Time spent in here.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]):
+    def __init__(self, params: Sequence[nn.Parameter], keep: bool = False):
         self.params = list(params)
+        self.keep = keep
         self.lanes: Sequence[Lane] = ()
         self.seconds = 0.0
         self._pairs: list[tuple[int, int | None]] = []
@@ -131,7 +133,7 @@ class Filler:
             For each lane a tensor of shape (*numbers, width).
         """
         if not self._is_native or numbers[0].dtype is not torch.int64:
-            return [F.embedding(n, w) for n, w in zip(numbers, self.fresh(i), strict=True)]
+            return [F.embedding(n, w) for n, w in zip(numbers, self.values([i])[0], strict=True)]
         with self._timed():
             p = self.params[i].detach()
             flat = [n.reshape(-1) for n in numbers]
@@ -166,9 +168,15 @@ class Filler:
 
     def _fresh(self, i: int) -> Values:
         p = self.params[i].detach()
-        out = [p if lane is None else torch.empty_like(p) for lane in self.lanes]
+        out = [p if lane is None else self._own(i, k) for k, lane in enumerate(self.lanes)]
         self._fill(None, [i], [[o] for o in out])
         return out
+
+    def _own(self, i: int, k: int) -> torch.Tensor:
+        p = self.params[i].detach()
+        if not self.keep:
+            return torch.empty_like(p)
+        return self._piece(("own", i, k), p, p.numel()).view(p.shape)
 
     def _small(self, i: int, g: int) -> Values:
         if self._current is None or self._current[0] != g:
@@ -266,7 +274,9 @@ class Filler:
         self._pieces.clear()
 
     def _takes_native(self, lane: Direction) -> bool:
-        if lane.mask is not None or select(self.params, lane.backend) is not native:
+        if lane.is_deferred or lane.mask is not None:
+            return False
+        if select(self.params, lane.backend) is not native:
             return False
         moves = set(lane.moves)
         for move in moves:

@@ -13,10 +13,17 @@ from zokernels.perturb.direction import Direction
 
 
 class InPlace:
-    """Perturbs the weights themselves, from a copy of them (1 × the trainable weights)."""
+    """Perturbs the weights themselves, from a copy of them (1 × the trainable weights).
 
-    def __init__(self, params: Sequence[nn.Parameter]):
+    Args:
+        params: What is perturbed.
+        keep: Keep the copy's memory between sessions, at the same addresses.
+    """
+
+    def __init__(self, params: Sequence[nn.Parameter], keep: bool = False):
         self.params = list(params)
+        self.keep = keep
+        self._kept: list[torch.Tensor] = []
         self.copies: list[torch.Tensor] | None = None
         self.seconds = 0.0
 
@@ -24,7 +31,10 @@ class InPlace:
     def session(self) -> Iterator[None]:
         """Keep the copy from here to the end of the block."""
         started = time.perf_counter()
-        self.copies = [p.detach().clone() for p in self.params]
+        self.copies = self._kept or [p.detach().clone() for p in self.params]
+        for copy, p in zip(self._kept, self.params, strict=bool(self._kept)):
+            copy.copy_(p.detach())
+        self._kept = self.copies if self.keep else []
         self.seconds += time.perf_counter() - started
         try:
             yield

@@ -28,13 +28,20 @@ class OnEntry:
         model: The module.
         params: Its parameters that are perturbed.
         lazy_logits: Make a language model's logits only where the loss looks at them.
+        keep: Keep the memory of every perturbed weight, at the same addresses.
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], lazy_logits: bool = True):
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[nn.Parameter],
+        lazy_logits: bool = True,
+        keep: bool = False,
+    ):
         self.model = model
         self.params = list(params)
         position = {id(p): i for i, p in enumerate(self.params)}
-        self._filler = Filler(self.params)
+        self._filler = Filler(self.params, keep)
         head = _head_of(model) if lazy_logits else None
         self._entry = Entry(self._filler, position.get(id(head)))
         weights = [PerturbedWeight(p, self._entry, i) for i, p in enumerate(self.params)]

@@ -52,7 +52,7 @@ class Paired(OnEntry):
             try:
                 if not self._is_checked:
                     self._check(lanes, forward)
-                return self._run_shared(lanes, forward)
+                return [float(loss) for loss in self.run_shared(lanes, forward)]
             except Unshareable as why:
                 self._give_up(str(why))
         return [self._run_alone(lane, forward) for lane in lanes]
@@ -60,9 +60,14 @@ class Paired(OnEntry):
     def _run_alone(self, lane: Lane, forward: Callable[[], torch.Tensor | float]) -> float:
         return float(forward()) if lane is None else self.run(lane, lambda: float(forward()))
 
-    def _run_shared(
+    def run_shared(
         self, lanes: Sequence[Lane], forward: Callable[[], torch.Tensor | float]
-    ) -> list[float]:
+    ) -> list[torch.Tensor | float]:
+        """What ``forward()`` returns at every point, in one forward of the model.
+
+        Raises:
+            Unshareable: If the points can't share one.
+        """
         try:
             return self._run_once(lanes, forward)
         except _Inseparable:
@@ -75,12 +80,12 @@ class Paired(OnEntry):
 
     def _run_once(
         self, lanes: Sequence[Lane], forward: Callable[[], torch.Tensor | float]
-    ) -> list[float]:
+    ) -> list[torch.Tensor | float]:
         found = []
         with self.standing(lanes) as entry, self._shared_forward(entry) as shared:
             for lane in range(len(lanes)):
                 shared.closure_of(lane)
-                found.append(float(forward()))
+                found.append(forward())
         return found
 
     @contextlib.contextmanager
@@ -115,7 +120,7 @@ class Paired(OnEntry):
             raise Unshareable(f"{kind} keeps its weights in a list of its own")
         if math.isfinite(there):
             margin = max(abs(there - here) / 8, 1e-3 * abs(here))
-            parts = self._run_shared([far, None], forward)
+            parts = map(float, self.run_shared([far, None], forward))
             for alone, part in zip((there, here), parts, strict=True):
                 if not abs(part - alone) <= margin:
                     raise Unshareable(

@@ -27,6 +27,7 @@ from zokernels.backends.triton.group import (
     store,
 )  # fmt: skip
 from zokernels.backends.triton.noise import ROUNDING
+from zokernels.noise import GAUSSIAN
 
 
 @triton.jit
@@ -76,13 +77,17 @@ def _add_noise_kernel(
     groups_ptr, table_ptr, numbers_ptr, seeds, queries,
     DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr,
     STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr,
-    ROWS: tl.constexpr,
+    ROWS: tl.constexpr, GUARD: tl.constexpr = 0,
 ):  # fmt: skip
     """A program takes one group of one tensor.
 
     ``groups``: int32, the tensor of each program. ``table``: int64 (tensors, COLUMNS).
-    ``numbers``: int64, see `_group`. ``seeds``: K. ``queries``: seeds a step.
+    ``numbers``: int64, see `_group`. ``seeds``: K. ``queries``: seeds a step. ``GUARD``: where in
+    the numbers behind the coefficients it says whether to write; 0 for nowhere.
     """
+    if GUARD:
+        if tl.load(numbers_ptr + 2 * seeds + GUARD) == 0:
+            return
     program = tl.program_id(0)
     row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * COLUMNS
     start = (program - tl.load(row_ptr + FIRST_GROUP)) * (ROWS * 8)
@@ -98,20 +103,30 @@ def _add_noise_kernel(
 def add_noise(plan: AddNoise) -> None:
     """Run the pass: one launch for all tensors of a type."""
     for part in table.by_type(plan, [p.dtype for p in plan.params]):
-        _launch(part)
+        _launch(part).run()
 
 
-def _launch(plan: AddNoise) -> None:
+def prepare_add_noise(plan: AddNoise, deferred: launch.Deferred) -> list[launch.Launch]:
+    """The launches of a pass whose numbers are read in memory when it runs."""
+    parts = table.by_type(plan, [p.dtype for p in plan.params])
+    return [_launch(part, deferred) for part in parts]
+
+
+def _launch(plan: AddNoise, deferred: launch.Deferred | None = None) -> launch.Launch:
     device, dtype = plan.params[0].device, table.TYPES[plan.params[0].dtype]
     shape = launch.shape_of_add_noise(plan.kind, launch.is_plain(plan))
     tensors = table.table_of(plan, [plan.params, plan.out], shape.rows * 8)
-    coeffs, small = launch.coefficients(plan)
-    launch.run(
-        _add_noise_kernel, tensors.programs, device,
-        tensors.groups, tensors.rows, table.numbers_of(plan, coeffs, device=device),
-        len(plan.seeds), plan.queries,
+    if deferred is None:
+        coeffs, small = launch.coefficients(plan)
+        numbers = table.numbers_of(plan, coeffs, device=device)
+        decays, guard = any(d != 1 for d in plan.decays), 0
+    else:
+        # Nobody here knows how small a coefficient will be.
+        numbers, decays, small, guard = *deferred, plan.kind == GAUSSIAN, 2
+    options = dict(
         DTYPE=dtype, MEMORY_TYPE=arithmetic.memory_type(dtype), KIND=plan.kind,
         KEEP_KIND=tensors.keep_kind, STOCHASTIC=plan.stochastic, STEPS=plan.steps > 1,
-        DECAY=any(d != 1 for d in plan.decays), SMALL=small, ROWS=shape.rows,
-        num_warps=shape.warps,
+        DECAY=decays, SMALL=small, ROWS=shape.rows, GUARD=guard, num_warps=shape.warps,
     )  # fmt: skip
+    given = (tensors.groups, tensors.rows, numbers, len(plan.seeds), plan.queries)
+    return launch.Launch(_add_noise_kernel, tensors.programs, device, given, options)

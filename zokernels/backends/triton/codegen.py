@@ -85,7 +85,8 @@ class Code:
 class Case:
     """A kernel to compile: the pass of a training step, unless told otherwise.
 
-    ``op`` is "add_noise" or a rule: "sign", "momentum", "adam", "amsgrad".
+    ``op`` is "add_noise" or a rule: "sign", "momentum", "adam", "amsgrad". ``deferred``: as a CUDA
+    graph has it, of coefficients of any size and with a number that says whether to write.
     """
 
     op: str
@@ -95,13 +96,15 @@ class Case:
     stochastic: bool = False
     keep_kind: int = 0
     steps: bool = False
+    deferred: bool = False
 
     def __str__(self) -> str:
         parts = [self.op, self.dtype, self.dist]
         parts += [f"states {self.state}"] if self.state != "float32" else []
         parts += ["stochastic"] if self.stochastic else []
         parts += [("random", "magnitude", "bits")[self.keep_kind - 1]] if self.keep_kind else []
-        return " ".join([*parts, *(["each_step"] if self.steps else [])])
+        parts += ["each_step"] if self.steps else []
+        return " ".join([*parts, *(["deferred"] if self.deferred else [])])
 
 
 def compile_case(case: Case, capability: int) -> tuple[Any, int]:
@@ -109,12 +112,14 @@ def compile_case(case: Case, capability: int) -> tuple[Any, int]:
     dtype, state = (TYPES[getattr(torch, name)] for name in (case.dtype, case.state))
     kind = noise.KINDS[case.dist]
     plain = not (case.stochastic or case.keep_kind or case.steps)
+    guard = 2 if case.op == "add_noise" else 9
     types = dict(
         groups_ptr="*i32", table_ptr="*i64", numbers_ptr="*i64", seeds="i32", queries="i32"
     )
     fixed: dict[str, Any] = dict(
         DTYPE=dtype, MEMORY_TYPE=memory_type(dtype), KIND=kind, KEEP_KIND=case.keep_kind,
-        STOCHASTIC=case.stochastic, STEPS=case.steps, DECAY=not plain, SMALL=False,
+        STOCHASTIC=case.stochastic, STEPS=case.steps, DECAY=not plain or case.deferred,
+        SMALL=case.deferred and kind == noise.GAUSSIAN, GUARD=guard if case.deferred else 0,
     )  # fmt: skip
     if case.op == "add_noise":
         kernel, shape = _add_noise_kernel, launch.shape_of_add_noise(kind, plain)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -56,10 +57,33 @@ def coefficients(plan: Pass) -> tuple[list[float], bool]:
     return [c * _UNIT for c in coeffs], False
 
 
-def run(kernel: Any, programs: int, device: torch.device, *args: Any, **options: Any) -> None:
-    """Launch on the tensors' own device."""
-    if not programs:
-        return
-    with torch.cuda.device(device if device.type == "cuda" else -1):
-        # Fusing a product and a sum would round once where the reference rounds twice.
-        kernel[(programs,)](*args, **options, enable_fp_fusion=False)
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its arguments; what it reads in memory may change between runs."""
+
+    kernel: Any
+    programs: int
+    device: torch.device
+    arguments: tuple
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        """Launch on the tensors' own device."""
+        if not self.programs:
+            return
+        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
+            # Fusing a product and a sum would round once where the reference rounds twice.
+            self.kernel[(self.programs,)](*self.arguments, **self.options, enable_fp_fusion=False)
+
+
+class Deferred(NamedTuple):
+    """What is not known of a launch whose numbers are in memory already.
+
+    Attributes:
+        numbers: int64: what `table.numbers_of` gives, coefficients as they are, and then whether
+            the pass writes at all: 0 or 1.
+        decays: Whether the weights are multiplied by the decay.
+    """
+
+    numbers: torch.Tensor
+    decays: bool

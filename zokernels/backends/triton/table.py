@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -11,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import triton.language as tl
 
-from zokernels.backends.plan import Pass
+from zokernels.backends.plan import Pass, bits32, signed
 from zokernels.backends.triton import group
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
@@ -67,7 +66,7 @@ def _build(
         starts = [a - lead * s for a, s in zip(addresses, sizes, strict=True)]
         aligned = all(a % 16 == 0 for a in starts)
         cells = [
-            first, offset - lead, lead, lead + numel, stream, keep, _signed(keep_seed),
+            first, offset - lead, lead, lead + numel, stream, keep, signed(keep_seed),
             int(aligned), *starts,
         ]  # fmt: skip
         table.append(cells + [0] * (_COLUMNS - len(cells)))
@@ -102,12 +101,12 @@ def numbers_of(
 
     A binary32 number is stored by its bits, so that one upload carries all.
     """
-    values = [_signed(s) for s in plan.seeds]
-    values += map(_bits, coeffs)
-    values += map(_bits, plan.decays)
-    values += [_signed(s) for s in plan.rounding_seeds]
+    values = [signed(s) for s in plan.seeds]
+    values += map(bits32, coeffs)
+    values += map(bits32, plan.decays)
+    values += [signed(s) for s in plan.rounding_seeds]
     for numbers in more:
-        values += map(_bits, numbers)
+        values += map(bits32, numbers)
     return torch.tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
 
@@ -116,16 +115,8 @@ def _keep(mask: MaskOf) -> tuple[int, int]:
         case RandomOf(below, seed):
             return below, seed
         case MagnitudeOf(threshold):
-            return _bits(threshold), 0
+            return bits32(threshold), 0
         case BitsOf(packed):
             return packed.data_ptr(), 0
         case _:
             return 0, 0
-
-
-def _bits(x: float) -> int:
-    return struct.unpack("<I", struct.pack("<f", x))[0]
-
-
-def _signed(seed: int) -> int:
-    return seed - 2**64 if seed >= 2**63 else seed

@@ -1,5 +1,7 @@
 """g = Σₖ cₖ zₖ through a rule with state, for a list of tensors, in one launch."""
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 
@@ -31,6 +33,7 @@ from zokernels.backends.triton.group import (
     store,
 )  # fmt: skip
 from zokernels.backends.triton.rules import ADAM, AMSGRAD, MOMENTUM, take_step
+from zokernels.noise import GAUSSIAN
 
 _RULES = {"sign": 0, "momentum": 1, "adam": 2}
 
@@ -140,12 +143,17 @@ def _apply_update_kernel(
     V_TYPE: tl.constexpr, V_MEMORY: tl.constexpr, X_TYPE: tl.constexpr, X_MEMORY: tl.constexpr,
     RULE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr, STOCHASTIC: tl.constexpr,
     STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr,
+    GUARD: tl.constexpr = 0,
 ):  # fmt: skip
     """A program takes one group of one tensor.
 
     ``groups``: int32, the tensor of each program. ``table``: int64 (tensors, COLUMNS).
-    ``numbers``: int64, see `_group`. ``seeds``: K. ``queries``: seeds a step.
+    ``numbers``: int64, see `_group`. ``seeds``: K. ``queries``: seeds a step. ``GUARD``: where in
+    the numbers behind the coefficients it says whether to write; 0 for nowhere.
     """
+    if GUARD:
+        if tl.load(numbers_ptr + 2 * seeds + GUARD) == 0:
+            return
     program = tl.program_id(0)
     row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * COLUMNS
     start = (program - tl.load(row_ptr + FIRST_GROUP)) * (ROWS * 8)
@@ -166,33 +174,46 @@ def _apply_update_kernel(
 
 def apply_update(plan: ApplyUpdate) -> None:
     """Run the pass: one launch for all tensors of a type whose states have one type, too."""
+    for part in _by_type(plan):
+        _launch(part).run()
+
+
+def prepare_apply_update(plan: ApplyUpdate, deferred: launch.Deferred) -> list[launch.Launch]:
+    """The launches of a pass whose numbers are read in memory when it runs."""
+    return [_launch(part, deferred) for part in _by_type(plan)]
+
+
+def _by_type(plan: ApplyUpdate) -> Iterator[ApplyUpdate]:
     types = [
         (p.dtype, *(s.dtype for s in states))
         for p, states in zip(plan.params, plan.states, strict=True)
     ]
-    for part in table.by_type(plan, types):
-        _launch(part)
+    return table.by_type(plan, types)
 
 
-def _launch(plan: ApplyUpdate) -> None:
+def _launch(plan: ApplyUpdate, deferred: launch.Deferred | None = None) -> launch.Launch:
     device, dtype = plan.params[0].device, table.TYPES[plan.params[0].dtype]
     memories = [plan.params, *zip(*plan.states, strict=True)]
     kinds = [table.TYPES[s.dtype] for s in plan.states[0]]
     kinds += [dtype] * (3 - len(kinds))
     shape = launch.shape_of_update(plan.kind, plan.rule)
     tensors = table.table_of(plan, memories, shape.rows * 8)
-    coeffs, small = launch.coefficients(plan)
-    of_rule = (plan.beta1, plan.one_minus_beta1, plan.beta2, plan.one_minus_beta2, plan.adam_eps)
-    numbers = table.numbers_of(plan, coeffs, plan.rates, plan.scales, of_rule, device=device)
-    launch.run(
-        _apply_update_kernel, tensors.programs, device,
-        tensors.groups, tensors.rows, numbers, len(plan.seeds), plan.queries,
+    if deferred is None:
+        coeffs, small = launch.coefficients(plan)
+        more = (plan.rates, plan.scales, plan.of_rule)
+        numbers = table.numbers_of(plan, coeffs, *more, device=device)
+        decays, guard = any(d != 1 for d in plan.decays), 0
+    else:
+        # Nobody here knows how small a coefficient will be.
+        numbers, decays, small, guard = *deferred, plan.kind == GAUSSIAN, 9
+    options = dict(
         DTYPE=dtype, MEMORY_TYPE=arithmetic.memory_type(dtype),
         M_TYPE=kinds[0], M_MEMORY=arithmetic.memory_type(kinds[0]),
         V_TYPE=kinds[1], V_MEMORY=arithmetic.memory_type(kinds[1]),
         X_TYPE=kinds[2], X_MEMORY=arithmetic.memory_type(kinds[2]),
         RULE=_RULES[plan.rule] + plan.amsgrad, KIND=plan.kind, KEEP_KIND=tensors.keep_kind,
-        STOCHASTIC=plan.stochastic, STEPS=plan.steps > 1,
-        DECAY=any(d != 1 for d in plan.decays), SMALL=small, ROWS=shape.rows,
-        num_warps=shape.warps,
+        STOCHASTIC=plan.stochastic, STEPS=plan.steps > 1, DECAY=decays, SMALL=small,
+        ROWS=shape.rows, GUARD=guard, num_warps=shape.warps,
     )  # fmt: skip
+    given = (tensors.groups, tensors.rows, numbers, len(plan.seeds), plan.queries)
+    return launch.Launch(_apply_update_kernel, tensors.programs, device, given, options)

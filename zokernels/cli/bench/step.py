@@ -25,7 +25,11 @@ def command(
     dist: Annotated[str, typer.Option(help="gaussian or rademacher.")] = "gaussian",
     scheme: Annotated[str, typer.Option(help="What is trained, as for finetune.")] = "full",
     perturb: Annotated[
-        list[str] | None, typer.Option(help="on_entry, paired or in_place; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="on_entry, paired or in_place, and on CUDA also graphed_on_entry, graphed_paired "
+            "or graphed_in_place: the step as a CUDA graph. May be repeated."
+        ),
     ] = None,
     loss: Annotated[
         str, typer.Option(help="tokens: of all; candidates: two answers of one token, as a task.")
@@ -54,7 +58,8 @@ def command(
     output.check_choice("--dist", dist, ("gaussian", "rademacher"))
     output.check_choice("--loss", loss, step.LOSSES)
     for mode in modes:
-        output.check_choice("--perturb", mode, ("on_entry", "paired", "in_place"))
+        output.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
+        _check_graphed(mode, device, loss, mode in step.GRAPHED)
     models.check(model, rows, length, dtype, device)
     found: list[dict[str, Any]] = []
     with output.progress() as progress:
@@ -74,6 +79,13 @@ def command(
         console.print(line, highlight=False)
     output.say_tests(str(found[0]["tests"]))
     out.write("step", found, lambda: plots.step(found))
+
+
+def _check_graphed(mode: str, device: str, loss: str, graphed: bool) -> None:
+    if graphed and not device.startswith("cuda"):
+        raise InputError(f"--perturb {mode} captures a CUDA graph; give --device cuda with it.")
+    if graphed and loss != "tokens":
+        raise InputError(f"--perturb {mode} takes the loss of all tokens; leave --loss out.")
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -1,0 +1,104 @@
+"""Passes that read their numbers in memory, by the Triton kernels in Triton's interpreter."""
+
+import pytest
+import torch
+from conftest import same_bits, varied
+from test_graphed import batches, loss_fn, pair
+from test_ops import mask_of
+from test_update import RULES, flat, states_of
+
+import zokernels as zk
+from zokernels.backends import deferred
+
+SIZES = [1, 103]
+
+
+def prepare(call):
+    """The pass that ``call`` makes, unrun, and its numbers, which are zeros."""
+    found = []
+
+    def take(backend, plan):
+        numbers = torch.zeros(deferred.size(plan), dtype=torch.int64)
+        found.append((deferred.Deferred(backend, plan, numbers), plan, numbers))
+
+    with zk.ops.taking(take):
+        call()
+    (one,) = found
+    return one
+
+
+CASES = [
+    (torch.float32, "gaussian", "nearest", "none"),
+    (torch.bfloat16, "gaussian", "stochastic", "random"),
+    (torch.bfloat16, "rademacher", "nearest", "bits"),
+    (torch.float16, "gaussian", "nearest", "none"),
+    (torch.float32, "rademacher", "nearest", "random"),
+    (torch.float16, "rademacher", "stochastic", "none"),
+]
+
+
+@pytest.mark.parametrize("dtype, dist, rounding, mask", CASES, ids=str)
+def test_one_prepared_pass_takes_one_set_of_numbers_after_another(dtype, dist, rounding, mask):
+    expected = [varied(n, dtype, i) for i, n in enumerate(SIZES)]
+    got = [t.clone() for t in expected]
+    how = dict(streams=[5, 2**32 - 1], dist=dist, mask=mask_of(mask, expected), rounding=rounding)
+    one, plan, numbers = prepare(
+        lambda: zk.ops.add_noise_(got, [0, 1], [1.0, 1.0], decay=0.5, backend="triton", **how)
+    )
+    for seeds, coeffs, decay, seed in (
+        ([3, 2**64 - 1], [1e-3, -0.5], 0.75, 2**63 + 5),
+        ([4, 5], [2e-38, 0.0], 1.0, 6),
+    ):
+        numbers.copy_(torch.tensor(deferred.words(plan, seeds, coeffs, decay, seed)))
+        one.run()
+        numbers[-1] = 0
+        one.run()
+        zk.ops.add_noise_(
+            expected, seeds, coeffs, decay=decay, rounding_seed=seed, backend="reference", **how
+        )
+        assert all(map(same_bits, expected, got))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_rule_takes_its_rate_from_memory(name):
+    p = [varied(n, torch.bfloat16, i) for i, n in enumerate(SIZES)]
+    expected, states = [t.clone() for t in p], states_of(name, p, torch.bfloat16)
+    wanted = [{k: t.clone() for k, t in s.items()} for s in states]
+    rule = {k: v for k, v in RULES[name].items() if k != "step"}
+    one, plan, numbers = prepare(
+        lambda: zk.ops.apply_update_(
+            p, states, seeds=[0], coeffs=[1.0], lr=1.0, backend="triton", **rule
+        )
+    )
+    for seed, coeff, lr, decay in ((3, 0.5, 0.01, 0.99), (2**63, -2.0, 0.02, 1.0)):
+        tail = deferred.tail(plan, decay, seed + 1, -lr)
+        words = [deferred.signed(seed), deferred.bits32(coeff), *tail, 1]
+        numbers.copy_(torch.tensor(words))
+        one.run()
+        numbers[-1] = 0
+        one.run()
+        zk.ops.apply_update_(
+            expected, wanted, seeds=[seed], coeffs=[coeff], lr=lr, decay=decay,
+            rounding_seed=seed + 1, backend="reference", **rule,
+        )  # fmt: skip
+        assert all(map(same_bits, flat(expected, wanted), flat(p, states)))
+
+
+@pytest.mark.parametrize(
+    "mode", ["on_entry", *(pytest.param(m, marks=pytest.mark.slow) for m in ("in_place", "paired"))]
+)
+def test_a_whole_step_is_the_optimizers(mode):
+    one, other = pair(
+        perturb=mode, width=8, dtype=torch.bfloat16, weight_decay=0.1, rounding="stochastic"
+    )
+    (model, opt), (twin, twin_opt) = one, other
+    twin_opt.backend = "triton"
+    many = batches(2)
+    many[0] = many[0] | {"weight": torch.tensor(float("nan"))}
+    step = zk.GraphedStep(twin_opt, loss_fn(twin), many[1], capture=False)
+    for batch in many:
+        opt.step(lambda b=batch: loss_fn(model)(b))
+        step(batch)
+    step.read()
+    assert all(map(same_bits, model.parameters(), twin.parameters()))
+    assert opt.projected_gradients == twin_opt.projected_gradients

@@ -1,0 +1,212 @@
+"""The numbers of a captured step: written by the host before it runs, and read after it has run.
+
+    dₖ = (L₊ − L₋) / 2ε  or  (L₊ − L) / ε        cₖ = f · dₖ / q
+
+with f = ∓lr where the rule's pass takes the rate in its coefficients, and ±1 where it takes it
+apart. On the device as on the host this is binary64, in the order of the optimizers, and rounded
+once to binary32.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from types import ModuleType
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+
+from zokernels import checks, ops
+from zokernels.backends import deferred
+from zokernels.backends.plan import AddNoise, Pass, bits32, signed
+from zokernels.optim import ZOSGD
+from zokernels.optim.groups import Chosen
+
+if TYPE_CHECKING:
+    from zokernels.optim.base import ZOOptimizer
+
+_ONE = bits32(1.0)
+
+
+class Update(NamedTuple):
+    """A pass of the update: the number of its group, who runs it, and its plan."""
+
+    group: int
+    backend: ModuleType
+    plan: Pass
+
+
+def updates_of(optimizer: ZOOptimizer, groups: Chosen) -> list[Update]:
+    """The passes that the optimizer's rule makes; none is run, but states are made."""
+    found: list[Update] = []
+    seeds = list(range(optimizer.param_groups[0]["num_queries"]))
+    for g, (group, chosen) in enumerate(groups):
+
+        def take(backend: ModuleType, plan: Pass, g: int = g) -> None:
+            found.append(Update(g, backend, plan))
+
+        # Of a group whose lr is 0 now the pass would be left out.
+        moving = {**group, "lr": 1.0}
+        with ops.taking(take):
+            optimizer._update(moving, chosen, seeds, [1.0] * len(seeds))
+    return found
+
+
+class Given:
+    """What the host writes: sections of one int64 tensor, sent in one copy.
+
+    Args:
+        sizes: Numbers of each section, by name.
+        device: Where the tensor is.
+    """
+
+    def __init__(self, sizes: dict[tuple, int], device: torch.device):
+        self._places: dict[tuple, slice] = {}
+        end = 0
+        for name, size in sizes.items():
+            self._places[name] = slice(end, end + size)
+            # Triton compiles a kernel anew for an address that is not aligned to 16 bytes.
+            end += size + size % 2
+        self._memory = torch.zeros(end, dtype=torch.int64, device=device)
+
+    def section(self, *name: object) -> torch.Tensor:
+        """A section, at an address that stays."""
+        return self._memory[self._places[name]]
+
+    def write(self, words: dict[tuple, Sequence[int]]) -> None:
+        """Send the numbers of all sections, without waiting for the device."""
+        flat = [0] * len(self._memory)
+        for name, place in self._places.items():
+            flat[place] = words[name]
+        # torch keeps pinned memory from being used again until its copy is done.
+        pinned = self._memory.is_cuda
+        sent = torch.tensor(flat, dtype=torch.int64, pin_memory=pinned)
+        self._memory.copy_(sent, non_blocking=True)
+
+
+class StepNumbers:
+    """Seeds, scales, rates and coefficients of a step, and the passes that they are for.
+
+    Args:
+        optimizer: Whose step it is.
+        groups: Its groups with the positions of trainable parameters.
+
+    Attributes:
+        points: Where the step evaluates the loss, in order: (query, side), or None for θ itself.
+        outcome: float64: the losses, and whether the step's weights were written.
+        loss: The mean of the losses, or one-sided the base loss.
+    """
+
+    def __init__(self, optimizer: ZOOptimizer, groups: Chosen):
+        first = optimizer.param_groups[0]
+        device = groups[0][0]["params"][groups[0][1][0]].device
+        self.optimizer, self.groups = optimizer, groups
+        self.two_sided, self.queries = bool(first["two_sided"]), int(first["num_queries"])
+        sides = (1.0, -1.0) if self.two_sided else (1.0,)
+        moved = [(k, side) for k in range(self.queries) for side in sides]
+        self.points: list[tuple[int, float] | None] = [*moved]
+        if not self.two_sided:
+            self.points.insert(0, None)
+        self._updates = updates_of(optimizer, groups)
+        # Of a direction: seed, coefficient, decay, rounding seed, and that it is written.
+        sizes: dict[tuple, int] = {("move", *at, g): 5 for at in moved for g in range(len(groups))}
+        sizes |= {("enabled",): 1, ("seeds",): self.queries}
+        sizes |= {("eps",): len(groups), ("factors",): len(groups)}
+        tails = [deferred.tail(u.plan, 1.0, 0) for u in self._updates]
+        sizes |= {("tail", j): len(tail) for j, tail in enumerate(tails)}
+        self._given = Given(sizes, device)
+        self._numbers = [
+            torch.zeros(deferred.size(u.plan), dtype=torch.int64, device=device)
+            for u in self._updates
+        ]
+        self._passes = [
+            deferred.Deferred(u.backend, u.plan, numbers)
+            for u, numbers in zip(self._updates, self._numbers, strict=True)
+        ]
+        # Tensors: by a Python number CUDA divides as it multiplies by its inverse: rounded twice.
+        self._count = torch.tensor(float(self.queries), dtype=torch.float64, device=device)
+        self._losses = torch.tensor(float(len(self.points)), dtype=torch.float64, device=device)
+        self.outcome = torch.zeros(len(self.points) + 1, dtype=torch.float64, device=device)
+        self.loss = torch.zeros((), dtype=torch.float64, device=device)
+
+    def move(self, query: int, side: float) -> list[torch.Tensor]:
+        """What the passes of a perturbed forward read, for each group."""
+        return [self._given.section("move", query, side, g) for g in range(len(self.groups))]
+
+    def write(self, enabled: bool = True) -> None:
+        """Send the numbers of the optimizer's present step.
+
+        Args:
+            enabled: Whether the step may write weights.
+
+        Raises:
+            ValueError: If one is not finite.
+        """
+        optimizer = self.optimizer
+        seeds, rounding_seed = optimizer._seeds(None), optimizer._rounding_seed()
+        words: dict[tuple, Sequence[int]] = {
+            ("enabled",): [int(enabled)],
+            ("seeds",): [signed(s) for s in seeds],
+            ("eps",): [_bits64(float(g["eps"])) for g, _ in self.groups],
+            ("factors",): [_bits64(self._factor(g)) for g, _ in self.groups],
+        }
+        for at in filter(None, self.points):
+            for g, (group, _) in enumerate(self.groups):
+                scale = _word(at[1] * float(group["eps"]), "eps")
+                words[("move", *at, g)] = [signed(seeds[at[0]]), scale, _ONE, 0, 1]
+        for j, update in enumerate(self._updates):
+            group = self.groups[update.group][0]
+            lr = checks.finite(group["lr"], "lr")
+            decay = 1.0 - lr * group["weight_decay"]
+            _word(lr, "lr"), _word(decay, "decay")
+            words["tail", j] = deferred.tail(update.plan, decay, rounding_seed, -lr)
+        self._given.write(words)
+
+    def apply(self, losses: Sequence[torch.Tensor]) -> None:
+        """The projected gradients of these losses, and the update; nothing of it on the host."""
+        wide = torch.stack([loss.detach().reshape(()).to(torch.float64) for loss in losses])
+        total = wide[0]
+        if self.two_sided:
+            # A half is exact, so that here a product is a quotient.
+            differences = (wide[0::2] - wide[1::2]) * 0.5
+            for loss in wide[1:]:
+                total = total + loss
+            total = total / self._losses
+        else:
+            differences = wide[1:] - wide[0]
+        coefficients = [self._coefficients(g, differences) for g in range(len(self.groups))]
+        # A loss that is not finite leaves no difference that is.
+        finite = torch.stack([c.isfinite().all() for c in coefficients]).all()
+        written = finite & wide.isfinite().all() & (self._given.section("enabled")[0] != 0)
+        for j, update in enumerate(self._updates):
+            self._set(j, coefficients[update.group], written)
+            self._passes[j].run()
+        self.outcome.copy_(torch.cat([wide, written.to(torch.float64).reshape(1)]))
+        self.loss.copy_(total)
+
+    def _coefficients(self, g: int, differences: torch.Tensor) -> torch.Tensor:
+        eps = self._given.section("eps").view(torch.float64)[g]
+        factor = self._given.section("factors").view(torch.float64)[g]
+        return (factor * (differences / eps) / self._count).to(torch.float32)
+
+    def _set(self, j: int, coefficients: torch.Tensor, written: torch.Tensor) -> None:
+        """The numbers of an update's pass."""
+        tail = self._given.section("tail", j)
+        if isinstance(self._updates[j].plan, AddNoise):
+            # A pass with decay 1 and all coefficients 0 writes nothing, not even of −0.
+            written = written & ((coefficients != 0).any() | (tail[0] != _ONE))
+        bits = coefficients.view(torch.int32).to(torch.int64)
+        parts = [self._given.section("seeds"), bits, tail, written.to(torch.int64).reshape(1)]
+        self._numbers[j].copy_(torch.cat(parts))
+
+    def _factor(self, group: dict) -> float:
+        factor = -float(group["lr"]) if type(self.optimizer) is ZOSGD else 1.0
+        return -factor if group["maximize"] else factor
+
+
+def _word(x: float, name: str) -> int:
+    return bits32(checks.binary32(checks.finite(x, name), name))
+
+
+def _bits64(x: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", x))[0]
