@@ -56,7 +56,7 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 bench: $(STAMP)  ## Run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-enable
 
-bench-table: $(STAMP)  ## Rewrite the README's table from bench/results
+bench-table: $(STAMP)  ## Rewrite the documents' tables from bench/results
 	$(BIN)/python -m bench.table
 
 clean:  ## Remove what was built, and .venv

@@ -105,7 +105,7 @@ def label(case: str, dist: str) -> str:
 
 # Document, marker, results, and what makes the table of their rows.
 TABLES: tuple[tuple[str, str, str, Callable[[list[Row]], str]], ...] = (
-    ("README.md", "ops", "ops.csv", tables),
+    ("docs/performance.md", "ops", "ops.csv", tables),
     ("docs/study.md", "study", "study.csv", study.tables),
     ("docs/performance.md", "codegen", "codegen.csv", roofline.table),
     ("docs/performance.md", "step", "step.csv", steps.tables),
