@@ -46,8 +46,8 @@ def bash_block(example):
 def text_block(example):
     """A usage line, an output or an equation; a whole command line belongs in a bash block."""
     for line in example.parsed.splitlines():
-        whole = line.startswith(("zokernels ", "python -m", "make ")) and not re.search(r"[\[|…]", line)
-        assert not whole, f"not a text block: {line}"
+        is_command = line.startswith(("zokernels ", "python -m", "make "))
+        assert not is_command or re.search(r"[\[|…]", line), f"not a text block: {line}"
 
 
 def shortened(words):
@@ -86,7 +86,9 @@ def blocks():
 def folders(tmp_path_factory, places):
     """A folder for each page, with the model and the data that a reader has."""
 
-    def folder(page, made={}):
+    made = {}
+
+    def folder(page):
         if page not in made:
             made[page] = tmp_path_factory.mktemp(page.stem)
             (made[page] / "facebook").mkdir()
