@@ -66,7 +66,7 @@ def shortened(words):
             return words
         if values["resume"]:
             return words if Path(values["resume"]).exists() else None
-        if values["task"] != "sst2" or values["preset"]:
+        if values["task"] != "sst2" or values["preset"] or values["model"].startswith("package:"):
             return None
         return [*words, "--data", "data", "--device", "cpu", "--steps", "2", "--batch-size", "4"]
     return words
@@ -86,14 +86,17 @@ def blocks():
 def folders(tmp_path_factory, places):
     """A folder for each page, with the model and the data that a reader has."""
 
-    made = {}
+    data, made = tmp_path_factory.mktemp("data"), {}
+    for name in ("train.tsv", "dev.tsv"):
+        rows = (places / name).read_text().splitlines()[:33]
+        (data / name).write_text("\n".join(rows) + "\n")
 
     def folder(page):
         if page not in made:
             made[page] = tmp_path_factory.mktemp(page.stem)
             (made[page] / "facebook").mkdir()
             (made[page] / "facebook/opt-125m").symlink_to(places / "opt")
-            (made[page] / "data").symlink_to(places)
+            (made[page] / "data").symlink_to(data)
             (made[page] / "runs").mkdir()
         return made[page]
 
@@ -101,13 +104,13 @@ def folders(tmp_path_factory, places):
 
 
 @pytest.fixture
-def promised(monkeypatch, places):
+def promised(monkeypatch):
     """The names that the index promises, and one process's variables of torchrun."""
     variables = dict(RANK=0, LOCAL_RANK=0, WORLD_SIZE=1, LOCAL_WORLD_SIZE=1)
     variables |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=0, HF_HUB_OFFLINE=1)
     for name, value in variables.items():
         monkeypatch.setenv(name, str(value))
-    monkeypatch.setenv("ZOKERNELS_DATA", str(places))
+    monkeypatch.setenv("ZOKERNELS_DATA", "data")
 
     def load():
         torch.manual_seed(0)
@@ -146,7 +149,7 @@ def test_few_blocks_are_skipped():
     marks = [
         mark
         for page in PAGES
-        for mark in re.findall(r"<!-- skip: (.*) -->", page.read_text(encoding="utf-8"))
+        for mark in re.findall(r"^<!-- skip: (.*) -->", page.read_text(encoding="utf-8"), re.M)
     ]
     assert len(marks) == SKIPPED
     assert all(re.fullmatch(r'next ".{10,}"', mark) for mark in marks)
