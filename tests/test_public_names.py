@@ -36,7 +36,7 @@ def test_a_public_name_has_a_docstring_of_its_own(name):
 
 @pytest.mark.parametrize("name", [n for n in NAMES if not inspect.ismodule(named(n))])
 def test_a_public_name_is_on_a_page_of_the_reference(name):
-    assert name in SHOWN
+    assert any(named(shown) is named(name) for shown in SHOWN)
     short = name.replace("zokernels.", "zk.", 1) if ".hf." not in name else name
     assert f"`{short}`" in PAGES[REFERENCE / "index.md"], name
 
