@@ -17,8 +17,8 @@ MASKED = ["bert-mlm", "roberta"]
 EXAMPLES = [Example("a fine film with heart", 1), Example("dull", 0), Example("bad movie", 0)]
 # Every scheme but those that a kind of model cannot have.
 CASES = [(k, s) for k in CAUSAL for s in schemes.SCHEMES]
-CASES += [(k, s) for k in MASKED for s in schemes.SCHEMES if s != "prefix"]
-CASES += [("bert", s) for s in schemes.SCHEMES if s not in ("prefix", "head")]
+CASES += [(k, s) for k in MASKED for s in schemes.SCHEMES]
+CASES += [("bert", s) for s in schemes.SCHEMES if s != "head"]
 TOKENS = torch.tensor([[7, 9, 11, 13, 8, 12, 20, 21, 14, 6]])
 
 
@@ -98,8 +98,6 @@ def test_soft_tokens_start_as_the_real_tokens_they_were_made_of(folders, monkeyp
 def test_an_adapter_is_loaded_by_peft_as_it_was_saved(folders, tmp_path, kind, scheme):
     from peft import PeftModel
 
-    if (kind, scheme) == ("roberta", "prefix"):
-        pytest.skip("a masked LM takes no prefix")
     loaded = models.load(folders[kind])
     model, _ = schemes.apply(loaded.model, scheme, seed=3)
     scorer = scorer_of(loaded, model, scheme)
@@ -149,9 +147,33 @@ def test_a_probe_starts_undecided_and_saves_its_layer(folders, tmp_path):
         schemes.apply(models.load(folders["llama"]).model, "probe", classes=0)
 
 
-def test_a_prefix_for_a_masked_model_is_refused(folders):
-    with pytest.raises(InputError, match="no causal LM; use prompt"):
-        schemes.apply(models.load(folders["roberta"]).model, "prefix")
+@pytest.mark.parametrize("kind", [*MASKED, "bert"])
+def test_an_encoders_prefix_is_the_keys_and_values_of_real_tokens(folders, monkeypatch, kind):
+    """With one layer, a text after a prefix is the text in a row that also holds its tokens."""
+    monkeypatch.setattr(soft, "_real_tokens", lambda model, count: TOKENS[:, :count])
+    plain, loaded = (models.load(folders[kind]).model for _ in range(2))
+    for model in (plain, loaded):
+        inner = model.base_model.encoder
+        inner.layer = inner.layer[:1]
+        model.config.num_hidden_layers = 1
+    model, _ = schemes.apply(loaded, "prefix")
+    text = torch.tensor([[5, 8, 10, 17, 2], [9, 9, 22, 6, 2]])
+    with torch.no_grad():
+        whole = torch.cat([TOKENS[:, : soft.PREFIX_TOKENS].expand(2, -1), text], 1)
+        want = plain(input_ids=whole)[0][:, -5:]
+        got = model(input_ids=text, attention_mask=torch.ones_like(text))[0]
+    # Sums of attention in another order.
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+def test_a_prefix_for_a_model_that_takes_none_is_refused():
+    import transformers as t
+
+    model = t.DistilBertForMaskedLM(
+        t.DistilBertConfig(vocab_size=40, dim=16, hidden_dim=32, n_heads=2, n_layers=1)
+    )
+    with pytest.raises(InputError, match="DistilBertForMaskedLM takes none; use prompt"):
+        schemes.apply(model, "prefix")
 
 
 def test_the_seed_fixes_where_an_adapter_starts(folders):

@@ -136,8 +136,6 @@ def names() -> list[str]:
         for task, models in TASKS.items()
         for model in models
         for scheme in SCHEMES
-        # peft puts a prefix before a causal LM only.
-        if not (model == "roberta-large" and scheme == "prefix")
         for optimizer in (*OPTIMIZERS, *(_ENHANCED if scheme == "full" else ()))
     ]
 

@@ -34,18 +34,14 @@ def prefix(model: Any) -> Any:
     """The model with a trainable prefix of 5 tokens in every layer, the rest frozen.
 
     Raises:
-        InputError: If the model keeps no keys and values that a prefix could join.
+        InputError: If the model's attention takes no keys and values that could be a prefix.
     """
     peft = import_peft("prefix")
-    if not _is_causal(model):
-        raise InputError(
-            "--scheme prefix puts keys and values before a causal LM's own, and this model is no "
-            "causal LM; use prompt, lora or bitfit."
-        )
-    rows = _activations(model, _real_tokens(model, PREFIX_TOKENS))
+    text = _real_tokens(model, PREFIX_TOKENS)
     config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=PREFIX_TOKENS, prefix_projection=False
+        task_type=_task_type(model), num_virtual_tokens=PREFIX_TOKENS, prefix_projection=False
     )
+    rows = _activations(model, text)
     adapted = peft.get_peft_model(model, config).eval()
     _start(adapted, rows)
     return adapted
@@ -57,7 +53,7 @@ def prompt(model: Any) -> Any:
     embed = model.get_input_embeddings()
     rows = embed(_real_tokens(model, PROMPT_TOKENS)).detach()[0]
     config = peft.PromptTuningConfig(
-        task_type="CAUSAL_LM" if _is_causal(model) else "FEATURE_EXTRACTION",
+        task_type=_task_type(model),
         num_virtual_tokens=PROMPT_TOKENS,
         token_dim=embed.embedding_dim,
     )
@@ -66,11 +62,13 @@ def prompt(model: Any) -> Any:
     return adapted
 
 
-def _is_causal(model: Any) -> bool:
+def _task_type(model: Any) -> str:
+    """Peft's name for how such a model is called; an encoder, with or without a head, is plain."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model.config.model_type, ())
-    return type(model).__name__ in ((names,) if isinstance(names, str) else names)
+    causal = type(model).__name__ in ((names,) if isinstance(names, str) else names)
+    return "CAUSAL_LM" if causal else "FEATURE_EXTRACTION"
 
 
 def _real_tokens(model: Any, count: int) -> torch.Tensor:
@@ -94,7 +92,16 @@ def _activations(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
     # Of its own making: a cache by the configuration would forget what a sliding window passes.
     cache = DynamicCache()
-    model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    try:
+        model(input_ids=tokens, past_key_values=cache, use_cache=True)
+    except (TypeError, ValueError):
+        # An encoder that has no place for them.
+        cache = DynamicCache()
+    if not cache.layers:
+        raise InputError(
+            "--scheme prefix puts keys and values before each layer's own, and this "
+            f"{type(model).__name__} takes none; use prompt, lora or bitfit."
+        )
     states = [s for layer in cache.layers for s in (layer.keys, layer.values)]
     return torch.cat([s[0].transpose(0, 1).flatten(1) for s in states], dim=1)
 
