@@ -15,7 +15,8 @@ export ZOKERNELS_DATA ?= $(abspath ../shared/data)
 endif
 export STEPS
 
-.PHONY: help setup quickstart test test-slow sanitize lint format bench bench-table docs clean
+.PHONY: help setup quickstart test test-slow sanitize lint format bench report report-check docs \
+	clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -57,8 +58,11 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 bench: $(STAMP)  ## Run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-enable
 
-bench-table: $(STAMP)  ## Rewrite the documents' tables from bench/results
-	$(BIN)/python -m bench.table
+report: $(STAMP)  ## Make the documents' tables and figures from bench/results
+	$(BIN)/zokernels bench report
+
+report-check: $(STAMP)  ## Find tables and figures that are not those of bench/results
+	$(BIN)/zokernels bench report --check
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

@@ -1,7 +1,8 @@
 """What a hybrid step stores for its backward, by how many layers go by zeroth order.
 
 ``python -m bench.hybrid`` counts it anew on an OPT configuration of 24 layers with random weights,
-into bench/results/hybrid.csv, and writes the table of docs/optimizers.md. Nothing is timed.
+into bench/results/hybrid.csv. `zokernels bench report` makes the table of docs/optimizers.md from
+it. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from bench import document
+from zokernels.benchmarks import results
+from zokernels.benchmarks.results import Row
 
-PAGE = document.ROOT / "docs" / "optimizers.md"
-RESULTS = document.RESULTS / "hybrid.csv"
+RESULTS = results.FOLDER / "hybrid.csv"
 COLUMNS = ("split", "reuse_forward", "forwards", "stored_bytes", "share")
 LAYERS, SPLITS = 24, (0, 8, 16)
 
@@ -52,7 +53,7 @@ def stored(net: nn.Module, run: Callable[[], object]) -> int:
     return sum(s.nbytes() for s in kept.values())
 
 
-def count() -> list[document.Row]:
+def count() -> list[Row]:
     """A row for backpropagation through everything, and one for each split and variant."""
     net = model()
     ids = torch.randint(3, 512, (4, 64), generator=torch.Generator().manual_seed(1))
@@ -75,28 +76,10 @@ def count() -> list[document.Row]:
     return rows
 
 
-def _row(split: str, reuse: str, forwards: int, kept: int, whole: int) -> document.Row:
+def _row(split: str, reuse: str, forwards: int, kept: int, whole: int) -> Row:
     values = (split, reuse, str(forwards), str(kept), f"{kept / whole:.3f}")
     return dict(zip(COLUMNS, values, strict=True))
 
 
-def table(rows: list[document.Row]) -> str:
-    """The rows as Markdown."""
-    head = ("layers by zeroth order", "`reuse_forward`", "forwards", "stored, MB", "share")
-    lines = [
-        (r["split"], r["reuse_forward"], r["forwards"], f"{int(r['stored_bytes']) / 1e6:.1f}",
-         r["share"])
-        for r in rows
-    ]  # fmt: skip
-    return document.table(head, lines, "llrrr")
-
-
-def written(rows: list[document.Row]) -> str:
-    """The page's text with this table."""
-    return document.replaced(PAGE, {"bench:hybrid": table(rows)})
-
-
 if __name__ == "__main__":
-    found = count()
-    document.write_rows(RESULTS, COLUMNS, found)
-    PAGE.write_text(written(found), encoding="utf-8")
+    results.write(RESULTS, COLUMNS, count())

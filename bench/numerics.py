@@ -1,13 +1,13 @@
 """What 16-bit weights do to an estimate and to an update, measured: ``python -m bench.numerics``.
 
 On a small network, trained first and then rounded to the type, so that float32 and 16 bits start
-from the same numbers. Writes bench/results/numerics.csv and the tables of docs/numerics.md.
+from the same numbers. Writes bench/results/numerics.csv; `zokernels bench report` makes the tables
+of docs/numerics.md from it.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Sequence
 
@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from bench import document, ops
+from bench import ops
+from zokernels.benchmarks import results
 
-PAGE = document.ROOT / "docs" / "numerics.md"
-RESULTS = document.RESULTS / "numerics.csv"
+RESULTS = results.FOLDER / "numerics.csv"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 SCALES = (1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5)
 UPDATES = (1e-2, 1e-3, 1e-4, 1e-5)
@@ -205,70 +205,12 @@ def measure(directions: int) -> list[dict[str, object]]:
     return rows
 
 
-def tables(rows: list[document.Row]) -> dict[str, str]:
-    """The generated parts of the page."""
-    chosen = {
-        e: [r for r in rows if r["experiment"] == e] for e in ("estimate", "update", "restore")
-    }
-    of = {(r["dtype"], r["scale"], r["rounding"], r["forward"]): r for r in chosen["estimate"]}
-    columns = (
-        ("none", "float32"), ("nearest", "float32"), ("stochastic", "float32"),
-        ("nearest", "16 bits"), ("stochastic", "16 bits"),
-    )  # fmt: skip
-    lines = []
-    for dtype, scale in dict.fromkeys((r["dtype"], r["scale"]) for r in chosen["estimate"]):
-        here = [of[(dtype, scale, *column)] for column in columns]
-        gains = [f"{float(r['gain']):.3f} ± {float(r['gain_error']):.3f}" for r in here[:3]]
-        noises = [f"{float(r['noise']):.2g}" for r in here]
-        lines.append([dtype, scale, *gains, *noises, percent(here[1]["unmoved"])])
-    estimate = document.table(
-        ("weights", "ε", "gain, float32", "nearest", "stochastic", "noise, float32", "nearest",
-         "stochastic", "nearest, 16-bit forward", "stochastic, 16-bit forward", "unmoved, nearest"),
-        lines, "l" + "r" * 10,
-    )  # fmt: skip
-    update = document.table(
-        ("weights", "update / weights", "rounded", "gain", "± (1 s.e.)", "noise", "unmoved"),
-        [
-            [r["dtype"], f"{float(r['scale']):g}", r["rounding"]]
-            + [r[k] for k in ("gain", "gain_error", "noise")] + [percent(r["unmoved"])]
-            for r in chosen["update"]
-        ],
-        "lrlrrrr",
-    )  # fmt: skip
-    restore = document.table(
-        ("weights", "steps at lr 0", "weights changed", "drift, rms"),
-        [
-            [r["dtype"], r["scale"], percent(str(1 - float(r["unmoved"]))), percent(r["noise"])]
-            for r in chosen["restore"]
-        ],
-        "lrrr",
-    )
-    about = (
-        f"{rows[0]['machine']}; Python {rows[0]['python']}, torch {rows[0]['torch']}; commit "
-        f"{rows[0]['commit']}, {rows[0]['date']}."
-    )
-    return {
-        "bench:estimate": f"{estimate}\n\n{about}",
-        "bench:update": update,
-        "bench:restore": restore,
-    }
-
-
-def percent(share: str) -> str:
-    value = float(share) * 100
-    return f"{value:.2g}%" if value < 10 and not math.isclose(value, 0) else f"{value:.0f}%"
-
-
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and write; with ``--table`` only write the page from the rows that are there."""
+    """Measure and write."""
     parser = argparse.ArgumentParser(prog="python -m bench.numerics", description=__doc__)
     parser.add_argument("--directions", type=int, default=DIRECTIONS)
-    parser.add_argument("--table", action="store_true", help="measure nothing")
     options = parser.parse_args(arguments)
-    if not options.table:
-        document.write_rows(RESULTS, COLUMNS, measure(options.directions))
-    page = document.replaced(PAGE, tables(document.read_rows(RESULTS)))
-    PAGE.write_text(page, encoding="utf-8")
+    results.write(RESULTS, COLUMNS, measure(options.directions))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The quickstart over several seeds: ``python -m bench.quickstart --seeds 5``.
 
 Each run is the quickstart's own, whole dev set before and after, into bench/results/quickstart.csv;
-``--settings`` picks what it is compared with. ``python -m bench.table`` writes the table of
+``--settings`` picks what it is compared with. `zokernels bench report` makes the table of
 docs/finetune.md. The seconds are only as good as the machine was quiet; CPU seconds are of all
 threads, and depend less on the neighbours.
 """
@@ -9,7 +9,6 @@ threads, and depend less on the neighbours.
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
@@ -17,10 +16,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import document
-from bench.document import Row
+from bench import ops
+from zokernels.benchmarks import results
 
-RESULTS = document.RESULTS / "quickstart.csv"
+RESULTS = results.FOLDER / "quickstart.csv"
 COLUMNS = (
     "date", "commit", "machine", "threads", "python", "torch", "settings", "seed", "weights",
     "steps", "forwards", "dev_before", "dev_after", "seconds", "cpu_seconds",
@@ -43,9 +42,6 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.first < 0:
         parser.error("--seeds must be at least 1, and --first at least 0.")
-    # bench.table, which imports this file, needs no torch.
-    from bench import ops
-
     about = ops.environment(0)
     common = {k: about[k] for k in COLUMNS if k in about}
     for seed in range(options.first, options.first + options.seeds):
@@ -80,37 +76,12 @@ def run(name: str, seed: int) -> dict[str, object]:
 
 def keep(row: dict[str, object], path: Path) -> None:
     """Put the row in place of the one of the same settings and seed."""
-    rows: list[Any] = document.read_rows(path) if path.exists() else []
+    rows: list[Any] = results.read(path)
     new = (row["settings"], str(row["seed"]))
     rows = [r for r in rows if (r["settings"], r["seed"]) != new] + [row]
     order = list(CASES)
     rows.sort(key=lambda r: (order.index(str(r["settings"])), int(r["seed"])))
-    document.write_rows(path, COLUMNS, rows)
-
-
-def table(rows: list[Row]) -> str:
-    """The rows as Markdown: where they were measured, and a line a setting."""
-    first = rows[0]
-    head = (
-        "settings", "trained weights", "steps", "forwards", "accuracy after, by seed", "mean",
-        "standard deviation",
-    )  # fmt: skip
-    lines: list[tuple[str, ...]] = []
-    for name in dict.fromkeys(row["settings"] for row in rows):
-        here = [row for row in rows if row["settings"] == name]
-        after = [100 * float(row["dev_after"]) for row in here]
-        spread = f"{statistics.stdev(after):.1f}" if len(after) > 1 else "–"
-        one = here[0]
-        lines.append(
-            (name, f"{int(one['weights']):,}", one["steps"], f"{int(one['forwards']):,}",
-             " / ".join(f"{a:.1f}" for a in after), f"{statistics.mean(after):.1f}", spread)
-        )  # fmt: skip
-    caption = (
-        f"{first['machine']}; Python {first['python']}, torch {first['torch']}; commit "
-        f"{first['commit']}, {first['date']}. Per cent of the 872 dev examples; before training "
-        f"{100 * float(first['dev_before']):.1f}."
-    )
-    return caption + "\n\n" + document.table(head, lines, "lrrrlrr")
+    results.write(path, COLUMNS, rows)
 
 
 if __name__ == "__main__":

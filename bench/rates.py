@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import zokernels as zk
-from bench import document
+from zokernels.benchmarks import results
 from zokernels.tasks import batches, data, get_task
 from zokernels.tasks.models import quiet
 from zokernels.tasks.run import Finetune
@@ -98,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows += measure(settings, options.directions)
             for row in rows[-2 * len(RATES[scheme]) :]:
                 print(*row.values(), flush=True)
-    document.write_rows(document.RESULTS / "rates.csv", COLUMNS, rows)
+    results.write(results.FOLDER / "rates.csv", COLUMNS, rows)
     return 0
 
 

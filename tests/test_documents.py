@@ -168,7 +168,7 @@ WRONG = [
     "make quickstart SPEED=3",
     "make coffee",
     "python -m bench.gone",
-    "python -m bench.table --gone",
+    "python -m bench.rates --gone",
     "python examples/gone.py",
     "pip install '.[gone]'",
     "torchrun --gone train.py",

@@ -1,20 +1,14 @@
-"""docs/numerics.md: its tables are the committed rows', and its claims hold when measured."""
+"""docs/numerics.md: its claims hold when measured."""
 
 import pytest
 import torch
 
-from bench import document, numerics
+from bench import numerics
 
 
 @pytest.fixture(scope="module")
 def problem():
     return numerics.Problem(torch.bfloat16)
-
-
-def test_the_page_shows_the_committed_rows():
-    rows = document.read_rows(numerics.RESULTS)
-    page = numerics.PAGE.read_text(encoding="utf-8")
-    assert document.replaced(numerics.PAGE, numerics.tables(rows)) == page
 
 
 def test_without_rounding_the_estimate_is_the_directional_derivative(problem):

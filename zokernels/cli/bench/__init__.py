@@ -2,8 +2,9 @@
 
 import typer
 
-from zokernels.cli.bench import codegen, step
+from zokernels.cli.bench import codegen, report, step
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.command("codegen")(codegen.command)
+app.command("report")(report.command)
 app.command("step")(step.command)

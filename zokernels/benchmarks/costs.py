@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 from unittest import mock
 
 import torch
@@ -62,7 +63,7 @@ def measure(
     x = torch.ones(1, WIDTH, dtype=dtype)
     calls = []
 
-    def closure() -> torch.Tensor:
+    def closure() -> Any:
         calls.append(1)
         # Lower at every call, so that the conservative rule always finds a step to take.
         return net(x).float().square().mean() * 1e-6 + 1 / len(calls)
@@ -104,7 +105,7 @@ def peak(run: Callable[[], object]) -> int:
     """The most bytes that torch's CPU allocator gave out at a time during ``run``."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         run()
-    results = recorded.profiler.kineto_results  # type: ignore[union-attr]
+    results = recorded.profiler.kineto_results
     events = [e for e in results.events() if e.name() == "[memory]"]
     now = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):

@@ -1,0 +1,5 @@
+"""The documents' tables, sentences and figures, made from the rows under bench/results.
+
+A part is a `parts.Table`, which stands between two markers of a page, or a `parts.Figure`, a PNG
+under docs/figures. `catalog.PARTS` lists them all, and `renewal.renew` makes or checks them.
+"""

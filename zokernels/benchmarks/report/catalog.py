@@ -1,0 +1,46 @@
+"""All parts of the documents that are made from rows."""
+
+from __future__ import annotations
+
+from zokernels.benchmarks.report.figures import accuracy, roofline, step
+from zokernels.benchmarks.report.figures import ops as passes
+from zokernels.benchmarks.report.figures import study as all_cells
+from zokernels.benchmarks.report.parts import Figure, Part, Table
+from zokernels.benchmarks.report.tables import (
+    codegen,
+    hybrid,
+    numerics,
+    ops,
+    optimizers,
+    quickstart,
+    replay,
+    steps,
+    study,
+)
+
+README, PERFORMANCE = "README.md", "docs/performance.md"
+OPTIMIZERS, NUMERICS = "docs/optimizers.md", "docs/numerics.md"
+
+PARTS: tuple[Part, ...] = (
+    Table("step-summary", README, ("step.csv",), steps.summary),
+    Table("ops", PERFORMANCE, ("ops.csv",), ops.tables),
+    Table("step", PERFORMANCE, ("step.csv",), steps.tables),
+    Table("step-targets", PERFORMANCE, ("step.csv",), steps.targets),
+    Table("codegen", PERFORMANCE, ("codegen.csv",), codegen.table),
+    Table("codegen-reading", PERFORMANCE, ("codegen.csv",), codegen.reading),
+    Table("study", "docs/study.md", ("study.csv",), study.tables),
+    Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),
+    Table("rules", OPTIMIZERS, (), optimizers.rules),
+    Table("costs", OPTIMIZERS, ("optimizers.csv",), optimizers.costs),
+    Table("hybrid", OPTIMIZERS, ("hybrid.csv",), hybrid.table),
+    Table("estimate", NUMERICS, ("numerics.csv",), numerics.estimate),
+    Table("update", NUMERICS, ("numerics.csv",), numerics.update),
+    Table("restore", NUMERICS, ("numerics.csv",), numerics.restore),
+    Table("replay", "docs/reliability.md", ("replay.csv",), replay.table),
+    Table("recording", "docs/reliability.md", ("replay.csv",), replay.recording),
+    Figure("step", ("step.csv",), step.draw, version=2),
+    Figure("ops", ("ops.csv",), passes.draw, version=1),
+    Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
+    Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
+    Figure("study", ("study.csv",), all_cells.draw, version=1),
+)
