@@ -15,8 +15,8 @@ export ZOKERNELS_DATA ?= $(abspath ../shared/data)
 endif
 export STEPS
 
-.PHONY: help setup quickstart test test-slow sanitize lint format bench report report-check docs \
-	clean
+.PHONY: help setup quickstart test test-slow sanitize lint format bench bench-compare report \
+	report-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -55,8 +55,11 @@ format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
 
-bench: $(STAMP)  ## Run the benchmarks
-	$(BIN)/python -m pytest bench --benchmark-enable
+bench: $(STAMP)  ## Time the passes and a step with pytest-benchmark, in two minutes
+	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=median,iqr,rounds
+
+bench-compare: $(STAMP)  ## Compare the speed of commit BASE with the working tree's
+	$(BIN)/zokernels bench compare $(or $(BASE),$(error BASE is not set; name a commit: make bench-compare BASE=main))
 
 report: $(STAMP)  ## Make the documents' tables and figures from bench/results
 	$(BIN)/zokernels bench report

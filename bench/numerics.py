@@ -15,8 +15,7 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from bench import ops
-from zokernels.benchmarks import results
+from zokernels.benchmarks import machine, results
 
 RESULTS = results.FOLDER / "numerics.csv"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -172,7 +171,7 @@ def against(found: Sequence[float], true: Sequence[float]) -> dict[str, float]:
 
 def measure(directions: int) -> list[dict[str, object]]:
     """All rows."""
-    about = ops.environment(0)
+    about = machine.about()
     common = {k: about[k] for k in ("date", "commit", "machine", "python", "torch")}
     rows: list[dict[str, object]] = []
 

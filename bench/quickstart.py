@@ -16,8 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench import ops
-from zokernels.benchmarks import results
+from zokernels.benchmarks import machine, results
 
 RESULTS = results.FOLDER / "quickstart.csv"
 COLUMNS = (
@@ -42,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.seeds < 1 or options.first < 0:
         parser.error("--seeds must be at least 1, and --first at least 0.")
-    about = ops.environment(0)
+    about = machine.about()
     common = {k: about[k] for k in COLUMNS if k in about}
     for seed in range(options.first, options.first + options.seeds):
         keep({**common, **run(options.settings, seed)}, options.out)

@@ -20,10 +20,11 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from bench import cases, ops
+from zokernels.benchmarks import machine
+from zokernels.benchmarks.passes import Tensors
 from zokernels.trajectory.playback import CHUNK
 
-RESULTS = ops.ROOT / "bench" / "results" / "replay.csv"
+RESULTS = machine.ROOT / "bench" / "results" / "replay.csv"
 STEPS = CHUNK
 # On a disk and not in memory, so that syncs cost what they do.
 SCRATCH = os.environ.get("ZOKERNELS_BENCH_DIR", ".")
@@ -36,7 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=RESULTS, help="the file of results")
     options = parser.parse_args(arguments)
-    about = ops.environment(options.numel)
+    about = {**machine.about(), "gcc": machine.gcc(), "numel": options.numel}
     rows = [
         {**about, **measure(dtype, options.numel, options.repeats)}
         for dtype in ("float32", "bfloat16")
@@ -52,7 +53,7 @@ def main(arguments: list[str] | None = None) -> None:
 def measure(dtype: str, numel: int, repeats: int) -> dict[str, str | int]:
     """Times in ns a weight and step, and what a record takes."""
     model = nn.Module()
-    model.weight = nn.Parameter(cases.weights(dtype, numel))
+    model.weight = nn.Parameter(Tensors(numel).weights(dtype))
     base = model.weight.detach().clone()
     opt = zk.ZOSGD(model, lr=1e-6, backend="native", perturb="in_place")
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
@@ -122,7 +123,7 @@ def record_seconds(steps: int = 5000) -> float:
         return run
 
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
-        opt = zk.ZOSGD([torch.ones(8)], lr=1e-6)
+        opt = zk.ZOSGD([nn.Parameter(torch.ones(8))], lr=1e-6)
         recorder = opt.record(Path(scratch) / "run.zk")
         for name in ("_scalars", "write"):
             setattr(recorder, name, timed(getattr(recorder, name)))

@@ -1,38 +1,60 @@
-"""add_noise_ beside its floor and peers, for pytest-benchmark.
+"""The passes of `zokernels bench ops`, for pytest-benchmark: ``make bench``.
 
-``python -m pytest bench --benchmark-enable``; ZOKERNELS_BENCH_NUMEL sets the number of weights.
+ZOKERNELS_BENCH_NUMEL sets the number of weights. Times of one case after the other tell less than
+the command's alternation; what they are for is pytest-benchmark's own history and comparison.
 """
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
-from bench import cases
+from zokernels.benchmarks import ops, passes
 
-CASES = cases.cases()
+NUMEL = int(os.environ.get("ZOKERNELS_BENCH_NUMEL", 20_000_000))
+DTYPES = ("float32", "bfloat16")
 
 
-def _build(case: cases.Case, p: torch.Tensor) -> cases.Pass:
+def found(full: bool) -> list[passes.Case]:
     try:
-        return case.build(p)
-    except cases.Unavailable as reason:
+        return ops.cases(ops.Plan(dtypes=DTYPES, full=full))
+    except passes.Unavailable:
+        return []
+
+
+def built(case: passes.Case, tensors: passes.Tensors) -> passes.Pass:
+    try:
+        return case.build(tensors)
+    except passes.Unavailable as reason:
         pytest.skip(str(reason))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_add_noise_(benchmark, case):
-    run = _build(case, cases.weights(case.dtype, cases.NUMEL))
-    benchmark.group = f"add_noise_ {case.dtype}, {cases.NUMEL:,} weights"
-    benchmark.pedantic(run, rounds=5, iterations=1, warmup_rounds=1)
+@pytest.fixture(scope="module")
+def tensors():
+    return passes.Tensors(NUMEL)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.dist], ids=str)
+@pytest.mark.parametrize("case", [c for c in found(False) if c.op == "add_noise_"], ids=str)
+def test_add_noise_(benchmark, case, tensors):
+    benchmark.group = f"add_noise_ {case.dtype}, {NUMEL:,} weights"
+    benchmark.pedantic(built(case, tensors), rounds=5, iterations=1, warmup_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in found(True) if (c.op, c.variant) == ("add_noise_", "") and c.dist],
+    ids=str,
+)
 def test_the_pass_timed_adds_the_noise(case):
     # A peer that did less than the work would be no peer.
-    p = torch.zeros(100_000, dtype=cases.DTYPES[case.dtype])
-    run = _build(case, p)
-    p.data = torch.zeros_like(p)  # to compile a pass runs it
+    tensors = passes.Tensors(100_000)
+    run = built(case, tensors)
+    for replaced in (False, True):
+        p = tensors.weights(case.dtype, replaced)
+        p.data = torch.zeros_like(p)  # to compile a pass runs it
     run()
-    assert p.double().std().item() == pytest.approx(cases.EPS, rel=0.02)
-    assert abs(p.double().mean().item()) < 5 * cases.EPS / 100_000**0.5
+    p = next(p for p in (tensors.weights(case.dtype, r) for r in (False, True)) if p.any())
+    assert p.double().std().item() == pytest.approx(passes.EPS, rel=0.02)
+    assert abs(p.double().mean().item()) < 5 * passes.EPS / 100_000**0.5

@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from stamp import pytest_sessionfinish, pytest_sessionstart  # noqa: F401
 from tiny import build
 
 from zokernels.backends import native

@@ -16,12 +16,14 @@ ROOT = Path(__file__).parent.parent
 
 def test_bench_codegen_writes_what_it_counts(tmp_path, capsys):
     pytest.importorskip("triton", reason="needs triton: pip install triton (Linux)")
-    out, rows = tmp_path / "out.json", tmp_path / "out.csv"
-    assert main(["bench", "codegen", "--sm", "90", "--json", str(out), "--csv", str(rows)]) == 0
+    out, rows, plot = (tmp_path / f"out.{kind}" for kind in ("json", "csv", "svg"))
+    files = ["--json", str(out), "--csv", str(rows), "--plot", str(plot)]
+    assert main(["bench", "codegen", "--sm", "90", *files]) == 0
     found = json.loads(out.read_text())["codegen"]
     assert {row["sm"] for row in found} == {90} and len(found) == 18
     assert all(row["spills"] == 0 and row["fusible"] == 0 for row in found)
     assert len(rows.read_text().splitlines()) == 19
+    assert "<svg" in plot.read_text()
     assert "add_noise" in capsys.readouterr().out
 
 
@@ -64,8 +66,9 @@ def tiny(monkeypatch):
 
 
 def test_bench_step_writes_a_row_a_mode_beside_the_peers(tiny, tmp_path, capsys):
-    out, rows = tmp_path / "out.json", tmp_path / "out.csv"
+    out, rows, plot = (tmp_path / f"out.{kind}" for kind in ("json", "csv", "png"))
     options = ["--repeats", "4", "--loss", "candidates", "--csv", str(rows), "--json", str(out)]
+    options += ["--plot", str(plot)]
     for dtype in ("float32", "bfloat16"):
         assert main([*tiny, "--dtype", dtype, *options]) == 0
     found = json.loads(out.read_text())["step"]
@@ -75,8 +78,10 @@ def test_bench_step_writes_a_row_a_mode_beside_the_peers(tiny, tmp_path, capsys)
     # Medians of parts need not add up to the median of the whole.
     assert sum(parts) == pytest.approx(float(found[1]["ratio"]), rel=0.5)
     with rows.open(newline="") as file:
-        written = list(csv.DictReader(file))
-    assert [row["dtype"] for row in written] == ["float32"] * 2 + ["bfloat16"] * 2
+        table = list(csv.DictReader(file))
+    assert [row["dtype"] for row in table] == ["float32"] * 2 + ["bfloat16"] * 2
+    assert all(row["tests"] in ("passed", "failed", "not run") for row in table)
+    assert plot.read_bytes().startswith(b"\x89PNG")
     assert "MeZO, as published" in capsys.readouterr().out
 
 

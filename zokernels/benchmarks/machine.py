@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
 from zokernels.backends import native
+from zokernels.benchmarks import tested
 
-ROOT = Path(__file__).resolve().parents[2]
-COLUMNS = ("date", "commit", "machine", "threads", "python", "torch")
+ROOT = tested.ROOT
+COLUMNS = ("date", "commit", "machine", "threads", "python", "torch", "tests")
+# Columns that rows of earlier versions lack; there they are read as empty.
+LATER = ("tests",)
 # What the numbers depend on; a change of these since the commit makes it "-dirty".
 MEASURED = ("zokernels", "csrc", "setup.py", "bench/*.py")
 
@@ -29,11 +34,17 @@ def about(device: str = "cpu") -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "tests": tested.outcome(),
     }
 
 
 def commit() -> str:
-    """The short commit, with "-dirty" if what is measured differs from it."""
+    """The short commit, with "-dirty" if what is measured differs from it.
+
+    An installed package knows none, even inside another repository's folder: "unknown".
+    """
+    if not tested.is_checkout():
+        return "unknown"
     try:
         head = _git("rev-parse", "--short", "HEAD").strip()
         dirty = _git("status", "--porcelain", "--", *MEASURED).strip()
@@ -61,6 +72,33 @@ def cpu() -> str:
         if "cpu family" in fields and "model" in fields:
             model += f" (family {fields['cpu family']} model {fields['model']})"
     return f"{model}, {os.cpu_count()} cores"
+
+
+def gcc() -> str:
+    """The gcc that compiled the native library, as written in the library itself."""
+    if not native.LIBRARY.exists():
+        return ""
+    found = re.search(rb"GCC: \([^)]*\) ([\w.]+)", native.LIBRARY.read_bytes())
+    return found[1].decode() if found else "unknown"
+
+
+def triton() -> str:
+    """The version of triton, or "" without it."""
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return ""
+
+
+def free_memory(device: str = "cpu") -> int | None:
+    """Bytes that a process can still have; None where the system does not say."""
+    if device.startswith("cuda"):
+        return torch.cuda.mem_get_info(device)[0]
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 def _git(*arguments: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from zokernels.benchmarks import machine
 from zokernels.tasks.errors import InputError
 
 _OPT = {
@@ -71,7 +71,7 @@ def check(name: str, rows: int, length: int, dtype: str, device: str) -> None:
         kind_of = hf.AutoModelForMaskedLM if _is_masked(name) else hf.AutoModelForCausalLM
         weights = sum(p.numel() for p in kind_of.from_config(chosen).parameters())
     needed = weights * getattr(torch, dtype).itemsize
-    free = torch.cuda.mem_get_info(device)[0] if kind == "cuda" else _free_memory()
+    free = machine.free_memory(device)
     if free is not None and needed > free:
         raise InputError(
             f"--model {name} in {dtype} takes {needed / 2**30:.1f} GiB, but {free / 2**30:.1f} "
@@ -99,12 +99,3 @@ def batch(model: Any, rows: int, length: int) -> dict[str, torch.Tensor]:
 
 def _is_masked(name: str) -> bool:
     return name == "roberta-large"
-
-
-def _free_memory() -> int | None:
-    """Bytes that a process can still have; None where the system does not say."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in path.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024

@@ -2,9 +2,13 @@
 
 import typer
 
-from zokernels.cli.bench import codegen, report, step
+from zokernels.cli.bench import all as everything
+from zokernels.cli.bench import codegen, compare, ops, report, step
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
-app.command("codegen")(codegen.command)
-app.command("report")(report.command)
+app.command("ops")(ops.command)
 app.command("step")(step.command)
+app.command("codegen")(codegen.command)
+app.command("all")(everything.command)
+app.command("compare")(compare.command)
+app.command("report")(report.command)

@@ -1,28 +1,34 @@
 """``zokernels bench codegen``: what the compiler makes of the Triton kernels."""
 
-import csv
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
-from zokernels.tasks import folder
+from zokernels.benchmarks import machine, plots
+from zokernels.cli.bench import output
 from zokernels.tasks.errors import InputError
 
+# The compiler's output does not depend on the machine.
+_ABOUT = ("date", "commit", "tests")
+COLUMNS = (
+    *_ABOUT, "triton", "sm", "case", "instructions_per_weight", "instructions_per_further_seed",
+    "elements_per_thread", "narrowest_store_bits", "registers", "spills", "stack", "shared",
+    "fused", "fusible", "bytes_per_weight",
+)  # fmt: skip
 _DTYPES = ("bfloat16", "float16", "float32")
 
 
 def command(
     sm: Annotated[list[int] | None, typer.Option(help="Architectures, as 90 for sm_90.")] = None,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Write the rows here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write them to this file.")] = None,
+    csv_file: output.CSV = None,
+    json: output.JSON = None,
+    plot: output.PLOT = None,
 ) -> None:
     """Compile the Triton kernels, without a GPU, and count their machine instructions."""
-    folder.check_json(json)
+    out = output.Output(csv_file, json, plot, COLUMNS, _ABOUT)
     try:
         import triton
 
@@ -31,18 +37,17 @@ def command(
         raise InputError(f"bench codegen needs triton: {error}; pip install triton.") from None
     if compiler.INTERPRETED:
         raise InputError("TRITON_INTERPRET is set, so nothing is compiled; unset it.")
+    about = {name: machine.about()[name] for name in _ABOUT}
     rows: list[dict[str, Any]] = []
     wanted = [(capability, case) for capability in sm or (80, 90, 100) for case in _cases(compiler)]
-    for capability, case in track(wanted, "Compiling", console=Console(stderr=True)):
-        rows.append(_row(triton.__version__, capability, case, compiler))
+    with output.progress() as progress:
+        bar = progress.add_task("Compiling", total=len(wanted))
+        for capability, case in wanted:
+            rows.append(about | _row(triton.__version__, capability, case, compiler))
+            progress.advance(bar)
     Console().print(_table(rows))
-    if csv_file is not None:
-        with csv_file.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-    if json is not None:
-        folder.write_answer(json, {"codegen": rows})
+    output.say_tests(str(about["tests"]))
+    out.write("codegen", rows, lambda: plots.codegen(rows))
 
 
 def _cases(compiler: Any) -> list[Any]:

@@ -1,16 +1,15 @@
 """``zokernels bench step``: a whole step beside its two forwards, and beside the peers' steps."""
 
-import csv
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 
-from zokernels.tasks import InputError, folder
+from zokernels.benchmarks import plots
+from zokernels.cli.bench import output
+from zokernels.tasks import InputError
 
 
 def command(
@@ -36,11 +35,11 @@ def command(
         bool, typer.Option(help="Also MeZO's, torchzero's and first-order steps.")
     ] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn.")] = 20,
-    csv_file: Annotated[Path | None, typer.Option("--csv", help="Append the rows here.")] = None,
-    json: Annotated[Path | None, typer.Option(help="Also write them to this file.")] = None,
+    csv_file: output.CSV = None,
+    json: output.JSON = None,
+    plot: output.PLOT = None,
 ) -> None:
     """Time a step against the two forwards it is made of, with random weights and tokens."""
-    folder.check_json(json)
     try:
         import transformers  # noqa: F401
 
@@ -48,17 +47,17 @@ def command(
         from zokernels.benchmarks import peers as others
     except ImportError as error:
         raise InputError(f"bench step needs transformers: {error}; pip install '.[hf]'.") from None
+    out = output.Output(csv_file, json, plot, step.COLUMNS)
     modes = perturb or ["on_entry", "paired"]
-    _check("--model", model, models.NAMES)
-    _check("--dtype", dtype, ("float32", "bfloat16", "float16"))
-    _check("--dist", dist, ("gaussian", "rademacher"))
-    _check("--loss", loss, step.LOSSES)
+    output.check_choice("--model", model, models.NAMES)
+    output.check_choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    output.check_choice("--dist", dist, ("gaussian", "rademacher"))
+    output.check_choice("--loss", loss, step.LOSSES)
     for mode in modes:
-        _check("--perturb", mode, ("on_entry", "paired", "in_place"))
+        output.check_choice("--perturb", mode, ("on_entry", "paired", "in_place"))
     models.check(model, rows, length, dtype, device)
-    _check_columns(csv_file, step.COLUMNS)
     found: list[dict[str, Any]] = []
-    with Progress(console=Console(stderr=True)) as progress:
+    with output.progress() as progress:
         for place, mode in enumerate(modes):
             # The peers are timed once, beside the first mode.
             names = others.available() if peers and place == 0 else []
@@ -73,40 +72,8 @@ def command(
     console.print(_table(found))
     for line in _comparison(found[0]):
         console.print(line, highlight=False)
-    if csv_file is not None:
-        _append(csv_file, step.COLUMNS, found)
-    if json is not None:
-        folder.write_json(json, {"step": found})
-
-
-def _check(option: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise InputError(f"{option} must be one of {', '.join(allowed)}, got '{value}'.")
-
-
-def _check_columns(path: Path | None, columns: tuple[str, ...]) -> None:
-    """Raise before anything is measured, if the rows could not be appended."""
-    if path is None:
-        return
-    if path.exists():
-        with path.open(newline="", encoding="utf-8") as file:
-            head = next(csv.reader(file), [])
-        if head and tuple(head) != columns:
-            raise InputError(
-                f"--csv {path} has other columns than these rows; name a new file, or one that "
-                "this command wrote."
-            )
-    elif not path.parent.is_dir():
-        raise InputError(f"--csv {path}: its folder does not exist; make it first.")
-
-
-def _append(path: Path, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
-    fresh = not path.exists() or not path.stat().st_size
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        if fresh:
-            writer.writeheader()
-        writer.writerows(rows)
+    output.say_tests(str(found[0]["tests"]))
+    out.write("step", found, lambda: plots.step(found))
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:

@@ -1,0 +1,60 @@
+"""Appending rows to a CSV file of one set of columns, also to one that an earlier version began."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from zokernels.tasks import folder
+from zokernels.tasks.errors import InputError
+
+
+def check(path: Path, columns: Sequence[str], later: Sequence[str] = ()) -> None:
+    """Raise before anything is measured, if the rows could not be appended.
+
+    Args:
+        path: The file; it may be absent or empty.
+        columns: Of the rows.
+        later: Those of them that a file of an earlier version may lack.
+
+    Raises:
+        InputError: If it is no CSV of these columns, or has nowhere to be.
+    """
+    if path.is_dir() or (path.exists() and not path.is_file()):
+        raise InputError(f"--csv {path} is no ordinary file; name one, or a new one.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"--csv {path}: its folder does not exist; make it first.")
+    if not path.exists():
+        return
+    head, _ = _read(path)
+    fits = [c for c in columns if c in head or c not in later]
+    if head and head != fits:
+        raise InputError(
+            f"--csv {path} has other columns than these rows; name a new file, or one that "
+            "this command wrote."
+        )
+
+
+def append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add rows; what the file lacked of the columns is empty in its earlier rows.
+
+    The file is written whole or not at all.
+    """
+    _, earlier = _read(path) if path.exists() else ([], [])
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*earlier, *rows])
+    folder.write_text(path, text.getvalue())
+
+
+def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            return list(reader.fieldnames or []), list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"--csv {path} cannot be read: {error}; name another file.") from None
