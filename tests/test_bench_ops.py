@@ -167,6 +167,10 @@ def test_rows_are_appended_to_a_file_from_before_a_column(tmp_path):
     rows.append(path, columns, [{"date": "2026-11-25", "tests": "passed", "case": "mezo"}])
     assert path.read_text() == "date,tests,case\n2026-11-24,,floor\n2026-11-25,passed,mezo\n"
     rows.check(path, columns)
+    # An editor may have taken the last line's end.
+    path.write_text(path.read_text().rstrip("\n"))
+    rows.append(path, columns, [{"date": "2026-11-26", "tests": "", "case": "floor"}])
+    assert path.read_text().endswith("\n2026-11-25,passed,mezo\n2026-11-26,,floor\n")
 
 
 @pytest.mark.parametrize("name", ["ops", "step", "codegen"])

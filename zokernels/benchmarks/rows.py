@@ -30,8 +30,8 @@ def check(path: Path, columns: Sequence[str], later: Sequence[str] = ()) -> None
     if not path.exists():
         return
     head, _ = _read(path)
-    fits = [c for c in columns if c in head or c not in later]
-    if head and head != fits:
+    wanted = [c for c in columns if c in head or c not in later]
+    if head and head != wanted:
         raise InputError(
             f"--csv {path} has other columns than these rows; name a new file, or one that "
             "this command wrote."
@@ -39,16 +39,24 @@ def check(path: Path, columns: Sequence[str], later: Sequence[str] = ()) -> None
 
 
 def append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
-    """Add rows; what the file lacked of the columns is empty in its earlier rows.
+    """Add rows to a file that `check` let pass.
 
-    The file is written whole or not at all.
+    One that lacks columns is replaced, whole or not at all; they are empty in its earlier rows.
     """
-    _, earlier = _read(path) if path.exists() else ([], [])
+    head, earlier = _read(path) if path.exists() else ([], [])
+    fits = head == list(columns)
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*earlier, *rows])
-    folder.write_text(path, text.getvalue())
+    if not fits:
+        writer.writeheader()
+        writer.writerows(earlier)
+    writer.writerows(rows)
+    if not fits:
+        folder.write_text(path, text.getvalue())
+        return
+    with path.open("r+", newline="", encoding="utf-8") as file:
+        ended = file.read().endswith("\n")
+        file.write(text.getvalue() if ended else "\n" + text.getvalue())
 
 
 def _read(path: Path) -> tuple[list[str], list[dict[str, str]]]:
