@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from zokernels.benchmarks import results
 from zokernels.benchmarks.report import style
-from zokernels.benchmarks.report.tables.study import SCHEMES
+from zokernels.benchmarks.report.tables.study import SCHEMES, TASKS, task
 from zokernels.benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ class Panel:
 
     Attributes:
         model: Its name.
+        task: What it is to do.
         scheme: What was trained.
         before: Before training.
         majority: Of always the most frequent answer, or None where it was not written down.
@@ -33,6 +34,7 @@ class Panel:
     """
 
     model: str
+    task: str
     scheme: str
     before: float
     majority: float | None
@@ -49,8 +51,8 @@ def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> Non
     if not used:
         raise ValueError(f"no row is of the parts {', '.join(PARTS)}")
     panels = [*_study(used), *_quickstart(quickstart)]
-    models = list(dict.fromkeys(panel.model for panel in panels))
-    lines = [[panel for panel in panels if panel.model == model] for model in models]
+    groups = dict.fromkeys((panel.model, panel.task) for panel in panels)
+    lines = [[p for p in panels if (p.model, p.task) == group] for group in groups]
     columns = max(map(len, lines))
     figure.set_size_inches(style.WIDTH, 1.5 + 2.35 * len(lines))
     grid = figure.subplots(len(lines), columns, sharex=True, sharey=True, squeeze=False)
@@ -61,13 +63,13 @@ def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> Non
             axes.set_xlim(190, most * 1.5)
         for axes in axes_line[len(line) :]:
             axes.set_axis_off()
-        axes_line[0].set_ylabel(f"{line[0].model}\ndev accuracy (%)")
+        axes_line[0].set_ylabel(f"{line[0].model}\n{line[0].task} accuracy (%)")
     # One scale, and a wide one, so that a point more or less does not look like a difference.
     low, high = grid[0][0].get_ylim()
     grid[0][0].set_ylim(min(low, 45), max(high, 90))
     style.frame(
         figure, "Accuracy against forwards",
-        "SST-2, whole dev set, weights of the last step. Mean ± sample standard deviation over "
+        "All dev examples, weights of the last step. Mean ± sample standard deviation over "
         "seeds; open marker: one seed. Squares (FO) also take a backward a forward. Points of "
         "equal forwards stand side by side. Dashed: before training; dotted: always the most "
         f"frequent answer. Study: {results.caption(used)}. Quickstart: "
@@ -77,11 +79,12 @@ def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> Non
 
 
 def _study(rows: Sequence[Row]) -> list[Panel]:
-    found: dict[tuple[str, str], Panel] = {}
+    found: dict[tuple[str, str, str], Panel] = {}
     for row in sorted(rows, key=lambda r: (PARTS.index(r["part"]), SCHEMES.index(r["scheme"]))):
         before, majority = (float(row[k]) * 100 for k in ("dev_accuracy_before", "dev_majority"))
-        key = (row["part"], row["scheme"])
-        panel = found.setdefault(key, Panel(row["model"], row["scheme"], before, majority))
+        key = (row["part"], row["task"], row["scheme"])
+        panel = Panel(row["model"], task(row), row["scheme"], before, majority)
+        panel = found.setdefault(key, panel)
         _, values = panel.points.setdefault(row["optimizer"], (int(row["forwards"]), []))
         values.append(100 * float(row["dev_accuracy_after"]))
     return list(found.values())
@@ -94,7 +97,7 @@ def _quickstart(rows: Sequence[Row]) -> list[Panel]:
     after = [100 * float(row["dev_after"]) for row in here]
     before = 100 * float(here[0]["dev_before"])
     points = {"zo-sgd": (int(here[0]["forwards"]), after)}
-    return [Panel(QUICKSTART_MODEL, "quickstart", before, None, points)]
+    return [Panel(QUICKSTART_MODEL, TASKS["sst2"], "quickstart", before, None, points)]
 
 
 def _panel(axes: Any, panel: Panel) -> None:

@@ -14,14 +14,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-FLOOR = "floor"
-
-
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
     """A line a pass, a marker a type, and each type's memory floor as a line from top to bottom."""
-    machines = [_plain(here) for here in ops.machines(rows)]
+    machines = [list(filter(ops.is_plain, here)) for here in ops.machines(rows)]
     passes = list(
-        dict.fromkeys(ops.which(row) for here in machines for row in here if row["case"] != FLOOR)
+        dict.fromkeys(
+            ops.which(row) for here in machines for row in here if row["case"] != ops.FLOOR
+        )
     )
     figure.set_size_inches(style.WIDTH, 2.5 + 0.25 * len(passes))
     panels = figure.subplots(1, len(machines), sharex=True, sharey=True, squeeze=False)[0]
@@ -40,14 +39,9 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     )  # fmt: skip
 
 
-def _plain(rows: Sequence[Row]) -> list[Row]:
-    """Those of `add_noise_` as it stands: one floor for all."""
-    return [row for row in rows if (ops.which(row)[0], ops.which(row)[2]) == ("add_noise_", "")]
-
-
 def _machine(axes: Any, rows: Sequence[Row], passes: Sequence[ops.Pass]) -> None:
     of = {(ops.which(row), row["dtype"]): float(row["ns_per_weight"]) for row in rows}
-    floors = {row["dtype"]: float(row["ns_per_weight"]) for row in rows if row["case"] == FLOOR}
+    floors = {row["dtype"]: float(row["ns_per_weight"]) for row in rows if row["case"] == ops.FLOOR}
     shift = {"float32": -0.2, "bfloat16": 0.0, "float16": 0.2}
     for dtype, (color, marker) in style.DTYPES.items():
         if dtype in floors:

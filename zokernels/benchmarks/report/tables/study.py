@@ -9,6 +9,7 @@ from zokernels.benchmarks import results
 from zokernels.benchmarks.report import document
 from zokernels.benchmarks.results import Row
 
+TASKS = {"sst2": "SST-2", "trec": "TREC"}
 SCHEMES = ("full", "lora", "prefix", "prompt", "bitfit")
 
 
@@ -19,6 +20,11 @@ def cells(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[float]]:
         key = (row["part"], row["shots"], row["scheme"], _optimizer(row))
         found.setdefault(key, []).append(100 * float(row["dev_accuracy_after"]))
     return found
+
+
+def task(row: Row) -> str:
+    """The task in the reader's words."""
+    return TASKS.get(row["task"], row["task"])
 
 
 def _optimizer(row: Row) -> str:
@@ -51,8 +57,9 @@ def tables(rows: Sequence[Row]) -> str:
             lines.append([optimizer, *map(_shown, values), *passes])
         first = here[0]
         parts += [
-            f"**{part}**: {first['model']}, {first['steps']} steps of {first['batch_size']}; "
-            f"always the most frequent answer: {100 * float(first['dev_majority']):.1f} %.",
+            f"**{part}**: {first['model']}, {task(first)}, {first['steps']} steps of "
+            f"{first['batch_size']}; always the most frequent answer: "
+            f"{100 * float(first['dev_majority']):.1f} %.",
             document.table(head, lines, "l" + "r" * (len(head) - 1)),
         ]
     parts.append(
