@@ -69,7 +69,6 @@ BAD = [
     ("schedule", ["--schedule", "step"], "one of constant, linear, cosine"),
     ("dist", ["--dist", "cauchy"], "one of gaussian, rademacher"),
     ("scheme", ["--scheme", "adapter"], "--scheme must be one of full, lora, bitfit"),
-    ("scheme that needs a causal LM", ["--scheme", "prefix"], "this model is no causal LM"),
     ("head of an encoder", ["--scheme", "head"], "this model has none"),
     ("optimizer", ["--optimizer", "lion"], "--optimizer must be one of zosgd"),
     ("objective", ["--objective", "f1"], "one of candidates, tokens, accuracy"),
