@@ -2,6 +2,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zokernels-dev
+DOCS := $(VENV)/.zokernels-docs
 
 # CPU wheels of torch are a tenth of the size; where this index cannot be reached, pip goes on
 # with PyPI's.
@@ -15,7 +16,7 @@ endif
 export STEPS
 
 .PHONY: help setup quickstart test test-slow sanitize lint format bench bench-compare report \
-	report-check clean
+	report-check docs clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -66,7 +67,14 @@ report: $(STAMP)  ## Make the documents' tables and figures from bench/results
 report-check: $(STAMP)  ## Find tables and figures that are not those of bench/results
 	$(BIN)/zokernels bench report --check
 
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	touch $@
+
+docs: $(DOCS)  ## Build docs/ and the API reference as a site, in site/
+	$(BIN)/mkdocs build
+
 clean:  ## Remove what was built, and .venv
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find zokernels -name '*.so' -delete
 	rm -f zokernels/backends/_build_error.txt

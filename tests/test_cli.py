@@ -5,9 +5,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from tiny import build, environment
 
 import zokernels as zk
+from zokernels.backends import native
 from zokernels.cli import main
 from zokernels.cli import quickstart as quick
 
@@ -149,9 +151,37 @@ def test_env_names_every_backend_with_a_reason(place, capsys):
     found = json.loads((place / "env.json").read_text())
     assert set(found["backends"]) == set(zk.backends())
     assert all(b["reason"].strip() for b in found["backends"].values())
-    assert found["versions"]["torch"]
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert all(name in out for name in found["backends"])
+
+
+def test_env_has_what_a_bug_report_needs(place, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("ZOKERNELS_DATA", "/home/somebody/data")
+    assert main(["env", "--json", "env.json"]) == 0
+    found = json.loads((place / "env.json").read_text())
+    for name in ("python", "torch", "triton", "transformers", "peft"):
+        assert name in found["versions"]
+    assert found["versions"]["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    assert found["variables"]["OMP_NUM_THREADS"] == "1"
+    assert "somebody" not in json.dumps(found)
+    if native.why_missing() is None:
+        assert found["instruction_sets"] == list(native.instruction_sets())
+        assert "GCC" in found["native_built_with"] or "clang" in found["native_built_with"]
+    out = capsys.readouterr().out
+    for said in ("system", "instruction sets", "compiler", "memory", "gpu", "OMP_NUM_THREADS=1"):
+        assert said in out
+
+
+def test_env_without_a_compiler_or_a_library_says_so(place, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "./no-such-compiler")
+    monkeypatch.setattr(native, "LIBRARY", place / "gone.so")
+    assert main(["env", "--json", "env.json"]) == 0
+    found = json.loads((place / "env.json").read_text())
+    assert found["compiler"] is found["native_built_with"] is None
+    assert found["instruction_sets"] == []
+    assert not found["backends"]["native"]["available"]
 
 
 def test_env_refuses_a_json_it_cannot_write(place, capsys):

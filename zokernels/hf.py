@@ -20,6 +20,8 @@ from zokernels import masks
 from zokernels.optim import ZOSGD
 from zokernels.optim.base import Closure, ZOOptimizer
 
+__all__ = ["ZOTrainer", "ZOTrainerMixin"]
+
 
 class _StepsAhead:
     """Lets an optimizer take its step before the Trainer calls ``step()``."""

@@ -12,6 +12,8 @@ from typing import TypeVar
 
 import torch
 
+__all__ = ["Bits", "Magnitude", "Random"]
+
 T = TypeVar("T")
 
 

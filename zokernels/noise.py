@@ -10,6 +10,8 @@ high), and serves `BLOCK[kind]` neighbouring elements of one parameter.
 
 import torch
 
+__all__ = ["gaussian", "mask", "rademacher"]
+
 VERSION = 1
 
 GAUSSIAN, RADEMACHER, MASK, ROUNDING = 0, 1, 2, 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -218,6 +219,14 @@ def instruction_set() -> str:
             f"ZOKERNELS_ISA is {wanted!r}, but this CPU and build have {', '.join(here)}."
         )
     return wanted
+
+
+def built_with() -> str | None:
+    """The compiler that made the library, by the mark that gcc and clang leave in it."""
+    if not LIBRARY.exists():
+        return None
+    mark = re.search(rb"GCC: \([^\0]*|[\w ]*clang version [^\0]*", LIBRARY.read_bytes())
+    return mark[0].decode("ascii", "replace") if mark else None
 
 
 def why_missing() -> str | None:

@@ -21,10 +21,10 @@ KINDS = {"causal": "a causal LM", "masked": "a masked LM", "encoder": "a sentenc
 _PACKAGES = ("zokernels", "torch", "transformers", "peft", "triton")
 
 
-def versions() -> dict[str, str | None]:
+def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str | None]:
     """Python's version and those of the packages a run may use; None for an absent one."""
     found: dict[str, str | None] = {"python": platform.python_version()}
-    for name in _PACKAGES:
+    for name in packages:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
