@@ -15,19 +15,6 @@ Row = Mapping[str, Any]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 _MARKS = ("o", "s", "D", "^", "v", "P")
 _GREY = "#999999"
-# Of each optimizer its colour, mark and line, the same in every picture.
-OPTIMIZERS = {
-    "inference": ("#000000", "x", ":"),
-    "zo-sgd": (COLOURS[0], "o", "-"),
-    "zo-sgd-sign": (COLOURS[5], "v", "--"),
-    "zo-sgd-cons": (COLOURS[5], "^", ":"),
-    "zo-sgd-mmt": (COLOURS[2], "D", "-"),
-    "zo-adam": (COLOURS[2], "s", "--"),
-    "forward-grad": (COLOURS[4], "P", "-"),
-    "hybrid": (COLOURS[3], "o", "-"),
-    "fo-sgd": (COLOURS[1], "s", "-"),
-    "fo-adam": (COLOURS[1], "D", "--"),
-}
 
 
 def ops(rows: Sequence[Row]) -> Figure:
@@ -92,44 +79,12 @@ def step(rows: Sequence[Row]) -> Figure:
 
 
 def memory(rows: Sequence[Row]) -> Figure:
-    """Peak memory against length: marks are measured, lines are arithmetic."""
-    from matplotlib.figure import Figure
+    """Peak memory against length, as in the report."""
+    from zokernels.benchmarks.report import style
+    from zokernels.benchmarks.report.figures import memory as report
 
-    batches = list(dict.fromkeys(int(row["rows"]) for row in rows))
-    figure = Figure(figsize=(4.2 + 2.6 * len(batches), 4.4), layout="constrained")
-    panels = figure.subplots(1, len(batches), squeeze=False, sharey=True)[0]
-    names = list(dict.fromkeys(row["optimizer"] for row in rows))
-    for panel, batch in zip(panels, batches, strict=True):
-        for name in names:
-            shown = sorted(
-                (row for row in rows if row["optimizer"] == name and int(row["rows"]) == batch),
-                key=lambda row: int(row["length"]),
-            )
-            colour, mark, line = OPTIMIZERS.get(name, (_GREY, "x", "-"))
-            lengths = [int(row["length"]) for row in shown]
-            panel.plot(lengths, [_gib(row["theory_mb"]) for row in shown], line, color=colour)
-            known = [row for row in shown if row["peak_mb"]]
-            panel.plot(
-                [int(row["length"]) for row in known], [_gib(row["peak_mb"]) for row in known],
-                mark, color=colour, markersize=6, markerfacecolor="white",
-            )  # fmt: skip
-            panel.plot([], [], line, marker=mark, color=colour, markerfacecolor="white", label=name)
-        panel.set_title(f"{batch} rows", fontsize=9)
-        panel.set_xlabel("tokens of a row")
-        panel.grid(color="0.92")
-        panel.set_ylim(bottom=0)
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel("peak memory (GiB)")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right upper", frameon=False, fontsize=8)
-    first = rows[0]
-    figure.suptitle(
-        f"Memory of a step, {first['model']}, all weights, {first['dtype']}: lines by arithmetic, "
-        "marks measured",
-        fontsize=10,
-    )
-    figure.supxlabel("\n".join(textwrap.wrap(caption(first), 120)), fontsize=7, color="0.35")
-    return figure
+    with style.drawn(report.draw, [[{k: str(v) for k, v in row.items()} for row in rows]]) as found:
+        return found
 
 
 def codegen(rows: Sequence[Row]) -> Figure:
@@ -156,10 +111,6 @@ def caption(row: Row) -> str:
     }  # fmt: skip
     said = ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name))
     return said.replace(", 1 threads", ", 1 thread")
-
-
-def _gib(megabytes: str) -> float:
-    return float(megabytes) / 1024
 
 
 def _pass(row: Row) -> str:

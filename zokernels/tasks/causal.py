@@ -194,8 +194,12 @@ def candidate_scores(model: Any, batch: Batch, relative: bool = False) -> torch.
     extra: dict[str, Any] = {}
     if "position_ids" in batch:
         extra["position_ids"] = batch["position_ids"]
-    if "logits_to_keep" in _arguments(model):
+    known = _arguments(model)
+    if "logits_to_keep" in known:
         extra["logits_to_keep"] = width - first
+    # Every layer's keys and values, which only generation needs; a prefix comes as such.
+    if "use_cache" in known and not _has_soft_prompt(model):
+        extra["use_cache"] = False
     logits = model(
         input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
     ).logits
@@ -220,10 +224,9 @@ def longest_branching_row(model: Any) -> int:
     given; a soft prompt puts tokens before the row that the mask knows nothing of; and a sliding
     window counts the tokens of all branches.
     """
-    adapter = getattr(model, "active_peft_config", None)
     config = model.config
     if (
-        (adapter is not None and adapter.is_prompt_learning)
+        _has_soft_prompt(model)
         or config.model_type not in families.FAMILIES
         or config._attn_implementation not in ("sdpa", "eager")
         or "position_ids" not in _arguments(model)
@@ -231,6 +234,11 @@ def longest_branching_row(model: Any) -> int:
         return 0
     limits = [config.max_position_embeddings, getattr(config, "sliding_window", None)]
     return min(limit for limit in limits if limit)
+
+
+def _has_soft_prompt(model: Any) -> bool:
+    adapter = getattr(model, "active_peft_config", None)
+    return adapter is not None and adapter.is_prompt_learning
 
 
 def _arguments(model: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zokernels.benchmarks.report.figures import accuracy, roofline, step
+from zokernels.benchmarks.report.figures import accuracy, memory, roofline, step
 from zokernels.benchmarks.report.figures import ops as passes
 from zokernels.benchmarks.report.figures import study as all_cells
 from zokernels.benchmarks.report.parts import Figure, Part, Table
@@ -17,6 +17,7 @@ from zokernels.benchmarks.report.tables import (
     steps,
     study,
 )
+from zokernels.benchmarks.report.tables import memory as memories
 
 README, PERFORMANCE = "README.md", "docs/performance.md"
 OPTIMIZERS, NUMERICS = "docs/optimizers.md", "docs/numerics.md"
@@ -28,6 +29,8 @@ PARTS: tuple[Part, ...] = (
     Table("step-targets", PERFORMANCE, ("step.csv",), steps.targets),
     Table("codegen", PERFORMANCE, ("codegen.csv",), codegen.table),
     Table("codegen-reading", PERFORMANCE, ("codegen.csv",), codegen.reading),
+    Table("memory", "docs/memory.md", ("memory.csv",), memories.measured),
+    Table("memory-arithmetic", "docs/memory.md", ("memory.csv",), memories.arithmetic),
     Table("study", "docs/study.md", ("study.csv",), study.tables),
     Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),
     Table("rules", OPTIMIZERS, (), optimizers.rules),
@@ -41,6 +44,7 @@ PARTS: tuple[Part, ...] = (
     Figure("step", ("step.csv",), step.draw, version=2),
     Figure("ops", ("ops.csv",), passes.draw, version=1),
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
+    Figure("memory", ("memory.csv",), memory.draw, version=1),
     Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
     Figure("study", ("study.csv",), all_cells.draw, version=1),
 )
