@@ -12,7 +12,7 @@ pytest.importorskip("transformers", reason="pip install 'zokernels[hf]'")
 from zokernels.benchmarks import footprint, memory, models
 from zokernels.benchmarks.footprint import Cell
 from zokernels.cli import main
-from zokernels.tasks.errors import InputError, RunError
+from zokernels.tasks.errors import InputError
 
 pytestmark = pytest.mark.hf
 VOCABULARY, WIDTH, INNER, LAYERS, PLACES = 200_000, 32, 64, 3, 64
@@ -103,19 +103,29 @@ def test_what_does_not_fit_is_arithmetic_and_never_started(small, monkeypatch):
     ("code", "said", "source"),
     [
         (-9, "", memory.KILLED),
-        (1, "x\nRuntimeError: not enough memory: you tried", memory.KILLED),
-        (1, "x\nValueError: no such thing", None),
+        (1, "x\nRuntimeError: not enough memory: you tried to allocate", memory.KILLED),
+        (1, "x\nMemoryError", memory.KILLED),
+        (1, "x\nValueError: no memory of such a thing", "failed: ValueError: no memory of such"),
+        (3, "", "failed: it said nothing"),
     ],
 )
-def test_a_process_that_ends_early(monkeypatch, code, said, source):
+def test_a_process_that_ends_early_says_so_in_its_row(monkeypatch, code, said, source):
     done = subprocess.CompletedProcess([], code, "", said)
     monkeypatch.setattr(memory.subprocess, "run", lambda *a, **k: done)
-    cell = Cell("opt-125m", "zo-sgd", 1, 16)
-    if source:
-        assert memory.run(cell) == {"source": source}
-    else:
-        with pytest.raises(RunError, match="zo-sgd on opt-125m failed: ValueError: no such"):
-            memory.run(cell)
+    found = memory.run(Cell("opt-125m", "zo-sgd", 1, 16))
+    assert list(found) == ["source"]
+    assert found["source"].startswith(source)
+
+
+def test_a_failure_costs_no_other_row(small, tmp_path, monkeypatch, capsys):
+    def run(cell):
+        return {"source": "failed: why"} if cell.optimizer == "zo-sgd" else {"source": "measured"}
+
+    monkeypatch.setattr(memory, "run", run)
+    chosen = ["--optimizer", "zo-sgd", "--optimizer", "fo-sgd", "--length", "16"]
+    assert main(["bench", "memory", *chosen, "--csv", str(tmp_path / "a.csv")]) == 1
+    assert "fo-sgd" in (tmp_path / "a.csv").read_text()
+    assert "zo-sgd, 4 × 16 failed: why" in capsys.readouterr().err
 
 
 def test_the_command_writes_rows_and_a_picture(small, tmp_path, monkeypatch, capsys):

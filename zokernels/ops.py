@@ -18,7 +18,7 @@ from zokernels import checks, masks, rules, shards
 from zokernels.backends import select
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 
-__all__ = ["add_noise", "add_noise_", "apply_update_", "listening", "taking"]
+__all__ = ["add_noise", "add_noise_", "apply_update_", "listening"]
 
 P = TypeVar("P", bound=Pass)
 

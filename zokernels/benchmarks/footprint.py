@@ -104,7 +104,8 @@ def of(cell: Cell) -> Footprint:
     run = _run(cell.model, cell.rows, cell.length, dtype, _way(cell, kind))
     if kind.backward != "none":
         # An update holds two tensors of the size of a parameter's besides the gradients.
-        update = (moved + 2 * shape.largest) * dtype.itemsize
+        largest = shape.layer if kind.backward == "deep" else shape.largest
+        update = (moved + 2 * largest) * dtype.itemsize
         run = max(run, update) if kind.states else run
     return Footprint(
         weights=shape.weights * dtype.itemsize,

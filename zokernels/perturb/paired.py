@@ -106,7 +106,8 @@ class Paired(OnEntry):
     def _check(self, lanes: Sequence[Lane], forward: Callable[[], torch.Tensor | float]) -> None:
         """Raise Unshareable unless the parts of a shared forward are forwards of their own."""
         direction = next(lane for lane in lanes if lane is not None)
-        here = float(forward())
+        # Zero times the noise, and not a plain forward: there the logits would be whole in memory.
+        here = self._run_alone(_scaled(direction, 0.0), forward)
         if not math.isfinite(here):
             return
         # A loss's rounding hides small differences: go so far that the loss changes by a tenth.

@@ -22,7 +22,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory, of the device or the machine, did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(s in str(error).lower() for s in _SENTENCES)
+    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+
+
+def says_out_of_memory(text: str) -> bool:
+    """Whether an error's text is an allocator's that had no more."""
+    return any(sentence in text.lower() for sentence in _SENTENCES)
 
 
 def take_step(

@@ -44,7 +44,7 @@ PARTS: tuple[Part, ...] = (
     Figure("step", ("step.csv",), step.draw, version=2),
     Figure("ops", ("ops.csv",), passes.draw, version=1),
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
-    Figure("memory", ("memory.csv",), memory.draw, version=1),
+    Figure("memory", ("memory.csv",), memory.draw, version=2),
     Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
     Figure("study", ("study.csv",), all_cells.draw, version=1),
 )

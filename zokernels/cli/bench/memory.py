@@ -38,8 +38,8 @@ def command(
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
-) -> None:
-    """Peak memory of every optimizer, measured in a process each, beside arithmetic.
+) -> int:
+    """Peak memory of every optimizer, measured in a process each, beside arithmetic; 1 if one fails.
 
     What this machine does not hold is by arithmetic alone, and marked so.
     """
@@ -78,6 +78,10 @@ def command(
     Console().print(_table(found, gpu_memory))
     output.say_tests(str(found[0]["tests"]))
     out.write("memory", found, lambda: plots.memory(found))
+    failed = [row for row in found if row["source"].startswith(memory.FAILED)]
+    for row in failed:
+        output.say(f"{row['optimizer']}, {row['rows']} × {row['length']} {row['source']}")
+    return int(bool(failed))
 
 
 def _table(rows: list[dict[str, Any]], gpu_memory: float) -> Table:
@@ -97,11 +101,11 @@ def _table(rows: list[dict[str, Any]], gpu_memory: float) -> Table:
     table.add_column("s a step", justify="right")
     for row in rows:
         parts = [row[f"{name}_mb"] for name in ("theory", "weights", "state", "scratch", "run")]
-        killed = row["source"] not in ("measured", "arithmetic")
+        how = row["source"].split()[0].rstrip(":")
         table.add_row(
             row["optimizer"],
             f"{row['rows']}×{row['length']}",
-            "killed" if killed else _gib(row["peak_mb"]),
+            how if how in ("killed", "failed") else _gib(row["peak_mb"]),
             *(_gib(value) for value in parts),
             str(_gpus(row, gpu_memory)),
             row["step_s"] or "–",

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_OWN = {"inference": (style.FAINT, "x"), "hybrid": (style.PURPLE, "D")}
+_OWN = {"inference": (style.FAINT, "x"), "hybrid": ("#8C510A", "X")}
 
 
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
@@ -57,7 +57,8 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
 
 
 def _panel(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
-    for name in names:
+    # The first are above those that lie on them.
+    for name in reversed(names):
         shown = [row for row in rows if row["optimizer"] == name]
         shown.sort(key=lambda row: int(row["length"]))
         colour, mark = _look(name)
