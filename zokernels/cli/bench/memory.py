@@ -39,7 +39,7 @@ def command(
     json: output.JSON = None,
     plot: output.PLOT = None,
 ) -> int:
-    """Peak memory of every optimizer, measured in a process each, beside arithmetic; 1 if one fails.
+    """Peak memory of every optimizer, measured and by arithmetic; 1 if a measurement fails.
 
     What this machine does not hold is by arithmetic alone, and marked so.
     """
