@@ -1,7 +1,7 @@
 """Takes a finished sweep's rows into the results: ``python -m bench.study runs/study``.
 
 Reads what `zokernels sweep bench/study.yaml` left, of the runs that came to their end, and writes
-`results/study.csv`. `zokernels bench report` makes the tables and figures of docs/study.md from it.
+`results/study.csv` (with ``--into`` another, as for `bench/study_rates.yaml`). `zokernels bench report` makes the tables and figures of docs/study.md from it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from zokernels.benchmarks import machine, results
 _LEFT_OUT = ("status", "seconds", "zokernels")
 
 
-def keep(folder: Path) -> int:
-    """Takes the rows of a sweep into the results; 2 if there are none."""
+def keep(folder: Path, into: str) -> int:
+    """Takes the rows of a sweep into a file of results; 2 if there are none."""
     source = folder / "runs.csv"
     rows = [row for row in results.read(source) if row["status"] == "finished"]
     if not rows:
@@ -29,14 +29,16 @@ def keep(folder: Path) -> int:
         {**{k: v for k, v in r.items() if k not in _LEFT_OUT}, "commit": commit, "date": date}
         for r in rows
     ]
-    results.write(results.FOLDER / "study.csv", list(kept[0]), kept)
+    results.write(results.FOLDER / into, list(kept[0]), kept)
     return 0
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     parser.add_argument("folder", type=Path, help="the sweep's folder")
-    return keep(parser.parse_args(arguments).folder)
+    parser.add_argument("--into", default="study.csv", help="file under bench/results, replaced")
+    options = parser.parse_args(arguments)
+    return keep(options.folder, options.into)
 
 
 if __name__ == "__main__":

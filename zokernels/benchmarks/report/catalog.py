@@ -32,6 +32,7 @@ PARTS: tuple[Part, ...] = (
     Table("memory", "docs/memory.md", ("memory.csv",), memories.measured),
     Table("memory-arithmetic", "docs/memory.md", ("memory.csv",), memories.arithmetic),
     Table("study", "docs/study.md", ("study.csv",), study.tables),
+    Table("study-rates", "docs/study.md", ("study_rates.csv",), study.tables),
     Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),
     Table("rules", OPTIMIZERS, (), optimizers.rules),
     Table("costs", OPTIMIZERS, ("optimizers.csv",), optimizers.costs),
