@@ -1,7 +1,8 @@
 """Takes a finished sweep's rows into the results: ``python -m bench.study runs/study``.
 
 Reads what `zokernels sweep bench/study.yaml` left, of the runs that came to their end, and writes
-`results/study.csv` (with ``--into`` another, as for `bench/study_rates.yaml`). `zokernels bench report` makes the tables and figures of docs/study.md from it.
+`results/study.csv` (with ``--into`` another, as for `bench/study_rates.yaml`).
+`zokernels bench report` makes the tables and figures of docs/study.md from it.
 """
 
 from __future__ import annotations
