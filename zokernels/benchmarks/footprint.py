@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -73,6 +73,7 @@ class Kind:
         backward: Which layers go by backpropagation: "none", "all", or "deep" ones.
         tangent: Whether it makes tangents instead of perturbed weights.
         plain: Whether it also asks for the loss at the weights themselves, whose logits don't wait.
+        perturbs: Whether it makes perturbed weights or tangents.
     """
 
     states: int = 0
@@ -80,10 +81,11 @@ class Kind:
     backward: str = "none"
     tangent: bool = False
     plain: bool = False
+    perturbs: bool = True
 
 
 KINDS = {
-    "inference": Kind(plain=True),
+    "inference": Kind(plain=True, perturbs=False),
     "zo-sgd": Kind(),
     "zo-sgd-sign": Kind(),
     "zo-sgd-cons": Kind(plain=True),
@@ -91,8 +93,8 @@ KINDS = {
     "zo-adam": Kind(states=3),
     "forward-grad": Kind(tangent=True),
     "hybrid": Kind(states=2, wide=False, backward="deep"),
-    "fo-sgd": Kind(backward="all"),
-    "fo-adam": Kind(states=2, wide=False, backward="all"),
+    "fo-sgd": Kind(backward="all", perturbs=False),
+    "fo-adam": Kind(states=2, wide=False, backward="all", perturbs=False),
 }
 
 
@@ -118,6 +120,11 @@ def of(cell: Cell) -> Footprint:
 def split(layers: int) -> int:
     """How many layers `hybrid` trains by zeroth order: a third of them, as in the paper."""
     return layers // 3
+
+
+def _deep(model: nn.Module) -> list[nn.Module]:
+    layers = blocks.layers_of(model)
+    return layers[split(len(layers)) :]
 
 
 @dataclass(frozen=True)
@@ -147,8 +154,7 @@ def _shape(name: str) -> _Shape:
     table = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     inner = [p.numel() for p in params if id(p) not in table]
     head = model.get_output_embeddings().weight
-    layers = blocks.layers_of(model)
-    deep = [p for layer in layers[split(len(layers)) :] for p in layer.parameters()]
+    deep = [p for layer in _deep(model) for p in layer.parameters()]
     return _Shape(
         weights=sum(p.numel() for p in params),
         largest=max(p.numel() for p in params),
@@ -159,7 +165,7 @@ def _shape(name: str) -> _Shape:
 
 
 def _scratch(cell: Cell, kind: Kind, shape: _Shape, dtype: torch.dtype) -> int:
-    if cell.optimizer == "inference" or kind.backward == "all":
+    if not kind.perturbs:
         return 0
     if cell.perturb == "in_place" and not kind.tangent:
         return shape.weights * dtype.itemsize
@@ -184,23 +190,22 @@ def _run(name: str, rows: int, length: int, dtype: torch.dtype, way: str) -> int
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = models.empty(name, dtype).eval()
         inputs = models.batch(model, rows * (2 if way == "paired" else 1), length, caches=False)
-        layers = blocks.layers_of(model)
         if way == "deep":
             model.requires_grad_(False)
-            for layer in layers[split(len(layers)) :]:
+            for layer in _deep(model):
                 layer.requires_grad_(True)
         if way == "tangent":
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if way not in ("all", "deep"):
             stack.enter_context(torch.no_grad())
-        run: Callable[[], Any] = lambda: model(**inputs).loss  # noqa: E731
-        if way in ("on_entry", "paired"):
-            plain = {k: v for k, v in inputs.items() if k != "labels"}
-            run = lambda: model.base_model(**plain)  # noqa: E731
+        body = {k: v for k, v in inputs.items() if k != "labels"}
         with _counting(model) as live:
-            loss = run()
-            if way in ("all", "deep"):
-                loss.backward()
+            if way in ("on_entry", "paired"):
+                model.base_model(**body)
+            elif way in ("all", "deep"):
+                model(**inputs).loss.backward()
+            else:
+                model(**inputs)
     if way in ("on_entry", "paired"):
         return max(live.most, _head(model, inputs["input_ids"].numel(), dtype))
     # A tangent goes beside every activation.

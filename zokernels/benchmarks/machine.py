@@ -78,8 +78,14 @@ def gcc() -> str:
     """The gcc that compiled the native library, as written in the library itself."""
     if not native.LIBRARY.exists():
         return ""
-    found = re.search(rb"GCC: \([^)]*\) ([\w.]+)", native.LIBRARY.read_bytes())
-    return found[1].decode() if found else "unknown"
+    found = re.search(r"GCC: \([^)]*\) ([\w.]+)", native.built_with() or "")
+    return found[1] if found else "unknown"
+
+
+def environment() -> dict[str, str]:
+    """The variables for a process that is to import this very package, wherever it starts."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
 
 
 def triton() -> str:

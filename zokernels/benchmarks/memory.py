@@ -12,8 +12,6 @@ from __future__ import annotations
 import ctypes
 import gc
 import json
-import os
-import resource
 import subprocess
 import sys
 import time
@@ -24,7 +22,7 @@ from typing import Any
 
 import torch
 
-from zokernels.benchmarks import footprint, machine, models
+from zokernels.benchmarks import footprint, high_water, machine, models
 from zokernels.benchmarks.footprint import Cell, Footprint
 from zokernels.tasks import optimizers
 from zokernels.tasks.halves import says_out_of_memory
@@ -37,7 +35,6 @@ MEASURED, ARITHMETIC, KILLED = "measured", "arithmetic", "killed for memory"
 FAILED = "failed: "
 # What the system, and libraries for themselves, need besides a cell's own bytes.
 _MARGIN, _SLACK = 1 << 30, 1.25
-_STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 _STEPS = 2
 _BASE: dict[str, Any] = dict(
@@ -72,7 +69,7 @@ def row(cell: Cell, measure: bool = True) -> dict[str, Any]:
 def is_perturbed(optimizer: str) -> bool:
     """Whether an optimizer has a way of perturbing weights."""
     kind = footprint.KINDS[optimizer]
-    return optimizer != "inference" and not kind.tangent and kind.backward != "all"
+    return kind.perturbs and not kind.tangent
 
 
 def fits(theory: Footprint, device: str) -> bool:
@@ -86,12 +83,11 @@ def run(cell: Cell) -> dict[str, Any]:
 
     If that fails, the source says why, and there are no numbers.
     """
-    paths = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-m", "zokernels.benchmarks.memory", json.dumps(asdict(cell))],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))},
+        env=machine.environment(),
     )
     if done.returncode == 0:
         return {"source": MEASURED, **json.loads(done.stdout.splitlines()[-1])}
@@ -124,7 +120,6 @@ def step_of(model: Any, cell: Cell) -> Callable[[], Any]:
 
 
 def _measure_here(cell: Cell) -> dict[str, Any]:
-    on_gpu = cell.device.startswith("cuda")
     if _OOM_SCORE.exists():
         # If memory runs out after all, it is this process that goes.
         _OOM_SCORE.write_text("1000")
@@ -136,24 +131,21 @@ def _measure_here(cell: Cell) -> dict[str, Any]:
         warm()
     del tiny, warm
     _tidy()
-    before = torch.cuda.memory_allocated() if on_gpu else _held("VmRSS")
+    before = high_water.held(cell.device)
     step = step_of(models.build(cell.model, dtype, cell.device), cell)
     _tidy()
-    _reset(on_gpu)
+    high_water.reset(cell.device)
     for _ in range(_STEPS):
         began = time.perf_counter()
         step()
-        if on_gpu:
+        if cell.device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds = time.perf_counter() - began
-    most = torch.cuda.max_memory_allocated() if on_gpu else _held("VmHWM")
-    return {"peak": most - before, "seconds": seconds}
+    return {"peak": high_water.mark(cell.device) - before, "seconds": seconds}
 
 
 def _tiny(cell: Cell, dtype: torch.dtype) -> Any:
     """A model of the same classes that is small in every way."""
-    import transformers as hf
-
     config = models.config(cell.model)
     small = dict(num_hidden_layers=3, hidden_size=64, num_attention_heads=4, vocab_size=512)
     for name, value in small.items():
@@ -163,9 +155,7 @@ def _tiny(cell: Cell, dtype: torch.dtype) -> Any:
             setattr(config, name, 4 if name == "num_key_value_heads" else 64)
     if hasattr(config, "head_dim"):
         config.head_dim = 16
-    masked = cell.model == "roberta-large"
-    kind = hf.AutoModelForMaskedLM if masked else hf.AutoModelForCausalLM
-    return kind.from_config(config, dtype=dtype)
+    return models.of_config(config, dtype)
 
 
 def _tidy() -> None:
@@ -174,23 +164,6 @@ def _tidy() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
-
-
-def _reset(on_gpu: bool) -> None:
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    elif _CLEAR.exists():
-        # 5 sets the high-water mark back to what is held now (proc(5)).
-        _CLEAR.write_text("5")
-
-
-def _held(field: str) -> int:
-    if not _STATUS.exists():
-        # Elsewhere the high-water mark since the process began is all there is.
-        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return most * (1 if sys.platform == "darwin" else 1024)
-    line = next(x for x in _STATUS.read_text().splitlines() if x.startswith(f"{field}:"))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

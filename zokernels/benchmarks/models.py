@@ -96,10 +96,16 @@ def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
 
 def empty(name: str, dtype: torch.dtype = torch.float32) -> Any:
     """The model on the device, or with the fake tensors, that torch is told to use."""
+    return of_config(config(name), dtype)
+
+
+def of_config(chosen: Any, dtype: torch.dtype) -> Any:
+    """A language model of the configuration, of the class for its kind."""
     import transformers as hf
 
-    kind = hf.AutoModelForMaskedLM if name == "roberta-large" else hf.AutoModelForCausalLM
-    return kind.from_config(config(name), dtype=dtype)
+    is_masked = isinstance(chosen, hf.RobertaConfig)
+    kind = hf.AutoModelForMaskedLM if is_masked else hf.AutoModelForCausalLM
+    return kind.from_config(chosen, dtype=dtype)
 
 
 def batch(model: Any, rows: int, length: int, caches: bool = True) -> dict[str, Any]:

@@ -14,6 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+TITLES = {
+    "mezo": "MeZO, as published",
+    "torchzero": "torchzero's MeZO",
+    "fo-sgd": "SGD, by backpropagation",
+    "fo-adamw": "AdamW, by backpropagation",
+}
 Closure = Callable[[], torch.Tensor]
 Step = Callable[[], Any]
 

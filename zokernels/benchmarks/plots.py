@@ -6,13 +6,17 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from zokernels.benchmarks import peers, results
+from zokernels.benchmarks.report import style
+from zokernels.benchmarks.report.figures import memory as report
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 Row = Mapping[str, Any]
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+COLOURS = (style.BLUE, style.VERMILION, style.GREEN, style.PURPLE, style.ORANGE, style.SKY)
 _MARKS = ("o", "s", "D", "^", "v", "P")
 _GREY = "#999999"
 
@@ -47,11 +51,9 @@ def ops(rows: Sequence[Row]) -> Figure:
 def step(rows: Sequence[Row]) -> Figure:
     """Steps as multiples of two plain forwards: their parts, and the peers' whole steps."""
     parts = ("forwards", "noise", "update", "rest")
-    peers = {
-        "mezo": "MeZO, as published", "torchzero": "torchzero's MeZO",
-        "fo-sgd": "SGD, by backpropagation", "fo-adamw": "AdamW, by backpropagation",
-    }  # fmt: skip
-    others = [(title, float(rows[0][name])) for name, title in peers.items() if rows[0].get(name)]
+    others = [
+        (title, float(rows[0][name])) for name, title in peers.TITLES.items() if rows[0].get(name)
+    ]
     lines = [f"this step, {row['perturb']}" for row in rows] + [title for title, _ in others]
     figure, axes = _canvas(len(lines))
     for place, row in enumerate(rows):
@@ -80,9 +82,6 @@ def step(rows: Sequence[Row]) -> Figure:
 
 def memory(rows: Sequence[Row]) -> Figure:
     """Peak memory against length, as in the report."""
-    from zokernels.benchmarks.report import style
-    from zokernels.benchmarks.report.figures import memory as report
-
     with style.drawn(report.draw, [[{k: str(v) for k, v in row.items()} for row in rows]]) as found:
         return found
 
@@ -101,16 +100,6 @@ def codegen(rows: Sequence[Row]) -> Figure:
     axes.set_xlabel("machine instructions a weight")
     axes.legend(frameon=False, fontsize=8)
     return _finish(figure, axes, lines, "Machine code of the Triton kernels", rows)
-
-
-def caption(row: Row) -> str:
-    """Where and when rows were measured, of the columns that they have."""
-    forms = {
-        "machine": "{}", "threads": "{} threads", "torch": "torch {}", "triton": "triton {}",
-        "commit": "commit {}", "tests": "tests {}", "date": "{}",
-    }  # fmt: skip
-    said = ", ".join(form.format(row[name]) for name, form in forms.items() if row.get(name))
-    return said.replace(", 1 threads", ", 1 thread")
 
 
 def _pass(row: Row) -> str:
@@ -136,5 +125,5 @@ def _finish(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(title, fontsize=10)
-    figure.supxlabel("\n".join(textwrap.wrap(caption(rows[0]), 125)), fontsize=7, color="0.35")
+    figure.supxlabel("\n".join(textwrap.wrap(results.caption(rows), 125)), fontsize=7, color="0.35")
     return figure

@@ -49,12 +49,12 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
-def distinct(rows: Sequence[Row], column: str) -> list[str]:
+def distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
     """The values of a column, each once, in their order."""
-    return list(dict.fromkeys(row[column] for row in rows))
+    return list(dict.fromkeys(str(row[column]) for row in rows))
 
 
-def caption(rows: Sequence[Row]) -> str:
+def caption(rows: Sequence[Mapping[str, Any]]) -> str:
     """Where and when rows were measured, of the columns that they have."""
     forms = {
         "machine": "{}", "threads": "{} threads", "python": "Python {}", "torch": "torch {}",

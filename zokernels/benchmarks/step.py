@@ -11,12 +11,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from zokernels.benchmarks import machine, models, peers
+from zokernels.benchmarks import high_water, machine, models, peers
 from zokernels.graphs import GraphedStep
 from zokernels.tasks import optimizers, schemes
 from zokernels.tasks.scoring import candidate_scores
@@ -212,19 +211,9 @@ def _clock(run: Callable[[], Any], device: str) -> float:
 
 
 def _peak_mb(device: str, run: Callable[[], Any]) -> float:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats(device)
-        run()
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    reset = Path("/proc/self/clear_refs")
-    if not reset.exists():
-        run()
-        return float("nan")
-    # 5 resets the process's high-water mark.
-    reset.write_text("5")
+    high_water.reset(device)
     run()
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    return int(status["VmHWM"].split()[0]) / 1024
+    return high_water.mark(device) / 2**20 if high_water.can_reset(device) else float("nan")
 
 
 def _synchronize(device: str) -> None:

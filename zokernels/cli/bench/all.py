@@ -2,7 +2,6 @@
 
 import importlib.util
 import json as json_module
-import os
 import subprocess
 import sys
 import time
@@ -76,13 +75,10 @@ def _run(run: suite.Run, out: Path, plots: bool) -> dict[str, Any]:
         files["--plot"] = f"{run.name}.png"
     named = [part for option, name in files.items() for part in (option, str(out / name))]
     command = [sys.executable, "-m", "zokernels.cli", "bench", run.command, *run.options, *named]
-    # This very package, wherever the command was started.
-    paths = [str(Path(suite.__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     Console(stderr=True).rule(f"bench {run.command} {' '.join(run.options)}")
     started = time.perf_counter()
     try:
-        code = _process(command, run.limit, environment)
+        code = _process(command, run.limit, machine.environment())
     except subprocess.TimeoutExpired:
         return result | {"outcome": "stopped", "why": f"it took more than {run.limit:.0f} s"}
     result["seconds"] = round(time.perf_counter() - started, 1)

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zokernels.benchmarks import machine, ops, passes, plots
+from zokernels.benchmarks import machine, ops, passes, plots, results
 from zokernels.cli.bench import output
 from zokernels.tasks.errors import InputError
 
@@ -74,7 +74,7 @@ def command(
         f"Passes over {plan.numel:,} weights: nanoseconds a weight; multiples of the memory floor "
         "(the same bytes read and written), medians and quartiles; and how many times as fast as "
         "MeZO's expression and as the best peer of the pass.",
-        plots.caption(found.rows[0]),
+        results.caption(found.rows),
         sep="\n",
         highlight=False,
     )

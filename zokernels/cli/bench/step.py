@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zokernels.benchmarks import peers as others
 from zokernels.benchmarks import plots
 from zokernels.cli.bench import output
 from zokernels.tasks import InputError
@@ -48,7 +49,6 @@ def command(
         import transformers  # noqa: F401
 
         from zokernels.benchmarks import models, step
-        from zokernels.benchmarks import peers as others
     except ImportError as error:
         raise InputError(f"bench step needs transformers: {error}; pip install '.[hf]'.") from None
     out = output.Output(csv_file, json, plot, step.COLUMNS)
@@ -116,13 +116,9 @@ def _table(rows: list[dict[str, Any]]) -> Table:
 
 
 def _comparison(row: dict[str, Any]) -> list[str]:
-    names = {
-        "mezo": "MeZO, as published", "torchzero": "torchzero's MeZO",
-        "fo-sgd": "SGD by backpropagation", "fo-adamw": "AdamW by backpropagation",
-    }  # fmt: skip
     return [
-        f"{names[name]}: {row[name]} times the two forwards, "
+        f"{title}: {row[name]} times the two forwards, "
         f"{float(row[name]) / float(row['ratio']):.1f} times this step ({row['perturb']})"
-        for name in names
+        for name, title in others.TITLES.items()
         if row.get(name)
     ]

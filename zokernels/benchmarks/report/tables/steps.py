@@ -4,17 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zokernels.benchmarks import results
+from zokernels.benchmarks import peers, results
 from zokernels.benchmarks.report.document import table
 from zokernels.benchmarks.results import Row
 
 MODES = ("on_entry", "paired", "in_place")
-PEERS = {
-    "mezo": "MeZO, as published",
-    "torchzero": "torchzero's MeZO",
-    "fo-sgd": "SGD, by backpropagation",
-    "fo-adamw": "AdamW, by backpropagation",
-}
 # Name, type, mode, what was asked in multiples of two plain forwards; in docs/performance.md.
 TARGETS = (
     ("2 × 64", "float32", 1.12),
@@ -122,7 +116,7 @@ def _parts(rows: Sequence[Row]) -> str:
 
 def _peers(rows: Sequence[Row]) -> str:
     lines = []
-    for name, title in PEERS.items():
+    for name, title in peers.TITLES.items():
         for row, modes in compared(rows):
             if row[name]:
                 ratios = [
