@@ -1,43 +1,91 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, in one run of some fifteen minutes: the native library built in
-# place, the tests marked gpu, and the timings. Nothing is installed; results go to $OUT.
+# Is it right on this GPU, and how fast? All that needs a CUDA device, in eight minutes.
+#
+#   bench/on_gpu.sh [check] [ops] [step] [memory] [all] [--dry] [--out DIR]
+#
+# Without a part it does all. Each part has a time of its own, counted for an H100 or H200 with 16
+# processor cores, and does its most telling work first; what does not fit is named and left. Rows
+# and a line of summary are written as they come, so that a run that is cut off has lost only what
+# was still to come.
+#
+#   part    seconds  what, and how the time is made up
+#   build        20  the native library, if it is not there: a dozen C++ files on all cores
+#   check       150  every Triton kernel against the CPU, bit for bit; steps in every mode, graphs,
+#                    replay: some 650 cases, a kernel to compile in most, 1 to 2 s each: 800 to
+#                    1,300 s on 16 cores are 50 to 80 s, and 30 s to start 16 processes
+#   ops          90  each pass at 1e9 weights beside a copy of the same bytes, shapes of groups, and
+#                    MeZO's expressions: 20 s to compile ours, 30 s MeZO's, 25 s timing, 15 s start
+#   step        150  OPT-1.3B and OPT-13B in bfloat16, 16 x 64 and 16 x 512 tokens, every mode,
+#                    eager and as a graph, beside MeZO's step and SGD's by backpropagation: 120 s of
+#                    steps, 10 s to build the models, 15 s start
+#   memory       60  the allocator's peak of ZO-SGD, SGD and Adam on OPT-1.3B by length: 12 cells of
+#                    3.5 s, 15 s start
+#   all         470  the sum
+#
+# In --out DIR (runs/gpu) come check.csv, ops.csv, step.csv, memory.csv, summary.txt, check.log,
+# errors.log and gpu.txt. To publish them: copy the CSV files to bench/results/gpu, and run
+# `zokernels bench report`. Where the checkout has no history, COMMIT=abc1234 in the environment
+# goes into the rows.
+#
+# --dry runs the same code on the CPU, on tiny sizes and with interpreted kernels: two minutes.
+#
+# It needs Python with torch for CUDA, triton, transformers, peft, typer, rich, pytest,
+# pytest-xdist, pytest-timeout and hypothesis, and g++. Nothing is installed. PYTHON names the
+# interpreter.
 set -uo pipefail
-cd "$(dirname "$0")/.."
-OUT=${OUT:-runs/gpu}
-PYTHON=${PYTHON:-python3}
-mkdir -p "$OUT"
+cd "$(dirname "$0")/.." || exit
 
-export PYTHONPATH=$PWD
-"$PYTHON" setup.py -q build_ext --inplace > "$OUT/build.log" 2>&1 || tail -5 "$OUT/build.log"
-nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv > "$OUT/gpu.txt" 2>&1
-timeout 320 "$PYTHON" -m pytest -q -m gpu -p no:cacheprovider tests/test_gpu.py > "$OUT/tests.log" 2>&1
-tests=$?
-tail -15 "$OUT/tests.log"
+declare -A SECONDS_OF=([check]=150 [ops]=90 [step]=150 [memory]=60)
+PARTS=(check ops step memory)
 
-export COLUMNS=120
-bench() {
-  local limit=$1
+fail() {
+  echo "$1" >&2
+  exit 2
+}
+
+chosen=() dry=() OUT=${OUT:-runs/gpu} PYTHON=${PYTHON:-python3}
+while [ $# -gt 0 ]; do
+  case $1 in
+    -h | --help) sed -n '2,/^set /{/^set /!s/^# \{0,1\}//p}' bench/on_gpu.sh && exit ;;
+    --dry) dry=(--dry) ;;
+    --out) shift && OUT=${1:-} && [ -n "$OUT" ] || fail "--out needs a folder." ;;
+    all) chosen+=("${PARTS[@]}") ;;
+    *)
+      [ -n "${SECONDS_OF[$1]:-}" ] || fail "'$1' is no part; the parts are ${PARTS[*]} and all."
+      chosen+=("$1")
+      ;;
+  esac
   shift
-  timeout "$limit" "$PYTHON" -m zokernels.cli bench "$@" --device cuda 2>> "$OUT/bench.err" \
-    | tee -a "$OUT/bench.txt"
-  return "${PIPESTATUS[0]}"
-}
-ops=0
-# Every pass beside its peers, and then ours alone on a larger tensor.
-bench 120 ops --full --rounds 1 --seconds 30 --csv "$OUT/ops.csv" --plot "$OUT/ops.png" || ops=$?
-bench 60 ops --no-peers --numel 1000000000 --seconds 20 --csv "$OUT/ops.csv" || ops=$?
-# Whole steps at the shapes of SST-2 and MultiRC. The paper: ZO-SGD's step takes 41.9% less time than
-# FO-SGD's (OPT-13B, MultiRC).
-step() {
-  bench 90 step --dtype bfloat16 --repeats 8 --csv "$OUT/step.csv" \
-    --perturb on_entry --perturb paired --perturb graphed_on_entry --perturb graphed_paired "$@"
-}
-for shape in "16 64" "16 512"; do
-  read -r rows length <<< "$shape"
-  step --model opt-1.3b --rows "$rows" --length "$length"
-  step --model opt-13b --rows "$rows" --length "$length" --no-peers
 done
-tail -3 "$OUT/bench.err"
-cat "$OUT/gpu.txt"
-echo "tests: exit $tests; passes: exit $ops; results in $OUT"
-[ "$tests" -eq 0 ] && [ "$ops" -eq 0 ]
+[ ${#chosen[@]} -gt 0 ] || chosen=("${PARTS[@]}")
+
+mkdir -p "$OUT" || exit 2
+export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 COLUMNS=120 HF_HUB_OFFLINE=1
+if [ -n "${COMMIT:-}" ]; then export ZOKERNELS_COMMIT=$COMMIT; fi
+if [ ${#dry[@]} -gt 0 ]; then
+  export ZOKERNELS_GPU_DRY=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1
+fi
+: > "$OUT/summary.txt"
+if [ ! -e zokernels/backends/_native.so ]; then
+  timeout 60 "$PYTHON" setup.py -q build_ext --inplace >> "$OUT/errors.log" 2>&1 ||
+    echo "The native library was not built; see $OUT/errors.log." | tee -a "$OUT/summary.txt"
+fi
+nvidia-smi --query-gpu=name,driver_version,clocks.max.sm,memory.total --format=csv \
+  > "$OUT/gpu.txt" 2>&1
+
+code=0
+for part in "${chosen[@]}"; do
+  rm -f "$OUT/$part.csv"
+  # The part itself stops in time; this stops one that hangs.
+  limit=${SECONDS_OF[$part]}
+  timeout --signal=INT --kill-after=5 "$limit" "$PYTHON" -m "bench.gpu.$part" \
+    --began "$(date +%s)" --seconds $((limit - 5)) --out "$OUT" "${dry[@]}" 2>> "$OUT/errors.log"
+  ended=$?
+  if [ $ended -ne 0 ]; then
+    code=1
+    echo "$part: exit code $ended; the end of $OUT/errors.log:" | tee -a "$OUT/summary.txt"
+    tail -n 5 "$OUT/errors.log"
+  fi
+done
+echo "Rows, summary.txt and logs are in $OUT."
+exit $code

@@ -56,12 +56,8 @@ def test_a_quickstart_measured_again_replaces_its_row_and_moves_the_mean(tmp_pat
 
 
 @pytest.fixture
-def tiny(monkeypatch):
+def tiny():
     pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
-    from zokernels.benchmarks import models
-
-    monkeypatch.setitem(models._OPT, "opt-tiny", (64, 2, 2, 128))
-    monkeypatch.setattr(models, "NAMES", (*models.NAMES, "opt-tiny"))
     return ["bench", "step", "--model", "opt-tiny", "--rows", "2", "--length", "8"]
 
 

@@ -179,7 +179,7 @@ def test_the_committed_rows_can_be_appended_to(name):
     from zokernels.cli.bench import codegen
 
     columns, later = {
-        "ops": (ops.COLUMNS, machine.LATER),
+        "ops": (ops.COLUMNS, ops.LATER),
         "step": (step.COLUMNS, machine.LATER),
         "codegen": (codegen.COLUMNS, codegen._ABOUT),
     }[name]

@@ -41,7 +41,8 @@ def about(device: str = "cpu") -> dict[str, object]:
 def commit() -> str:
     """The short commit, with "-dirty" if what is measured differs from it.
 
-    An installed package knows none, even inside another repository's folder: "unknown".
+    An installed package knows none, even inside another repository's folder: "unknown". A checkout
+    that was copied without its history is told by ZOKERNELS_COMMIT.
     """
     if not tested.is_checkout():
         return "unknown"
@@ -49,7 +50,7 @@ def commit() -> str:
         head = _git("rev-parse", "--short", "HEAD").strip()
         dirty = _git("status", "--porcelain", "--", *MEASURED).strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("ZOKERNELS_COMMIT", "unknown")
     sources = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
     built = native.LIBRARY.stat().st_mtime if native.LIBRARY.exists() else float("inf")
     if max(s.stat().st_mtime for s in sources) > built:

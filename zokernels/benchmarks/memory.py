@@ -1,8 +1,9 @@
 """Peak memory of a step, measured in a process of its own, beside what arithmetic says.
 
 On a CPU the peak is the process's high-water mark over two steps, less what the process held before
-the model was built; on CUDA it is the most that the allocator gave out. A step that would not fit
-is not started: its row is arithmetic alone, and says so.
+the model was built; on CUDA it is the most that the allocator gave out, which one process can
+measure for one cell after the other. A step that would not fit is not started: its row is
+arithmetic alone, and says so.
 
 ``python -m zokernels.benchmarks.memory CELL``, with a cell as JSON, measures one and prints it.
 """
@@ -42,17 +43,18 @@ _BASE: dict[str, Any] = dict(
 )
 
 
-def row(cell: Cell, measure: bool = True) -> dict[str, Any]:
+def row(cell: Cell, measure: bool = True, here: bool = False) -> dict[str, Any]:
     """The values of `COLUMNS`: measured where it fits, and by arithmetic in any case.
 
     Args:
         cell: What to measure.
         measure: Whether to try.
+        here: Measure in this process, whose other memory on a CPU blurs it.
     """
     theory = footprint.of(cell)
     found: dict[str, Any] = {"source": ARITHMETIC}
     if measure and fits(theory, cell.device):
-        found = run(cell)
+        found = run_here(cell) if here else run(cell)
     peak: int | None = found.get("peak")
     return {
         **machine.about(cell.device),
@@ -98,6 +100,16 @@ def run(cell: Cell) -> dict[str, Any]:
     return {"source": FAILED + said}
 
 
+def run_here(cell: Cell) -> dict[str, Any]:
+    """Measures in this process; what `run` gives."""
+    try:
+        return {"source": MEASURED, **_measure(cell)}
+    except torch.OutOfMemoryError:
+        return {"source": KILLED}
+    finally:
+        _tidy()
+
+
 def step_of(model: Any, cell: Cell) -> Callable[[], Any]:
     """One step of a cell's optimizer; of "inference" the two forwards of one."""
     inputs = models.batch(model, cell.rows, cell.length, caches=False)
@@ -119,10 +131,7 @@ def step_of(model: Any, cell: Cell) -> Callable[[], Any]:
     return lambda: opt.step(closure)
 
 
-def _measure_here(cell: Cell) -> dict[str, Any]:
-    if _OOM_SCORE.exists():
-        # If memory runs out after all, it is this process that goes.
-        _OOM_SCORE.write_text("1000")
+def _measure(cell: Cell) -> dict[str, Any]:
     dtype = getattr(torch, cell.dtype)
     # What torch and its libraries take when they are first used is not the step's.
     tiny = _tiny(cell, dtype).to(cell.device).eval()
@@ -160,6 +169,8 @@ def _tiny(cell: Cell, dtype: torch.dtype) -> Any:
 
 def _tidy() -> None:
     gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     # The C library keeps what was freed; where it is another one than glibc, it can't be asked.
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -167,4 +178,7 @@ def _tidy() -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_measure_here(Cell(**json.loads(sys.argv[1])))))
+    if _OOM_SCORE.exists():
+        # If memory runs out after all, it is this process that goes.
+        _OOM_SCORE.write_text("1000")
+    print(json.dumps(_measure(Cell(**json.loads(sys.argv[1])))))

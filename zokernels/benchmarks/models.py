@@ -18,7 +18,10 @@ _OPT = {
     "opt-2.7b": (2560, 32, 32, 10240),
     "opt-6.7b": (4096, 32, 32, 16384),
     "opt-13b": (5120, 40, 40, 20480),
+    # To try a command out: of few words and short texts, too.
+    "opt-tiny": (64, 3, 4, 128),
 }
+_TINY = dict(vocab_size=512, max_position_embeddings=128)
 NAMES = (*_OPT, "llama-2-7b", "mistral-7b", "roberta-large")
 
 
@@ -39,6 +42,7 @@ def config(name: str) -> Any:
             num_hidden_layers=layers,
             num_attention_heads=heads,
             ffn_dim=inner,
+            **_TINY if name == "opt-tiny" else {},
         )
     if name == "llama-2-7b":
         return hf.LlamaConfig()
@@ -89,9 +93,12 @@ def check_shape(name: str, length: int, device: str) -> None:
 
 
 def build(name: str, dtype: torch.dtype, device: str = "cpu") -> Any:
-    """The model with random weights, in evaluation mode."""
+    """The model with random weights, made on the device, in evaluation mode."""
     torch.manual_seed(0)
-    return empty(name, dtype).to(device).eval()
+    # On a CPU first, 13 billion normals take minutes.
+    with torch.device(device):
+        model = empty(name, dtype)
+    return model.to(device).eval()
 
 
 def empty(name: str, dtype: torch.dtype = torch.float32) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +17,15 @@ import torch
 from zokernels.backends import backends, native
 from zokernels.benchmarks import expressions, machine, passes, timing
 from zokernels.benchmarks.passes import FLOOR, Case, Pass, Tensors, Unavailable
+from zokernels.benchmarks.shapes import Shaped
 
 COLUMNS = (
     *machine.COLUMNS, "gcc", "triton", "numel", "dtype", "op", "dist", "variant", "case", "seeds",
     "ns_per_weight", "gb_per_s", "ratio_to_floor", "ratio_to_floor_median", "low", "high",
-    "speedup_over_mezo", "fastest_peer", "speedup_over_fastest_peer", "repeats",
+    "speedup_over_mezo", "fastest_peer", "speedup_over_fastest_peer", "repeats", "shape",
 )  # fmt: skip
+# Columns that rows of earlier versions lack.
+LATER = (*machine.LATER, "shape")
 SLOW = 10  # times the floor; such a case is timed less often
 FEWEST = 5  # repetitions of a slow case, where there are as many
 QUIET = 1.2  # how far apart the floor's quartiles, or its medians of two rounds, may be
@@ -43,6 +46,8 @@ class Plan:
         repeats: Repetitions of a round, at most.
         rounds: Rounds; a row's time is of its best, the one of the lowest ratio.
         seconds: What the repetitions may take together; there are at least `FEWEST` of them.
+        backend: Whose passes; None for the device's kernels, "native" or "triton".
+        shapes: Groups in which the Triton kernels are timed, too.
     """
 
     device: str = "cpu"
@@ -53,6 +58,13 @@ class Plan:
     repeats: int = 15
     rounds: int = 1
     seconds: float = float("inf")
+    backend: str | None = None
+    shapes: tuple[Shaped, ...] = ()
+
+    @property
+    def kernels(self) -> str:
+        """The backend that is measured."""
+        return self.backend or ("triton" if self.device.startswith("cuda") else "native")
 
 
 @dataclass
@@ -74,15 +86,15 @@ def cases(plan: Plan) -> list[Case]:
     Raises:
         Unavailable: If the device has no kernels of ours.
     """
-    on_gpu = plan.device.startswith("cuda")
-    backend = "triton" if on_gpu else "native"
+    backend = plan.kernels
     if not backends()[backend].available:
         raise Unavailable(f"Nothing to measure: {backends()[backend].reason}")
-    isas = [""] if on_gpu else list(reversed(native.instruction_sets()))
+    isas = [""] if backend == "triton" else list(reversed(native.instruction_sets()))
     found = []
     for dtype in plan.dtypes:
         found += passes.floors(dtype, plan.device, plan.full)
         found += passes.ours(dtype, backend, isas[0], plan.full)
+        found += passes.shaped(dtype, plan.shapes)
         if plan.full:
             for isa in isas[1:]:
                 found += passes.plain(dtype, backend, isa)
@@ -91,19 +103,24 @@ def cases(plan: Plan) -> list[Case]:
     return found
 
 
-def measure(plan: Plan, watch: Callable[[str, float], None] = lambda what, share: None) -> Found:
+def measure(
+    plan: Plan,
+    watch: Callable[[str, float], None] = lambda what, share: None,
+    wanted: Sequence[Case] | None = None,
+) -> Found:
     """Time the cases and make their rows.
 
     Args:
         plan: What to measure.
         watch: Called with what goes on and which share of it is done.
+        wanted: Some of the plan's `cases`, their floors among them; None for all.
 
     Raises:
         Unavailable: If the device has no kernels of ours.
     """
     # Before the measurement, so that an edit meanwhile does not pass for what was measured.
     about = environment(plan)
-    runs, notes = _prepare(plan, watch)
+    runs, notes = _prepare(plan, cases(plan) if wanted is None else wanted, watch)
     order = list(runs)
     every, repeats = _schedule(runs, plan, watch)
     rounds = []
@@ -128,16 +145,20 @@ def measure(plan: Plan, watch: Callable[[str, float], None] = lambda what, share
 
 def environment(plan: Plan) -> dict[str, object]:
     """The columns that all rows share."""
-    on_gpu = plan.device.startswith("cuda")
-    tools = {"gcc": "" if on_gpu else machine.gcc(), "triton": machine.triton() if on_gpu else ""}
+    by_triton = plan.kernels == "triton"
+    tools = {
+        "gcc": "" if by_triton else machine.gcc(),
+        "triton": machine.triton() if by_triton else "",
+    }
     return {**machine.about(plan.device), **tools, "numel": plan.numel}
 
 
-def _prepare(plan: Plan, watch: Callable[[str, float], None]) -> tuple[dict[Case, Pass], list[str]]:
+def _prepare(
+    plan: Plan, wanted: Sequence[Case], watch: Callable[[str, float], None]
+) -> tuple[dict[Case, Pass], list[str]]:
     """The passes, compiled and warm, in the order of the rows; and why others are left out."""
     tensors = Tensors(plan.numel, plan.device)
     runs, notes = {}, []
-    wanted = cases(plan)
     for place, case in enumerate(wanted):
         try:
             run = case.build(tensors)
@@ -161,6 +182,8 @@ def _schedule(
     runs: dict[Case, Pass], plan: Plan, watch: Callable[[str, float], None]
 ) -> tuple[dict[Case, int], int]:
     """Every how many repetitions each case runs, and the repetitions, by how long each takes."""
+    if plan.repeats <= FEWEST:
+        return dict.fromkeys(runs, 1), plan.repeats
     taken = {}
     for place, (case, run) in enumerate(runs.items()):
         taken[case] = timing.clock(run, plan.device)
@@ -195,7 +218,9 @@ def summarize(rounds: list[Round], every: dict[Case, int], numel: int) -> list[d
         best = min(range(len(rounds)), key=lambda i: (best_of[i], medians[i][case]))
         here = medians[best]
         each = timing.spread([ratio for of_round in ratios for ratio in of_round])
-        same = [c for c in every if c.peer and (c.dtype, c.op) == (case.dtype, case.op)]
+        # Apart or in place, it is the same work.
+        work = (case.dtype, case.op.rstrip("_"))
+        same = [c for c in every if c.peer and (c.dtype, c.op.rstrip("_")) == work]
         # A peer adds one direction in a pass.
         faster = {c.name: case.seeds * here[c] / here[case] for c in same}
         fastest = min(faster, key=lambda name: faster[name], default="")
@@ -209,7 +234,7 @@ def summarize(rounds: list[Round], every: dict[Case, int], numel: int) -> list[d
             "speedup_over_mezo": f"{faster['mezo']:.2f}" if "mezo" in faster else "",
             "fastest_peer": fastest,
             "speedup_over_fastest_peer": f"{faster[fastest]:.2f}" if fastest else "",
-            "repeats": sum(len(r[case]) for r in rounds),
+            "repeats": sum(len(r[case]) for r in rounds), "shape": case.shape,
         }  # fmt: skip
         rows.append(row)
     return rows

@@ -6,21 +6,23 @@ nothing: ``p.mul_(c)`` on a CPU, a copy on a CUDA device.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from zokernels import masks, ops
+from zokernels.benchmarks.shapes import Shaped
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EPS = 1e-3  # MeZO's usual step of the perturbation
 LR = 1e-6
 # State tensors of each rule; v_max is AMSGrad's.
-STATES = {"add_noise_": 0, "sign": 0, "momentum": 1, "adam": 2, "amsgrad": 3}
+STATES = {"add_noise_": 0, "add_noise": 0, "sign": 0, "momentum": 1, "adam": 2, "amsgrad": 3}
 NARROW = "bfloat16 states"
 FLOOR = "floor"
 
@@ -92,6 +94,7 @@ class Case:
         build: Makes the pass, compiled and ready; raises `Unavailable`.
         seeds: Directions that the pass adds.
         peer: Whether it is what ours are compared with.
+        shape: Of a Triton kernel's groups, where it is not that of the kernels' own table.
     """
 
     dtype: str
@@ -102,9 +105,10 @@ class Case:
     build: Callable[[Tensors], Pass] = field(compare=False)
     seeds: int = 1
     peer: bool = False
+    shape: str = ""
 
     def __str__(self) -> str:
-        parts = (self.dtype, self.op, self.dist, self.variant, self.name)
+        parts = (self.dtype, self.op, self.dist, self.variant, self.name, self.shape)
         return "-".join(part.replace(" ", "-") for part in parts if part)
 
     @property
@@ -150,6 +154,29 @@ def ours(dtype: str, backend: str, isa: str, full: bool) -> list[Case]:
     return found
 
 
+def shaped(dtype: str, shapes: Sequence[Shaped]) -> list[Case]:
+    """The Triton kernels' plain passes in groups of other shapes."""
+    found = []
+    for one in shapes:
+        keywords = {"amsgrad": True} if one.op == "amsgrad" else {}
+        plain = _build(dtype, one.op, one.dist, "", 1, keywords, "triton", "")
+        build = functools.partial(_in_groups, plain, one)
+        found.append(Case(dtype, one.op, one.dist, "", "triton", build, shape=str(one)))
+    return found
+
+
+def _in_groups(build: Callable[[Tensors], Pass], shape: Shaped, tensors: Tensors) -> Pass:
+    from zokernels.backends.triton import launch
+
+    run, wanted = build(tensors), launch.Shape(shape.rows, shape.warps)
+
+    def shaped_run() -> None:
+        with launch.shaped(wanted):
+            run()
+
+    return shaped_run
+
+
 def plain(dtype: str, backend: str, isa: str) -> list[Case]:
     """`add_noise_` of one direction alone, for the instruction sets that are not the best."""
     return [c for c in ours(dtype, backend, isa, False) if c.op == "add_noise_" and not c.variant]
@@ -173,6 +200,8 @@ def _kinds(dtype: str, full: bool) -> list[Kind]:
         kinds.append((add, normal, "bit mask", 1, {}))
         kinds.append((add, "rademacher", "8 seeds", 8, {}))
         kinds.append((add, "rademacher", "8 steps", 8, {"each_step": True}))
+        for dist in (normal, "rademacher"):
+            kinds += [("add_noise", dist, "", 1, {}), ("add_noise", dist, "8 seeds", 8, {})]
     for rule in ("sign", "momentum", "adam"):
         kinds.append((rule, normal, "", 1, {}))
     if full:
@@ -201,12 +230,15 @@ def _build(
         if variant == "bit mask":
             named["mask"] = tensors.bits()
         states = tensors.states(STATES[op], "bfloat16" if variant == NARROW else "float32")
+        out = [tensors.weights(dtype, replaced=True)] if op == "add_noise" else []
 
         def run() -> None:
             directions = list(itertools.islice(fresh, seeds))
             coeffs = [EPS] * seeds
             if op == "add_noise_":
                 ops.add_noise_(p, directions, coeffs, **named)
+            elif op == "add_noise":
+                ops.add_noise(p, out, directions, coeffs, **named)
             else:
                 rule = "adam" if op == "amsgrad" else op
                 ops.apply_update_(p, [states], rule, directions, coeffs, lr=LR, **named)

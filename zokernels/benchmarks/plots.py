@@ -51,18 +51,21 @@ def ops(rows: Sequence[Row]) -> Figure:
 def step(rows: Sequence[Row]) -> Figure:
     """Steps as multiples of two plain forwards: their parts, and the peers' whole steps."""
     parts = ("forwards", "noise", "update", "rest")
+    beside = next((row for row in rows if row["mezo"] or row["fo-sgd"]), rows[0])
     others = [
-        (title, float(rows[0][name])) for name, title in peers.TITLES.items() if rows[0].get(name)
+        (title, float(beside[name])) for name, title in peers.TITLES.items() if beside.get(name)
     ]
     lines = [f"this step, {row['perturb']}" for row in rows] + [title for title, _ in others]
     figure, axes = _canvas(len(lines))
     for place, row in enumerate(rows):
         left = 0.0
-        for part, colour in zip(parts, COLOURS, strict=False):
-            value = max(0.0, float(row[part]))
+        # Of a step on a GPU its parts are not known.
+        known = {part: float(row[part]) for part in parts if row[part]}
+        shown = known or {"step": float(row["ratio"])}
+        for (part, value), colour in zip(shown.items(), COLOURS, strict=False):
             label = part if place == 0 else None
-            axes.barh(place, value, left=left, color=colour, height=0.6, label=label)
-            left += value
+            axes.barh(place, max(0.0, value), left=left, color=colour, height=0.6, label=label)
+            left += max(0.0, value)
         middle, low, high = (float(row[name]) for name in ("ratio", "low", "high"))
         axes.errorbar(middle, place, xerr=[[max(0.0, middle - low)], [max(0.0, high - middle)]],
                       fmt="|", color="black", capsize=3)  # fmt: skip
@@ -103,8 +106,8 @@ def codegen(rows: Sequence[Row]) -> Figure:
 
 
 def _pass(row: Row) -> str:
-    name = row["op"] if row["op"] == "add_noise_" else f"update {row['op']}"
-    words = [name, row["dist"] if row["dist"] != "gaussian" else "", row["variant"]]
+    name = row["op"] if row["op"].startswith("add_noise") else f"update {row['op']}"
+    words = [name, row["dist"] if row["dist"] != "gaussian" else "", row["variant"], row["shape"]]
     return f"{', '.join(filter(None, words))}: {row['case']}"
 
 

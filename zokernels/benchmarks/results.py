@@ -20,6 +20,12 @@ FOLDER = machine.ROOT / PLACE
 
 
 def write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Replace a file by these rows, whole or not at all, and say so."""
+    replace(path, columns, rows)
+    print(f"{len(rows)} rows written to {path}", file=sys.stderr)
+
+
+def replace(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace a file by these rows, whole or not at all."""
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -27,7 +33,6 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]])
     writer.writerows(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     folder.write_text(path, text.getvalue())
-    print(f"{len(rows)} rows written to {path}", file=sys.stderr)
 
 
 def read(path: Path) -> list[Row]:

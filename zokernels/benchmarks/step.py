@@ -6,6 +6,7 @@ over the forwards' time of the same repetition: other load on the machine then m
 
 from __future__ import annotations
 
+import gc
 import os
 import statistics
 import time
@@ -26,6 +27,7 @@ LOSSES = ("tokens", "candidates")
 MODES = ("on_entry", "paired", "in_place")
 GRAPHED = tuple(f"graphed_{mode}" for mode in MODES)
 PARTS = ("forwards", "noise", "update", "rest")
+FEWEST = 3  # repetitions, whatever they take
 
 
 @dataclass
@@ -45,6 +47,7 @@ class Case:
     loss: str = "tokens"
     queries: int = 1
     peers: tuple[str, ...] = ()
+    backend: str | None = None
 
 
 @dataclass
@@ -56,8 +59,9 @@ class Result:
         step_ms: A step.
         ratio: The step over the two forwards of the same repetition.
         low, high: The quartiles of that ratio.
-        parts: Of a step in forwards, noise, update and the rest (Python), over the two forwards.
-        peers: Of each peer, its step over the two forwards.
+        parts: Of a step in forwards, noise, update and the rest (Python), over the two forwards; on
+            CUDA not known.
+        peers: Of each peer that memory holds, its step over the two forwards.
         weights: Trainable ones.
         tokens: Of a batch.
         memory_mb: What the step needed beyond two forwards at its peak: on a GPU the allocator's
@@ -94,7 +98,7 @@ def row(case: Case, result: Result) -> dict[str, object]:
         "forwards_ms": f"{result.forwards_ms:.1f}",
         "step_ms": f"{result.step_ms:.1f}",
         **{name: f"{getattr(result, name):.3f}" for name in ("ratio", "low", "high")},
-        **{name: f"{value:.3f}" for name, value in result.parts.items()},
+        **{name: f"{result.parts[name]:.3f}" if result.parts else "" for name in PARTS},
         "tokens_per_s": f"{result.tokens / result.step_ms * 1e3:.0f}",
         "ns_per_weight": f"{result.step_ms * 1e6 / result.weights:.3f}",
         "memory_mb": f"{result.memory_mb:.0f}",
@@ -107,20 +111,33 @@ def row(case: Case, result: Result) -> dict[str, object]:
     return {**machine.about(case.device), "spin": spin, **given, **numbers}
 
 
-def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: None) -> Result:
+def measure(
+    case: Case,
+    repeats: int,
+    progress: Callable[[], None] = lambda: None,
+    model: Any = None,
+    seconds: float = float("inf"),
+) -> Result:
     """Time the step, the forwards and the peers in turn.
 
     Args:
         case: What to measure.
-        repeats: Repetitions.
+        repeats: Repetitions, at most.
         progress: Called after each.
+        model: The case's, where it was built for others before; its weights change.
+        seconds: After which no repetition begins, but there are at least `FEWEST`.
+
+    Raises:
+        ValueError: If a graph is to be timed beside peers. MeZO's puts weights elsewhere in memory,
+            and the graph would go on writing where they were.
     """
-    model = models.build(case.model, getattr(torch, case.dtype), case.device)
+    if case.perturb in GRAPHED and case.peers:
+        raise ValueError(f"{case.perturb} can't be timed beside peers, which replace its weights.")
+    if model is None:
+        model = models.build(case.model, getattr(torch, case.dtype), case.device)
     if case.scheme != "full":
         model, _ = schemes.apply(model, case.scheme)
     inputs = models.batch(model, case.rows, case.length)
-    # A captured step computes whole logits.
-    captured = case.perturb in GRAPHED
     closure = {"tokens": _tokens, "candidates": _candidates}[case.loss](model, inputs)
 
     @torch.no_grad()
@@ -131,38 +148,45 @@ def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: Non
 
     options = dict(
         lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb.removeprefix("graphed_"),
-        num_queries=case.queries,
-        lazy_logits=case.lazy_logits,
+        num_queries=case.queries, lazy_logits=case.lazy_logits, backend=case.backend,
     )  # fmt: skip
     opt = optimizers.build(case.optimizer, model, options)
     runs: dict[str, Callable[[], Any]] = {"forwards": forwards, "step": lambda: opt.step(closure)}
-    if captured:
-        whole = GraphedStep(opt, lambda batch: model(**batch).loss, inputs)
+    if case.perturb in GRAPHED:
+        # It computes whole logits. On a CPU the same step runs without a graph.
+        on_gpu = case.device.startswith("cuda")
+        whole = GraphedStep(opt, lambda batch: model(**batch).loss, inputs, capture=on_gpu)
         runs["step"] = lambda: whole(inputs)
-    runs |= {name: peers.build(name, model, _tokens(model, inputs)) for name in case.peers}
     before = _peak_mb(case.device, forwards)
     memory = _peak_mb(case.device, runs["step"]) - before
-    for run in runs.values():
-        run()
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    # All have run once now.
+    rivals = _fitting(case, model, inputs)
+    runs |= rivals
+    taken: dict[str, list[float]] = {name: [] for name in runs}
     parts: dict[str, list[float]] = {name: [] for name in PARTS}
+    began = time.perf_counter()
     for repetition in range(repeats):
+        if repetition >= FEWEST and time.perf_counter() - began > seconds:
+            break
         for name, run in runs.items():
             # A peer that takes ten times as long is timed less often.
-            if name in case.peers and repetition % 4:
+            if name in rivals and repetition % 4:
                 continue
-            seconds[name].append(_clock(run, case.device))
-        base, timing = seconds["forwards"][-1], opt.timing
+            taken[name].append(_clock(run, case.device))
+        base, timing = taken["forwards"][-1], opt.timing
         known = {k: getattr(timing, k) / base for k in PARTS if k != "rest"}
         for k, v in (known | {"rest": timing.total / base - sum(known.values())}).items():
             parts[k].append(v)
         progress()
-    ratios = [s / f for s, f in zip(seconds["step"], seconds["forwards"], strict=True)]
-    low, _, high = statistics.quantiles(ratios, n=4) if repeats > 1 else ratios * 3
-    base = statistics.median(seconds["forwards"])
+    if case.device.startswith("cuda"):
+        # The host only launches them, and its clock says nothing of the device's.
+        parts.clear()
+    ratios = [s / f for s, f in zip(taken["step"], taken["forwards"], strict=True)]
+    low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
+    base = statistics.median(taken["forwards"])
     return Result(
         forwards_ms=1000 * base,
-        step_ms=1000 * statistics.median(seconds["step"]),
+        step_ms=1000 * statistics.median(taken["step"]),
         ratio=statistics.median(ratios),
         low=low,
         high=high,
@@ -170,9 +194,33 @@ def measure(case: Case, repeats: int, progress: Callable[[], None] = lambda: Non
         weights=sum(p.numel() for p in model.parameters() if p.requires_grad),
         tokens=case.rows * case.length,
         memory_mb=memory,
-        repeats=repeats,
-        peers={name: statistics.median(seconds[name]) / base for name in case.peers},
+        repeats=len(ratios),
+        peers={name: statistics.median(taken[name]) / base for name in rivals},
     )
+
+
+def _fitting(case: Case, model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+    """The peers' steps, each run once; one that memory does not hold is left out."""
+    found = {}
+    for name in case.peers:
+        step = peers.build(name, model, _tokens(model, inputs))
+        if _fits(step):
+            found[name] = step
+            continue
+        # Out here the error is gone, and with it the activations that its frames held.
+        model.zero_grad(set_to_none=True)
+        del step
+        gc.collect()
+        torch.cuda.empty_cache()
+    return found
+
+
+def _fits(step: Callable[[], Any]) -> bool:
+    try:
+        step()
+    except torch.OutOfMemoryError:
+        return False
+    return True
 
 
 def _tokens(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], torch.Tensor]:

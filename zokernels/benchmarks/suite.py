@@ -88,7 +88,7 @@ def _ops(rows: Rows) -> list[str]:
 
 
 def _step(rows: Rows) -> list[str]:
-    first = rows[0]
+    first = next((row for row in rows if row["mezo"]), rows[0])
     peers = ((name, first.get(name)) for name in ("mezo", "fo-sgd", "fo-adamw"))
     beside = ", ".join(f"{name} {ratio}" for name, ratio in peers if ratio)
     lines = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,13 +31,32 @@ _GAUSSIAN = {True: Shape(512, 4), False: Shape(256, 4)}
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
 
 
+# What `shaped` asks for in place of the table.
+_tried: Shape | None = None
+
+
+@contextlib.contextmanager
+def shaped(shape: Shape) -> Iterator[None]:
+    """Launch in groups of another shape than the table's, to measure it: the bits are the same."""
+    global _tried
+    before, _tried = _tried, shape
+    try:
+        yield
+    finally:
+        _tried = before
+
+
 def shape_of_add_noise(kind: int, plain: bool) -> Shape:
     """The group of an add_noise pass."""
+    if _tried is not None:
+        return _tried
     return (_GAUSSIAN if kind == noise.GAUSSIAN else _SIGNS)[plain]
 
 
 def shape_of_update(kind: int, rule: str) -> Shape:
     """The group of an update pass."""
+    if _tried is not None:
+        return _tried
     if kind == noise.RADEMACHER:
         return _SIGNS[False]
     # With states memory binds, and fewer registers let more warps wait for it.

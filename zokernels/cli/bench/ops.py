@@ -1,5 +1,6 @@
 """``zokernels bench ops``: each pass beside the floor that its bytes set, and beside its peers."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -8,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from zokernels.benchmarks import machine, ops, passes, plots, results
+from zokernels.benchmarks.shapes import read as read_shapes
 from zokernels.cli.bench import output
 from zokernels.tasks.errors import InputError
 
@@ -36,18 +38,27 @@ def command(
         float | None, typer.Option(min=0, help="Fewer repetitions, to take about this long.")
     ] = None,
     peers: Annotated[bool, typer.Option(help="Also MeZO's expressions and torch.optim.")] = True,
+    shapes: Annotated[
+        Path | None,
+        typer.Option(
+            help="On a GPU, also the Triton kernels in groups of these shapes: a CSV with the "
+            "columns op, dist, rows and warps."
+        ),
+    ] = None,
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
 ) -> None:
     """Time the passes over the weights in alternation with their memory floors and peers."""
-    out = output.Output(csv_file, json, plot, ops.COLUMNS)
+    out = output.Output(csv_file, json, plot, ops.COLUMNS, ops.LATER)
     for name in dtype or ():
         output.check_choice("--dtype", name, tuple(passes.DTYPES))
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
     on_gpu = device.startswith("cuda")
+    if shapes is not None and not on_gpu:
+        raise InputError(f"--shapes is for the Triton kernels, but --device is {device}; use cuda.")
     # Each once, in the order of the table.
     chosen = [d for d in passes.DTYPES if d in (dtype or (passes.DTYPES if full else _QUICK))]
     plan = ops.Plan(
@@ -59,6 +70,7 @@ def command(
         repeats=repeats,
         rounds=rounds or (3 if full else 1),
         seconds=seconds if seconds is not None else (600 if full else 60),
+        shapes=tuple(read_shapes(shapes)) if shapes is not None else (),
     )
     _check_memory(plan)
     try:
@@ -98,7 +110,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
             table.add_column(head, justify="right", no_wrap=True)
         for row in (row for row in rows if row["dtype"] == dtype):
             dist = row["dist"] if row["dist"] != "gaussian" else ""
-            what = ", ".join(filter(None, (row["op"], dist, row["variant"])))
+            what = ", ".join(filter(None, (row["op"], dist, row["variant"], row["shape"])))
             middle, low, high = (
                 _short(row[name]) for name in ("ratio_to_floor_median", "low", "high")
             )

@@ -61,11 +61,13 @@ def command(
         output.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
         _check_graphed(mode, device, loss, mode in step.GRAPHED)
     models.check(model, rows, length, dtype, device)
+    eager = [place for place, mode in enumerate(modes) if mode not in step.GRAPHED]
+    beside = eager[0] if eager else None
     found: list[dict[str, Any]] = []
     with output.progress() as progress:
         for place, mode in enumerate(modes):
-            # The peers are timed once, beside the first mode.
-            names = others.available() if peers and place == 0 else []
+            # The peers are timed once, beside the first mode that is no graph.
+            names = others.available() if peers and place == beside else []
             case = step.Case(
                 model, rows, length, dtype, device, optimizer, dist, mode, lazy_logits, scheme,
                 loss, queries, tuple(names),
@@ -75,7 +77,7 @@ def command(
             found.append(step.row(case, result))
     console = Console()
     console.print(_table(found))
-    for line in _comparison(found[0]):
+    for line in _comparison(found[beside or 0]):
         console.print(line, highlight=False)
     output.say_tests(str(found[0]["tests"]))
     out.write("step", found, lambda: plots.step(found))
@@ -111,7 +113,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "peak memory beyond the forwards, MiB": lambda row: row["memory_mb"],
     }
     for name, value in shown.items():
-        table.add_row(name, *(str(value(row)) for row in rows))
+        table.add_row(name, *(str(value(row)) or "–" for row in rows))
     return table
 
 

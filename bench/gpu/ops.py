@@ -1,0 +1,140 @@
+"""Each pass beside a device-to-device copy of the same bytes, and beside MeZO's expressions.
+
+At 1e9 weights, float32 and bfloat16. The kernels are compiled by all cores at once before the first
+is timed; each job then alternates its cases with the copies that they are compared with.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from bench.gpu.part import Job, Part
+from zokernels.benchmarks import machine, ops, passes, shapes
+from zokernels.benchmarks.passes import FLOOR, Case
+
+SHAPES = Path(__file__).with_name("shapes.csv")
+WEIGHTS, DRY_WEIGHTS = 10**9, 4_500
+# The tensors of the hungriest job, AMSGrad's in both types, take 46 bytes a weight, and MeZO's
+# expression makes four more.
+_BYTES_A_WEIGHT = 64
+_MEZO = ("mezo", "mezo-inplace", "mezo-compiled", "mezo-inplace-compiled", "triton-randn")
+
+
+def _adds(case: Case) -> bool:
+    return case.op.startswith("add_noise") and not case.shape
+
+
+def _plain(case: Case) -> bool:
+    return _adds(case) and not case.peer and case.variant in ("", "8 seeds")
+
+
+def _updates(case: Case) -> bool:
+    of_a_rule = not case.op.startswith("add_noise") and not case.peer and not case.shape
+    return of_a_rule and case.variant in ("", passes.NARROW)
+
+
+def _variants(case: Case) -> bool:
+    return not (case.peer or case.shape or _plain(case) or _updates(case))
+
+
+def _beside_mezo(case: Case) -> bool:
+    ours = (case.op, case.dist, case.variant) == ("add_noise_", "gaussian", "") and _plain(case)
+    return ours or case.name in _MEZO
+
+
+# What is timed together, the most telling first, and the seconds that it takes: at 4 TB/s a pass at
+# 1e9 weights takes 1 to 9 ms, and each runs 17 times. What takes long is memory that is filled
+# first, and torch.compile for MeZO's expressions, some 6 s for each of four.
+JOBS: tuple[tuple[str, float, Callable[[Case], bool]], ...] = (
+    ("training passes", 5, _plain),
+    ("updates", 6, _updates),
+    ("MeZO's expressions", 30, _beside_mezo),
+    ("shapes", 8, lambda case: bool(case.shape)),
+    ("masks, rounding, steps", 6, _variants),
+)
+# By 16 cores, some 100 kernels of 2 s each, and a context on the device for each process.
+COMPILE_SECONDS = 20.0
+
+
+def plan(part: Part) -> ops.Plan:
+    """What is timed: everything that the kernels have, at a size that memory allows."""
+    tried = tuple(shapes.read(SHAPES))
+    common = ops.Plan(device=part.device, full=True, backend="triton", shapes=tried)
+    if part.dry:
+        # An interpreted program takes 50 ms, whatever its size.
+        few = dict(dtypes=("bfloat16",), shapes=tried[::5])
+        return replace(common, numel=DRY_WEIGHTS, repeats=1, **few)
+    return replace(common, numel=min(WEIGHTS, _free() // _BYTES_A_WEIGHT), seconds=3.0)
+
+
+def jobs(part: Part) -> list[Job]:
+    """The compilation, and the groups of `JOBS`."""
+    whole = plan(part)
+    cases = ops.cases(whole)
+    first = Job("compilation", COMPILE_SECONDS, partial(_compile, whole, cases, part.dry))
+    return [first] + [
+        Job(name, seconds, partial(_measure, part, whole, _with_floors(cases, chosen)))
+        for name, seconds, chosen in JOBS
+    ]
+
+
+def _with_floors(cases: Sequence[Case], chosen: Callable[[Case], bool]) -> list[Case]:
+    mine = [case for case in cases if case.name != FLOOR and chosen(case)]
+    needed = {case.floor for case in mine}
+    return [case for case in cases if case.name == FLOOR and case.floor in needed] + mine
+
+
+def _measure(part: Part, whole: ops.Plan, wanted: list[Case]) -> list[str]:
+    found = ops.measure(whole, wanted=wanted)
+    part.keep(ops.COLUMNS, found.rows, ops.LATER)
+    missing = [note for note in found.notes if "left out" in note]
+    return [*map(_line, found.rows), *missing]
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A pass in a line: what it moves in a second, as a share of what a copy does."""
+    what = ", ".join(filter(None, (row["op"], row["dist"], row["variant"], row["shape"])))
+    share = 100 / float(row["ratio_to_floor_median"])
+    mezo = row["speedup_over_mezo"] if row["case"] != "mezo" else ""
+    return (
+        f"{row['dtype']:8} {row['case']:22} {what}: {float(row['gb_per_s']):,.0f} GB/s, "
+        f"{share:.0f} % of a copy" + (f", {mezo} x MeZO's expression" if mezo else "")
+    )
+
+
+def _compile(whole: ops.Plan, cases: Sequence[Case], dry: bool) -> list[str]:
+    """Run each of our passes on small tensors, in as many processes as there are cores."""
+    ours = [place for place, case in enumerate(cases) if case.name == "triton"]
+    workers = 2 if dry else min(16, os.cpu_count() or 1)
+    # A sample is enough to see that the processes start.
+    ours = ours[:: len(ours) // 4] if dry else ours
+    shares = [ours[k::workers] for k in range(workers)]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        done = sum(pool.map(_run_small, [whole] * workers, shares))
+    return [f"{done} kernels compiled or found compiled, in {workers} processes"]
+
+
+def _run_small(whole: ops.Plan, places: Sequence[int]) -> int:
+    small = passes.Tensors(DRY_WEIGHTS, whole.device)
+    cases = ops.cases(whole)
+    for place in places:
+        cases[place].build(small)()
+    return len(places)
+
+
+def _free() -> int:
+    free = machine.free_memory("cuda")
+    assert free is not None
+    return free
+
+
+if __name__ == "__main__":
+    this = Part.of_arguments("ops")
+    raise SystemExit(this.run(jobs(this)))

@@ -1,0 +1,88 @@
+"""Masks, roundings, several steps and decay on a GPU, in every combination: the CPU's bits.
+
+The longest of the checks, each case a kernel of its own to compile; so it comes last.
+"""
+
+import itertools
+
+import pytest
+import torch
+from device import DEVICE, DRY, assert_same, marks, some, states_to_device, to_device
+from test_ops import DISTS, DTYPES, mask_of, unaligned
+from test_update import RULES, flat, states_of
+
+import zokernels as zk
+
+pytestmark = marks
+
+SIZES = [9, 103] if DRY else [0, 1, 7, 8, 9, 127, 1003, 4099, 100_003]
+MASKS, ROUNDINGS = ["none", "random", "magnitude", "bits"], ["nearest", "stochastic"]
+OFFSETS = [0, 3, 8, 2**35 - 4, 129, 1, 2**40 + 5, 2**35 - 2000, 2**32 - 50_000]
+
+
+def mask_on(kind, tensors, device):
+    made = mask_of(kind, tensors)
+    if isinstance(made, zk.masks.Bits):
+        made.packed = [p.to(device) for p in made.packed]
+    return made
+
+
+def numbers(each_step, rounding, dist):
+    # A coefficient too small to take the noise's unit into itself.
+    return dict(
+        seeds=[3, 2**63 + 5, 7, 8],
+        coeffs=[1e-3, -0.5, 2e-30, 0.25],
+        streams=[5, 2**32 - 1, 0, 1, 2, 3, 4, 6, 7][: len(SIZES)],
+        offsets=OFFSETS[: len(SIZES)],
+        dist=dist,
+        decay=[0.99, 1.0] if each_step else 0.99,
+        rounding=rounding,
+        rounding_seed=[77, 2**64 - 1] if each_step else 2**63,
+        each_step=2 if each_step else False,
+    )
+
+
+ADDS = list(itertools.product(DTYPES, DISTS, MASKS, ROUNDINGS, [False, True]))
+
+
+@pytest.mark.parametrize("dtype, dist, mask, rounding, each_step", some(ADDS, 5), ids=str)
+def test_add_noise(dtype, dist, mask, rounding, each_step):
+    cpu = [unaligned(size, dtype, i) for i, size in enumerate(SIZES)]
+    gpu, masks = to_device(cpu), [mask_on(mask, cpu, device) for device in ("cpu", DEVICE)]
+    call = numbers(each_step, rounding, dist)
+    zk.ops.add_noise_(cpu, mask=masks[0], **call)
+    zk.ops.add_noise_(gpu, mask=masks[1], backend="triton", **call)
+    assert_same(cpu, gpu)
+
+
+def _sooner(case):
+    """Those of one step first, and of these the masks: what a training run may ask for."""
+    *_, mask, rounding, each_step = case
+    return each_step, rounding == "stochastic", mask != "random"
+
+
+UPDATES = sorted(
+    (
+        (name, dtype, state, mask, rounding, each_step)
+        for name, dtype, state, mask, rounding, each_step in itertools.product(
+            RULES, DTYPES, [torch.float32, torch.bfloat16], MASKS, ROUNDINGS, [False, True]
+        )
+        if name != "sign" or state is torch.float32
+    ),
+    key=_sooner,
+)
+
+
+@pytest.mark.parametrize("name, dtype, state, mask, rounding, each_step", some(UPDATES, 6), ids=str)
+def test_apply_update(name, dtype, state, mask, rounding, each_step):
+    # Half of the combinations with each distribution, so that each value meets both.
+    dist = DISTS[(len(name) + len(mask) + (state is torch.float32) + each_step) % 2]
+    cpu = [unaligned(size, dtype, i) for i, size in enumerate(SIZES)]
+    cpu_states = states_of(name, cpu, state)
+    gpu, gpu_states = to_device(cpu), states_to_device(cpu_states)
+    masks = [mask_on(mask, cpu, device) for device in ("cpu", DEVICE)]
+    call = numbers(each_step, rounding, dist) | RULES[name]
+    call["lr"] = [0.01, 0.03] if each_step else 0.02
+    zk.ops.apply_update_(cpu, cpu_states, mask=masks[0], **call)
+    zk.ops.apply_update_(gpu, gpu_states, mask=masks[1], backend="triton", **call)
+    assert_same(flat(cpu, cpu_states), flat(gpu, gpu_states))
