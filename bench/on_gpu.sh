@@ -19,7 +19,7 @@
 #                    eager and as a graph, beside MeZO's step and SGD's by backpropagation: 120 s of
 #                    steps, 10 s to build the models, 15 s start
 #   memory       60  the allocator's peak of ZO-SGD, SGD and Adam on OPT-1.3B by length: 12 cells of
-#                    3.5 s, 15 s start
+#                    3.3 s, 15 s start
 #   all         470  the sum
 #
 # In --out DIR (runs/gpu) come check.csv, ops.csv, step.csv, memory.csv, summary.txt, check.log,

@@ -18,7 +18,7 @@ OPTIMIZERS = ("zo-sgd", "fo-sgd", "fo-adam")
 LENGTHS = (2048, 256, 1024, 512)
 DRY_LENGTHS = (24,)
 # The model is built anew for each; two steps of the longest take 2 s by backpropagation.
-CELL_SECONDS = 3.5
+CELL_SECONDS = 3.3
 
 
 def jobs(part: Part) -> list[Job]:

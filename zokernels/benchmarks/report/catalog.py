@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from zokernels.benchmarks.report.figures import accuracy, memory, roofline, step
+from zokernels.benchmarks.report.figures import gpu as gpu_steps
 from zokernels.benchmarks.report.figures import ops as passes
 from zokernels.benchmarks.report.figures import study as all_cells
 from zokernels.benchmarks.report.parts import Figure, Part, Table
 from zokernels.benchmarks.report.tables import (
     codegen,
+    gpu,
     hybrid,
     numerics,
     ops,
@@ -22,15 +24,21 @@ from zokernels.benchmarks.report.tables import memory as memories
 README, PERFORMANCE = "README.md", "docs/performance.md"
 OPTIMIZERS, NUMERICS = "docs/optimizers.md", "docs/numerics.md"
 
+# What bench/on_gpu.sh writes, where there was a GPU.
+GPU = ("gpu/check.csv", "gpu/ops.csv", "gpu/step.csv")
+
 PARTS: tuple[Part, ...] = (
+    Table("gpu-status", README, GPU, gpu.status, optional=True),
     Table("step-summary", README, ("step.csv",), steps.summary),
     Table("ops", PERFORMANCE, ("ops.csv",), ops.tables),
     Table("step", PERFORMANCE, ("step.csv",), steps.tables),
     Table("step-targets", PERFORMANCE, ("step.csv",), steps.targets),
+    Table("gpu", PERFORMANCE, GPU, gpu.tables, optional=True),
     Table("codegen", PERFORMANCE, ("codegen.csv",), codegen.table),
     Table("codegen-reading", PERFORMANCE, ("codegen.csv",), codegen.reading),
     Table("memory", "docs/memory.md", ("memory.csv",), memories.measured),
     Table("memory-arithmetic", "docs/memory.md", ("memory.csv",), memories.arithmetic),
+    Table("gpu-memory", "docs/memory.md", ("gpu/memory.csv",), gpu.memory, optional=True),
     Table("study", "docs/study.md", ("study.csv",), study.tables),
     Table("study-rates", "docs/study.md", ("study_rates.csv",), study.tables),
     Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),
@@ -44,6 +52,7 @@ PARTS: tuple[Part, ...] = (
     Table("recording", "docs/reliability.md", ("replay.csv",), replay.recording),
     Figure("step", ("step.csv",), step.draw, version=2),
     Figure("ops", ("ops.csv",), passes.draw, version=1),
+    Figure("gpu-step", ("gpu/step.csv",), gpu_steps.draw, version=1, optional=True),
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
     Figure("memory", ("memory.csv",), memory.draw, version=2),
     Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),

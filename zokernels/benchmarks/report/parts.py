@@ -22,12 +22,14 @@ class Table:
         page: The file that it stands in, from the checkout's root.
         sources: Files under bench/results.
         make: Its Markdown, from the rows of each source.
+        optional: Whether a source may be missing, which then has no rows.
     """
 
     name: str
     page: str
     sources: tuple[str, ...]
     make: Callable[..., str]
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,12 +44,14 @@ class Figure:
         sources: Files under bench/results.
         draw: Draws on a matplotlib figure from the rows of each source.
         version: Another number has the figure drawn anew; raise it with every change of ``draw``.
+        optional: Whether its sources may be missing: there is no figure then.
     """
 
     name: str
     sources: tuple[str, ...]
     draw: Callable[..., None]
     version: int
+    optional: bool = False
 
     @property
     def page(self) -> str:

@@ -51,7 +51,7 @@ def renew(root: Path, parts: Sequence[Part], check: bool = False) -> list[Outcom
     found = []
     for part in parts:
         try:
-            rows = [_rows(root, source) for source in part.sources]
+            rows = [_rows(root, source, part.optional) for source in part.sources]
             changed = (
                 _figure(root, part, rows, check)
                 if isinstance(part, Figure)
@@ -86,13 +86,13 @@ class Refusal(Exception):
     """Why a part can't be made, in a sentence."""
 
 
-def _rows(root: Path, source: str) -> list[results.Row]:
+def _rows(root: Path, source: str, optional: bool) -> list[results.Row]:
     place = results.PLACE / source
     try:
         found = results.read(root / place)
     except (OSError, ValueError) as error:
         raise Refusal(f"{place} can't be read: {error}; measure again.") from None
-    if not found:
+    if not found and not optional:
         raise Refusal(f"{place} is missing or has no rows; measure first.")
     return found
 
@@ -121,6 +121,8 @@ def _table(root: Path, part: Table, rows: list[list[results.Row]], pages: dict[s
 def _figure(root: Path, part: Figure, rows: list[list[results.Row]], check: bool) -> bool:
     """Whether the file is out of date; it is drawn, unless this is a check."""
     path, digest = root / part.page, part.digest(rows, style.VERSION)
+    if not any(rows):
+        return False
     if png.note(path, style.KEYWORD) == digest:
         return False
     if check:

@@ -55,7 +55,7 @@ def label(one: Pass) -> str:
     op, dist, variant, case = one
     if case in NAMES:
         return ", ".join(filter(None, [NAMES[case], "" if op == ADD else op, variant]))
-    what = f"`{ADD}`" if op == ADD else f"`apply_update_` {op}"
+    what = f"`{op}`" if op.startswith("add_noise") else f"`apply_update_` {op}"
     return ", ".join(filter(None, [f"{what} {dist}", variant, case.removeprefix("native-")]))
 
 
