@@ -17,7 +17,7 @@ pytest.importorskip("transformers", reason="needs transformers: pip install '.[h
 pytest.importorskip("xdist", reason="needs pytest-xdist: pip install '.[dev]'")
 
 from bench.gpu import check, deadline, memory, ops, step
-from bench.gpu.part import Job, Part
+from bench.gpu.part import Part
 from zokernels.benchmarks import memory as memories
 from zokernels.benchmarks import ops as passes
 from zokernels.benchmarks import results, shapes
@@ -157,23 +157,41 @@ def interpreted():
     return os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available()
 
 
-def test_a_job_that_fails_or_does_not_fit_costs_no_other(tmp_path, capsys):
-    part = Part("ops", 100, tmp_path, dry=True)
+JOBS = """
+from bench.gpu.part import Job, Part
 
-    def breaks():
-        raise ValueError("it is broken\nand more")
+part = Part.of_arguments("ops")
 
-    def keeps():
-        part.keep(("x", "tests"), [{"x": 1}])
-        return ["a line"]
+def breaks():
+    part.broken = True  # as a context on a device would be
+    raise ValueError("it is broken\\nand more")
 
-    jobs = [Job("first", 1, breaks), Job("long", 1000, keeps), Job("last", 1, keeps)]
-    assert part.run(jobs) == 1
-    assert rows_of(tmp_path / "ops.csv") == [{"x": "1", "tests": "gpu checks not run"}]
-    summary = (tmp_path / "summary.txt").read_text()
-    assert "FAILED first: ValueError: it is broken\n" in summary and "a line" in summary
-    assert "1 of 3 done, 1 failed, 1 left for time" in summary and "left: long" in summary
-    assert "Traceback" in capsys.readouterr().err
+def keeps():
+    assert not hasattr(part, "broken")
+    part.keep(("x", "tests"), [{"x": 1}])
+    return ["a line"]
+
+jobs = [Job("first", 1, breaks), Job("long", 1000, keeps), Job("second", 1, keeps),
+        Job("bad", 1, breaks), Job("last", 1, keeps)]
+raise SystemExit(part.run(jobs))
+"""
+
+
+def test_a_job_that_fails_or_does_not_fit_costs_no_other(tmp_path):
+    script = tmp_path / "jobs.py"
+    script.write_text(JOBS)
+    out = tmp_path / "out"
+    done = subprocess.run(
+        [sys.executable, str(script), "--seconds", "100", "--out", str(out), "--dry"],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    assert rows_of(out / "ops.csv") == [{"x": "1", "tests": "gpu checks not run"}] * 2
+    summary = (out / "summary.txt").read_text()
+    assert "FAILED first: ValueError: it is broken\n" in summary
+    assert "FAILED bad: ValueError" in summary and summary.count("a line") == 2
+    assert "2 of 5 done, 2 failed, 1 left for time" in summary and "left: long" in summary
+    assert done.stderr.count("Traceback") == 2
 
 
 @pytest.fixture

@@ -48,6 +48,9 @@ def pytest_runtest_teardown(item: pytest.Item) -> None:
     try:
         torch.cuda.synchronize()
     except RuntimeError as error:
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        if capture is not None:
+            capture.suspend_global_capture(item)
         print(f"{item.nodeid} broke the CUDA context: {error}", file=sys.stderr, flush=True)
         os._exit(BROKEN)
 

@@ -117,16 +117,22 @@ def _compile(whole: ops.Plan, cases: Sequence[Case], dry: bool) -> list[str]:
     ours = ours[:: len(ours) // 4] if dry else ours
     shares = [ours[k::workers] for k in range(workers)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        done = sum(pool.map(_run_small, [whole] * workers, shares))
-    return [f"{done} kernels compiled or found compiled, in {workers} processes"]
+        failed = [one for some in pool.map(_run_small, [whole] * workers, shares) for one in some]
+    done = len(ours) - len(failed)
+    return [f"{done} kernels compiled or found compiled, in {workers} processes", *failed]
 
 
-def _run_small(whole: ops.Plan, places: Sequence[int]) -> int:
+def _run_small(whole: ops.Plan, places: Sequence[int]) -> list[str]:
+    """Which of them failed, and why."""
     small = passes.Tensors(DRY_WEIGHTS, whole.device)
-    cases = ops.cases(whole)
+    cases, failed = ops.cases(whole), []
     for place in places:
-        cases[place].build(small)()
-    return len(places)
+        try:
+            cases[place].build(small)()
+        except Exception as error:  # the others are compiled all the same
+            lines = str(error).strip().splitlines() or [""]
+            failed.append(f"FAILED {cases[place]}: {type(error).__name__}: {lines[0]}")
+    return failed
 
 
 def _free() -> int:

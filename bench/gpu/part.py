@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import gc
+import json
+import os
 import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,20 @@ class Job:
 
 
 @dataclass
+class Progress:
+    """What became of the jobs so far."""
+
+    done: int = 0
+    failed: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        """Jobs that are behind us."""
+        return self.done + len(self.failed) + len(self.left)
+
+
+@dataclass
 class Part:
     """One part of a run.
 
@@ -45,6 +61,7 @@ class Part:
         dry: Whether it is tried on a CPU: tiny sizes, interpreted kernels.
         began: When its process was started, on `time.time`'s clock: to import torch and
             transformers takes it some 10 s.
+        progress: Of the processes before this one.
     """
 
     name: str
@@ -52,6 +69,7 @@ class Part:
     out: Path
     dry: bool
     began: float = field(default_factory=time.time)
+    progress: Progress = field(default_factory=Progress)
 
     @classmethod
     def of_arguments(cls, name: str) -> Part:
@@ -61,11 +79,13 @@ class Part:
         parser.add_argument("--began", type=float, default=time.time(), help="seconds since 1970")
         parser.add_argument("--out", type=Path, required=True, help="folder of rows and summary")
         parser.add_argument("--dry", action="store_true", help="on a CPU, with tiny sizes")
+        parser.add_argument("--progress", default="{}", help="of a process before this one")
         given = parser.parse_args()
         if not given.dry and not torch.cuda.is_available():
             sys.exit("torch sees no CUDA device here; --dry runs the same code on the CPU.")
         given.out.mkdir(parents=True, exist_ok=True)
-        return cls(name, given.seconds, given.out, given.dry, given.began)
+        progress = Progress(**json.loads(given.progress))
+        return cls(name, given.seconds, given.out, given.dry, given.began, progress)
 
     @property
     def device(self) -> str:
@@ -98,12 +118,13 @@ class Part:
     def run(self, jobs: Sequence[Job]) -> int:
         """Do the jobs in turn for as long as there is time; the exit code.
 
-        A job that fails costs no other one.
+        A job that fails costs no other one: a new process goes on, since a kernel or a capture that
+        failed may have broken this one's context on the device.
         """
-        done, failed, left = 0, [], []
-        for job in jobs:
+        now = self.progress
+        for job in jobs[now.count :]:
             if self.left() < job.seconds:
-                left.append(job.name)
+                now.left.append(job.name)
                 continue
             try:
                 lines = job.run()
@@ -111,20 +132,29 @@ class Part:
                 traceback.print_exc()
                 first = (str(error).strip().splitlines() or [""])[0]
                 self.say(f"FAILED {job.name}: {type(error).__name__}: {first}")
-                failed.append(job.name)
+                now.failed.append(job.name)
+                if now.count < len(jobs):
+                    self._go_on_anew()
             else:
-                done += 1
+                now.done += 1
                 for line in lines:
                     self.say(line)
-            gc.collect()
-            if not self.dry:
-                torch.cuda.empty_cache()
+                gc.collect()
+                if not self.dry:
+                    torch.cuda.empty_cache()
         self.say(
-            f"{done} of {len(jobs)} done, {len(failed)} failed, {len(left)} left for time; "
-            f"{self.elapsed():.0f} of {self.seconds:.0f} s"
-            + (f"; left: {', '.join(left)}" if left else "")
+            f"{now.done} of {len(jobs)} done, {len(now.failed)} failed, {len(now.left)} left for "
+            f"time; {self.elapsed():.0f} of {self.seconds:.0f} s"
+            + (f"; left: {', '.join(now.left)}" if now.left else "")
         )
-        return int(bool(failed))
+        return int(bool(now.failed))
+
+    def _go_on_anew(self) -> None:
+        """The same command in the place of this process, told what is behind it."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        told = ["--began", str(self.began), "--progress", json.dumps(asdict(self.progress))]
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *told])
 
     def _checked(self) -> str:
         """What the check part found before, in the same folder."""

@@ -56,7 +56,9 @@ class Cell:
         both = 2.3 * 2 * self.forward + 3 * 4 * _WEIGHTS[self.model] / _BYTES
         taken = (self.repeats + 1) * both
         if self.mode in step.GRAPHED:
-            taken += 7 * self.forward  # the forwards before a capture
+            taken += 9 * self.forward  # those before a capture
+        if "paired" in self.mode:
+            taken += 9 * self.forward  # by which it looks whether both sides share one
         if self.mode == PEERS_BESIDE:
             # MeZO's, of six passes for each of four, and SGD's, of three forwards.
             passes = 24 * 4 * _WEIGHTS[self.model] / _BYTES
@@ -66,7 +68,7 @@ class Cell:
 
 # Model, rows, length, repetitions.
 SIZES = (
-    ("opt-1.3b", 16, 512, 8), ("opt-1.3b", 16, 64, 20), ("opt-13b", 16, 64, 7),
+    ("opt-1.3b", 16, 512, 6), ("opt-1.3b", 16, 64, 12), ("opt-13b", 16, 64, 4),
     ("opt-13b", 16, 512, 3),
 )  # fmt: skip
 DRY_SIZE = ("opt-tiny", 2, 12, 1)

@@ -103,11 +103,14 @@ def of(cell: Cell) -> Footprint:
     kind, dtype = KINDS[cell.optimizer], getattr(torch, cell.dtype)
     shape = _shape(cell.model)
     moved = shape.deep if kind.backward == "deep" else shape.weights
-    run = _run(cell.model, cell.rows, cell.length, dtype, _way(cell, kind))
+    device = cell.device.partition(":")[0]
+    run = _run(cell.model, cell.rows, cell.length, dtype, _way(cell, kind), device)
     if kind.backward != "none":
-        # An update holds two tensors of the size of a parameter's besides the gradients.
+        # An update holds two tensors of the size of a parameter's besides the gradients; on CUDA
+        # torch.optim takes all parameters in one call, and holds one of each.
         largest = shape.layer if kind.backward == "deep" else shape.largest
-        update = (moved + 2 * largest) * dtype.itemsize
+        besides = 2 * largest if device == "cpu" else moved
+        update = (moved + besides) * dtype.itemsize
         run = max(run, update) if kind.states else run
     return Footprint(
         weights=shape.weights * dtype.itemsize,
@@ -135,6 +138,7 @@ class _Shape:
         weights: All.
         largest: The largest parameter.
         layer: The largest parameter that is no table of embeddings and no head.
+        table: The largest table of embeddings.
         small: Of the small parameters, those that are perturbed together.
         deep: Those of the layers that `hybrid` trains by backpropagation.
     """
@@ -142,6 +146,7 @@ class _Shape:
     weights: int
     largest: int
     layer: int
+    table: int
     small: int
     deep: int
 
@@ -159,6 +164,7 @@ def _shape(name: str) -> _Shape:
         weights=sum(p.numel() for p in params),
         largest=max(p.numel() for p in params),
         layer=max(n for n in inner if n != head.numel()),
+        table=max(p.numel() for p in params if id(p) in table),
         small=min(filling.GROUP, sum(n for n in inner if n <= filling.SMALL)),
         deep=sum(p.numel() for p in deep),
     )
@@ -173,7 +179,9 @@ def _scratch(cell: Cell, kind: Kind, shape: _Shape, dtype: torch.dtype) -> int:
         # A tangent is of a parameter as a whole, also of a table of embeddings.
         return shape.largest * dtype.itemsize
     lanes = 2 if cell.perturb == "paired" else 1
-    return lanes * (shape.layer + shape.small) * dtype.itemsize
+    # Of a table of embeddings the CPU's kernels make the rows that are looked up, others all.
+    layer = shape.layer if cell.device == "cpu" else max(shape.layer, shape.table)
+    return lanes * (layer + shape.small) * dtype.itemsize
 
 
 def _way(cell: Cell, kind: Kind) -> str:
@@ -185,7 +193,9 @@ def _way(cell: Cell, kind: Kind) -> str:
 
 
 @cache
-def _run(name: str, rows: int, length: int, dtype: torch.dtype, way: str) -> int:
+def _run(
+    name: str, rows: int, length: int, dtype: torch.dtype, way: str, device: str = "cpu"
+) -> int:
     """The most bytes alive at a time besides the weights and the state."""
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = models.empty(name, dtype).eval()
@@ -207,15 +217,15 @@ def _run(name: str, rows: int, length: int, dtype: torch.dtype, way: str) -> int
             else:
                 model(**inputs)
     if way in ("on_entry", "paired"):
-        return max(live.most, _head(model, inputs["input_ids"].numel(), dtype))
+        return max(live.most, _head(model, inputs["input_ids"].numel(), dtype, device))
     # A tangent goes beside every activation.
     return live.most * (2 if way == "tangent" else 1)
 
 
-def _head(model: Any, tokens: int, dtype: torch.dtype) -> int:
+def _head(model: Any, tokens: int, dtype: torch.dtype, device: str) -> int:
     """The hidden states, a part of the head, its logits, and these as float32 twice."""
     vocabulary, width = model.get_output_embeddings().weight.shape
-    part = lazy.rows_of_a_part(width, dtype, "cpu")
+    part = lazy.rows_of_a_part(width, dtype, device)
     part = min(part, vocabulary)
     return tokens * width * dtype.itemsize * 2 + tokens * part * (dtype.itemsize + 8)
 

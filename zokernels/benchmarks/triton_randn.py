@@ -12,7 +12,8 @@ _SEEDS = itertools.count()
 _BLOCK = 1024
 
 
-@triton.jit
+# A seed that is 0, 1 or a multiple of 16 would be compiled anew.
+@triton.jit(do_not_specialize=["seed"])
 def _add_randn_kernel(w_ptr, seed, scale, n, BLOCK: tl.constexpr):
     """Weights + scale · randn, by Triton's own Philox and Box–Muller; a block a program."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

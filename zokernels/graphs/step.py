@@ -222,25 +222,38 @@ class GraphedStep:
         self._numbers.write(enabled=False)
         if not capture:
             return
-        here = torch.cuda.current_stream(self._device)
-        side = torch.cuda.Stream(self._device)
+        # Streams, events and the capture itself are the current device's.
+        with torch.cuda.device(self._device):
+            self._capture()
+
+    def _capture(self) -> None:
+        """Warm up on the stream that is captured, and by the way that the capture takes."""
+        here, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        lanes = list(filter(None, self._lanes))
         side.wait_stream(here)
-        with torch.cuda.stream(side):
-            self._body()
-            for lane in filter(None, self._lanes):
-                lane.forget()
-            self._body()
-        here.wait_stream(side)
-        for lane in filter(None, self._lanes):
-            lane.is_closed = True
-        graph = torch.cuda.CUDAGraph()
         try:
+            with torch.cuda.stream(side), support.as_if_capturing():
+                self._body()
+                for lane in lanes:
+                    lane.forget()
+                self._body()
+                for lane in lanes:
+                    lane.is_closed = True
+                # A read on the host is an error here: in a capture it would break the process's
+                # allocator and generator for what comes after.
+                with support.no_waiting():
+                    self._body()
+            here.wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
             # Other threads, as a data loader's, go on allocating.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
                 self._body()
         except RuntimeError as error:
+            # A capture that fails leaves its stream the current one.
+            torch.cuda.set_stream(here)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RuntimeError(
-                f"The step could not be captured: {error} loss_fn may not read a tensor on the "
+                f"The step could not be captured: {reason} loss_fn may not read a tensor on the "
                 "host, nor a model compiled with mode='reduce-overhead' capture graphs of its own; "
                 "capture=False runs the same step without a graph."
             ) from error

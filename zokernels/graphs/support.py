@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,3 +117,29 @@ def _check_device(optimizer: ZOOptimizer, params: list[torch.Tensor], capture: b
             f"The passes are run by {backend!r}, but only those of 'triton' can be captured; see "
             "zokernels.backends(), or use capture=False."
         )
+
+
+@contextlib.contextmanager
+def as_if_capturing() -> Iterator[None]:
+    """Whoever asks whether a stream is being captured is told that it is.
+
+    A model of transformers then takes the way that it takes in a capture, where it builds attention
+    masks that it leaves out elsewhere: so that the kernels for them are chosen and loaded before.
+    """
+    asked = torch.cuda.is_current_stream_capturing
+    torch.cuda.is_current_stream_capturing = lambda: True
+    try:
+        yield
+    finally:
+        torch.cuda.is_current_stream_capturing = asked
+
+
+@contextlib.contextmanager
+def no_waiting() -> Iterator[None]:
+    """An operation that has the host wait for the device raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
