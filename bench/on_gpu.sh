@@ -90,5 +90,7 @@ for part in "${chosen[@]}"; do
     tail -n 5 "$OUT/errors.log"
   fi
 done
+echo "In short:"
+grep -E 'exit code| FAILED | done, ' "$OUT/summary.txt" | head -n 40
 echo "Rows, summary.txt and logs are in $OUT."
 exit $code

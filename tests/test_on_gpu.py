@@ -20,10 +20,9 @@ from bench.gpu import check, deadline, memory, ops, step
 from bench.gpu.part import Part
 from zokernels.benchmarks import memory as memories
 from zokernels.benchmarks import ops as passes
-from zokernels.benchmarks import results, shapes
+from zokernels.benchmarks import results
 from zokernels.benchmarks import step as steps
 from zokernels.cli import main
-from zokernels.tasks.errors import InputError
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
@@ -320,49 +319,6 @@ def test_it_imports_only_what_its_head_names(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\d+ tests collected", done.stdout)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("op,dist,rows\n", "must be a CSV with the columns op, dist, rows, warps"),
-        ("op,dist,rows,warps\n", "with 0 lines"),
-        ("op,dist,rows,warps\nmul,gaussian,512,4\n", "line 2: got 'mul' and 'gaussian'"),
-        ("op,dist,rows,warps\nsign,cauchy,512,4\n", "dist one of gaussian, rademacher"),
-        ("op,dist,rows,warps\nsign,gaussian,500,4\n", "rows is '500', but it must be a power"),
-        ("op,dist,rows,warps\nsign,gaussian,512,32\n", "warps is '32'.*from 1 to 16"),
-        ("op,dist,rows,warps\nsign,gaussian,64,4\n", "4 warps are 128 threads"),
-        ("op,dist,rows,warps\nsign,gaussian,512\n", "warps is ''"),
-        (None, "cannot be read"),
-    ],
-)
-def test_shapes_that_are_none_are_refused(tmp_path, text, message):
-    path = tmp_path / "shapes.csv"
-    if text is not None:
-        path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        shapes.read(path)
-
-
-def test_the_shapes_that_are_tried_are_others_than_the_tables():
-    from zokernels.backends.triton import launch
-    from zokernels.noise import KINDS
-
-    tried = shapes.read(ops.SHAPES)
-    assert len(set(tried)) == len(tried) >= 15
-    for one in tried:
-        kind, is_add = KINDS[one.dist], one.op.startswith("add_noise")
-        own = (
-            launch.shape_of_add_noise(kind, True)
-            if is_add
-            else launch.shape_of_update(kind, one.op)
-        )
-        assert (one.rows, one.warps) != own
-
-
-def test_shapes_are_for_a_gpu(capsys):
-    assert main(["bench", "ops", "--device", "cpu", "--shapes", str(ops.SHAPES)]) == 2
-    assert "--shapes is for the Triton kernels, but --device is cpu" in capsys.readouterr().err
 
 
 def test_a_graph_is_not_timed_beside_what_moves_its_weights():

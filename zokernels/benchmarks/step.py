@@ -12,6 +12,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from zokernels.benchmarks import high_water, machine, models, peers
 from zokernels.graphs import GraphedStep
 from zokernels.tasks import optimizers, schemes
 from zokernels.tasks.scoring import candidate_scores
+
+Run = Callable[[], Any]
 
 # What of a batch the loss looks at: every token, or two candidates after the last one.
 LOSSES = ("tokens", "candidates")
@@ -138,7 +141,6 @@ def measure(
     if case.scheme != "full":
         model, _ = schemes.apply(model, case.scheme)
     inputs = models.batch(model, case.rows, case.length)
-    closure = {"tokens": _tokens, "candidates": _candidates}[case.loss](model, inputs)
 
     @torch.no_grad()
     def forwards() -> None:
@@ -146,54 +148,12 @@ def measure(
         float(model(**inputs).loss)
         float(model(**inputs).loss)
 
-    options = dict(
-        lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb.removeprefix("graphed_"),
-        num_queries=case.queries, lazy_logits=case.lazy_logits, backend=case.backend,
-    )  # fmt: skip
-    opt = optimizers.build(case.optimizer, model, options)
-    runs: dict[str, Callable[[], Any]] = {"forwards": forwards, "step": lambda: opt.step(closure)}
     before = _peak_mb(case.device, forwards)
-    if case.perturb in GRAPHED:
-        # It computes whole logits. On a CPU the same step runs without a graph.
-        on_gpu = case.device.startswith("cuda")
-        graphs: list[GraphedStep] = []
-
-        def capture() -> None:
-            fn = lambda batch: model(**batch).loss  # noqa: E731
-            graphs.append(GraphedStep(opt, fn, inputs, capture=on_gpu))
-
-        # A replay allocates nothing: what it needs, the warm-up has taken.
-        memory = _peak_mb(case.device, capture) - before
-        runs["step"] = lambda: graphs[0](inputs)
-        runs["step"]()
-    else:
-        memory = _peak_mb(case.device, runs["step"]) - before
-    # All have run once now.
+    opt, step, peak = _first_step(case, model, inputs)
     rivals = _fitting(case, model, inputs)
-    runs |= rivals
-    if rivals:
-        # MeZO's puts weights elsewhere in memory, which the next step has to find out.
-        runs["step"]()
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    parts: dict[str, list[float]] = {name: [] for name in PARTS}
-    began = time.perf_counter()
-    for repetition in range(repeats):
-        if repetition >= FEWEST and time.perf_counter() - began > seconds:
-            break
-        # A peer that takes ten times as long is timed less often.
-        due = [name for name in runs if name not in rivals or not repetition % 4]
-        for name in due:
-            taken[name].append(_clock(runs[name], case.device))
-        base, timing = taken["forwards"][-1], opt.timing
-        known = {k: getattr(timing, k) / base for k in PARTS if k != "rest"}
-        for k, v in (known | {"rest": timing.total / base - sum(known.values())}).items():
-            parts[k].append(v)
-        if len(due) > 2:
-            runs["step"]()
-        progress()
-    if case.device.startswith("cuda"):
-        # The host only launches them, and its clock says nothing of the device's.
-        parts.clear()
+    taken, parts = _repeat(
+        {"forwards": forwards, "step": step}, rivals, opt, case.device, repeats, progress, seconds
+    )
     ratios = [s / f for s, f in zip(taken["step"], taken["forwards"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
     base = statistics.median(taken["forwards"])
@@ -206,13 +166,72 @@ def measure(
         parts={k: statistics.median(v) for k, v in parts.items()},
         weights=sum(p.numel() for p in model.parameters() if p.requires_grad),
         tokens=case.rows * case.length,
-        memory_mb=memory,
+        memory_mb=peak - before,
         repeats=len(ratios),
         peers={name: statistics.median(taken[name]) / base for name in rivals},
     )
 
 
-def _fitting(case: Case, model: Any, inputs: dict[str, Any]) -> dict[str, Callable[[], Any]]:
+def _first_step(case: Case, model: Any, inputs: dict[str, Any]) -> tuple[Any, Run, float]:
+    """The optimizer, its step, which has run once, and the MiB held at the peak of that."""
+    options = dict(
+        lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb.removeprefix("graphed_"),
+        num_queries=case.queries, lazy_logits=case.lazy_logits, backend=case.backend,
+    )  # fmt: skip
+    opt = optimizers.build(case.optimizer, model, options)
+    if case.perturb not in GRAPHED:
+        closure = {"tokens": _tokens, "candidates": _candidates}[case.loss](model, inputs)
+        step = partial(opt.step, closure)
+        return opt, step, _peak_mb(case.device, step)
+    graphs: list[GraphedStep] = []
+
+    def capture() -> None:
+        # It computes whole logits. On a CPU the same step runs without a graph.
+        on_gpu = case.device.startswith("cuda")
+        graphs.append(GraphedStep(opt, lambda batch: model(**batch).loss, inputs, capture=on_gpu))
+
+    # A replay allocates nothing: what it needs, the warm-up has taken.
+    peak = _peak_mb(case.device, capture)
+    graphs[0](inputs)
+    return opt, partial(graphs[0], inputs), peak
+
+
+def _repeat(
+    runs: dict[str, Run],
+    rivals: dict[str, Run],
+    opt: Any,
+    device: str,
+    repeats: int,
+    progress: Run,
+    seconds: float,
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """The seconds of everything in turn, and the parts of the steps, over the forwards."""
+    taken: dict[str, list[float]] = {name: [] for name in (*runs, *rivals)}
+    parts: dict[str, list[float]] = {name: [] for name in PARTS}
+    moved = bool(rivals)
+    began = time.perf_counter()
+    for repetition in range(repeats):
+        if repetition >= FEWEST and time.perf_counter() - began > seconds:
+            break
+        if moved:
+            # MeZO's step puts weights elsewhere in memory, and the next one has to find that out.
+            runs["step"]()
+        for name, run in runs.items():
+            taken[name].append(_clock(run, device))
+        base, timing = taken["forwards"][-1], opt.timing
+        known = {k: getattr(timing, k) / base for k in PARTS if k != "rest"}
+        for k, v in (known | {"rest": timing.total / base - sum(known.values())}).items():
+            parts[k].append(v)
+        # What takes ten times as long is timed less often.
+        moved = bool(rivals) and repetition % 4 == 0
+        for name, run in rivals.items() if moved else ():
+            taken[name].append(_clock(run, device))
+        progress()
+    # On CUDA the host only launches them, and its clock says nothing of the device's.
+    return taken, {} if device.startswith("cuda") else parts
+
+
+def _fitting(case: Case, model: Any, inputs: dict[str, Any]) -> dict[str, Run]:
     """The peers' steps, each run once; one that memory does not hold is left out."""
     found = {}
     for name in case.peers:
