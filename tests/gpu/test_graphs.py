@@ -107,9 +107,10 @@ def test_a_language_models_step_is_captured(mode, family, dtype):
         else:
             opt.step(lambda: model(**batch).loss)
         slopes += opt.projected_gradients
-    # Attention takes its mask as it is in a capture: another kernel, and a slope over 2 ε. A loss
-    # in 16 bits is right to some 2⁻⁸ of its 4, a slope to that over 0.02.
-    rounding = 1e-3 if dtype is torch.float32 else 3.0
+    # Attention takes its mask as it is in a capture: another kernel, and a slope over 2 ε = 0.02. A
+    # bfloat16 loss of 4 to 8 has steps of 2⁻⁵, and each of two may be a step off; float32 says
+    # whether the numbers are right, 16 bits whether their kernels can be captured.
+    rounding = 1e-3 if dtype is torch.float32 else 4.0
     assert slopes[1] == pytest.approx(slopes[0], abs=rounding)
 
 
