@@ -1,6 +1,7 @@
 """The Triton backend without a GPU: its kernels interpreted, compiled and counted, and refusals."""
 
 import csv
+import importlib.util
 import os
 import re
 import subprocess
@@ -22,6 +23,8 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install triton 
 
 def run_interpreted(*options: str) -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
+    # Each test on one core, so that two processes halve the time.
+    command += ["-n", "2"] if importlib.util.find_spec("xdist") else []
     done = subprocess.run(
         [*command, str(HERE / "interpreted")],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from zokernels.backends.triton import noise
-from zokernels.backends.triton.arithmetic import bits_of, float_of
+from zokernels.backends.triton.arithmetic import bits_of, float_of, fma
 from zokernels.backends.triton.noise import MASK, RADEMACHER
 
 # Columns of the table, one row a tensor; all int64.
@@ -84,7 +84,7 @@ def add_noise_to(
         z = noise.gaussian(low, high, stream, seed)
         if SMALL:
             z = z * 1.862645149230957e-09
-        return noise.fma(z, coeff, acc)
+        return fma(z, coeff, acc)
 
 
 @triton.jit

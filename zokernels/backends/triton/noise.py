@@ -8,7 +8,7 @@ elements and nothing moves between threads.
 import triton
 import triton.language as tl
 
-from zokernels.backends.triton.arithmetic import bits_of, float_of, fma
+from zokernels.backends.triton.arithmetic import bits_of, float_of, fma_of_noise
 
 GAUSSIAN = tl.constexpr(0)
 RADEMACHER = tl.constexpr(1)
@@ -68,7 +68,7 @@ def _quintic(x):
     c0 = tl.full((), 0.35448214411735535, tl.float32)
     c1 = tl.full((), -4.702441649242121e-19, tl.float32)
     c2 = tl.full((), 9.878241647929992e-38, tl.float32)
-    return fma(fma(x * x, c2, c1), x * x, c0)
+    return fma_of_noise(fma_of_noise(x * x, c2, c1), x * x, c0)
 
 
 @triton.jit
@@ -77,7 +77,7 @@ def _pair(word):
     high = ((word & 0xFFFF0000) | 0x8000).to(tl.int32, bitcast=True).to(tl.float32)
     y = high * _quintic(high)
     p = _quintic(low)
-    return fma(low, p, y), fma(low, p, -y)
+    return fma_of_noise(low, p, y), fma_of_noise(low, p, -y)
 
 
 @triton.jit
