@@ -13,10 +13,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from made_up import steps_on_a_gpu, whole_study
 
 from zokernels.benchmarks import results
 from zokernels.benchmarks.report import catalog, document, png, renewal, style
-from zokernels.benchmarks.report.figures import gpu
 from zokernels.benchmarks.report.parts import Figure
 from zokernels.benchmarks.report.tables import ops as passes
 from zokernels.benchmarks.report.tables import study as tables
@@ -27,8 +27,7 @@ ROOT = Path(__file__).parent.parent
 FIGURES = [
     part
     for part in catalog.PARTS
-    if isinstance(part, Figure)
-    and not (part.optional and not any(results.read(results.FOLDER / s) for s in part.sources))
+    if isinstance(part, Figure) and any(results.read(results.FOLDER / s) for s in part.sources)
 ]
 
 
@@ -270,39 +269,6 @@ def test_line_ends_of_a_page_stay(checkout):
     change(checkout, "replay.csv", "replay_ns", "0.5")
     assert report() == 0
     assert page.read_bytes().endswith(b"\r\nA line of another editor.\r\n")
-
-
-def whole_study():
-    """A row for every cell that bench/study.yaml may ask for, two where it repeats."""
-    yaml = pytest.importorskip("yaml", reason="needs pyyaml: pip install '.[hf]'")
-    file = yaml.safe_load((ROOT / "bench" / "study.yaml").read_text(encoding="utf-8"))
-    like = results.read(results.FOLDER / "study.csv")[0]
-    rows = []
-    for part, given in file["parts"].items():
-        fixed = {"part": part, "model": given["base"]["name"], "shots": "", "scheme": "full"}
-        fixed |= {k: v for k, v in given["base"].items() if k in ("scheme", "optimizer", "task")}
-        grid = {k: list(map(str, values)) for k, values in given["grid"].items()}
-        for number, cell in enumerate(itertools.product(*grid.values())):
-            row = like | fixed | dict(zip(grid, cell, strict=True))
-            if row["task"] == "trec":
-                row |= {"dev_accuracy_before": "0.17", "dev_majority": "0.224"}
-            for seed in range(1 + ("-" not in part and number < 4)):
-                after = 0.55 + 0.01 * (number % 30) + 0.02 * seed
-                rows.append(row | {"seed": str(seed), "dev_accuracy_after": str(after)})
-    return rows
-
-
-def steps_on_a_gpu():
-    """The rows that bench/on_gpu.sh is to make, whether or not there are any."""
-    like = results.read(results.FOLDER / "step.csv")[0] | {"torchzero": "", "fo-adamw": ""}
-    return [
-        like | {"model": model, "rows": "16", "length": length, "perturb": mode,
-                "dist": "gaussian", "mezo": "4.4" if mode == "on_entry" else "",
-                "fo-sgd": "1.9" if mode == "on_entry" else "", "machine": "NVIDIA H200"}
-        for model in ("opt-1.3b", "opt-13b")
-        for length in ("64", "512")
-        for mode in gpu.MODES
-    ]  # fmt: skip
 
 
 (GPU_FIGURE,) = (part for part in catalog.PARTS if part.name == "gpu-step")

@@ -6,7 +6,6 @@ tests/gpu in as many processes as there are cores, since each case compiles kern
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
@@ -29,9 +28,8 @@ def jobs(part: Part) -> list[Job]:
     return [Job("checks", 1, partial(_check, part))]
 
 
-def command(dry: bool) -> list[str]:
-    """Runs the checks, in their order, in parallel."""
-    workers = 2 if dry else min(16, os.cpu_count() or 1)
+def command(workers: int) -> list[str]:
+    """Runs the checks, in their order, in so many processes."""
     tests = machine.ROOT / "tests" / "gpu"
     return [
         sys.executable, "-m", "pytest", "-q", "-rfE", "--tb=short", "-m", "gpu",
@@ -51,7 +49,7 @@ def _check(part: Part) -> list[str]:
         deadline.COUNTS: str(part.out / CHECKED),
     }
     with subprocess.Popen(
-        command(part.dry), cwd=machine.ROOT, env=environment, text=True,
+        command(part.workers), cwd=machine.ROOT, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     ) as run, (part.out / "check.log").open("w", encoding="utf-8") as log:  # fmt: skip
         assert run.stdout is not None
@@ -68,9 +66,7 @@ def _check(part: Part) -> list[str]:
             f"{row['kind']}: {row['passed']} passed, {row['failed']} failed"
             + (f", {row['left']} left for time" if int(row["left"]) else "")
         )
-    passed, failed, left = (
-        sum(int(row[name]) for row in found) for name in ("passed", "failed", "left")
-    )
+    passed, failed, left = (results.total(found, name) for name in ("passed", "failed", "left"))
     line = f"{passed + failed} of {passed + failed + left} cases ran, {failed} failed"
     if run.returncode or failed or not passed:
         raise RuntimeError(f"{line}; pytest ended with {run.returncode}, see check.log")

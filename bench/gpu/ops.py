@@ -6,7 +6,6 @@ is timed; each job then alternates its cases with the copies that they are compa
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
@@ -15,7 +14,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from bench.gpu.part import Job, Part
+from bench.gpu.part import Job, Part, told
 from zokernels.benchmarks import machine, ops, passes, shapes
 from zokernels.benchmarks.passes import FLOOR, Case
 
@@ -27,26 +26,26 @@ _BYTES_A_WEIGHT = 64
 _MEZO = ("mezo", "mezo-inplace", "mezo-compiled", "mezo-inplace-compiled", "triton-randn")
 
 
-def _adds(case: Case) -> bool:
-    return case.op.startswith("add_noise") and not case.shape
+def _ours(case: Case) -> bool:
+    return not (case.peer or case.shape)
 
 
 def _plain(case: Case) -> bool:
-    return _adds(case) and not case.peer and case.variant in ("", "8 seeds")
+    return _ours(case) and case.op.startswith("add_noise") and case.variant in ("", "8 seeds")
 
 
 def _updates(case: Case) -> bool:
-    of_a_rule = not case.op.startswith("add_noise") and not case.peer and not case.shape
-    return of_a_rule and case.variant in ("", passes.NARROW)
+    of_a_rule = not case.op.startswith("add_noise")
+    return _ours(case) and of_a_rule and case.variant in ("", passes.NARROW)
 
 
 def _variants(case: Case) -> bool:
-    return not (case.peer or case.shape or _plain(case) or _updates(case))
+    return _ours(case) and not (_plain(case) or _updates(case))
 
 
 def _beside_mezo(case: Case) -> bool:
-    ours = (case.op, case.dist, case.variant) == ("add_noise_", "gaussian", "") and _plain(case)
-    return ours or case.name in _MEZO
+    same_work = (case.op, case.dist, case.variant) == ("add_noise_", "gaussian", "")
+    return (_ours(case) and same_work) or case.name in _MEZO
 
 
 # What is timed together, the most telling first, and the seconds that it takes: at 4 TB/s a pass at
@@ -78,7 +77,7 @@ def jobs(part: Part) -> list[Job]:
     """The compilation, and the groups of `JOBS`."""
     whole = plan(part)
     cases = ops.cases(whole)
-    first = Job("compilation", COMPILE_SECONDS, partial(_compile, whole, cases, part.dry))
+    first = Job("compilation", COMPILE_SECONDS, partial(_compile, part, whole, cases))
     return [first] + [
         Job(name, seconds, partial(_measure, part, whole, _with_floors(cases, chosen)))
         for name, seconds, chosen in JOBS
@@ -101,20 +100,19 @@ def _measure(part: Part, whole: ops.Plan, wanted: list[Case]) -> list[str]:
 def _line(row: dict[str, Any]) -> str:
     """A pass in a line: what it moves in a second, as a share of what a copy does."""
     what = ", ".join(filter(None, (row["op"], row["dist"], row["variant"], row["shape"])))
-    share = 100 / float(row["ratio_to_floor_median"])
     mezo = row["speedup_over_mezo"] if row["case"] != "mezo" else ""
     return (
         f"{row['dtype']:8} {row['case']:22} {what}: {float(row['gb_per_s']):,.0f} GB/s, "
-        f"{share:.0f} % of a copy" + (f", {mezo} x MeZO's expression" if mezo else "")
+        f"{ops.share(row):.0f} % of a copy" + (f", {mezo} x MeZO's expression" if mezo else "")
     )
 
 
-def _compile(whole: ops.Plan, cases: Sequence[Case], dry: bool) -> list[str]:
+def _compile(part: Part, whole: ops.Plan, cases: Sequence[Case]) -> list[str]:
     """Run each of our passes on small tensors, in as many processes as there are cores."""
     ours = [place for place, case in enumerate(cases) if case.name == "triton"]
-    workers = 2 if dry else min(16, os.cpu_count() or 1)
+    workers = part.workers
     # A sample is enough to see that the processes start.
-    ours = ours[:: len(ours) // 4] if dry else ours
+    ours = ours[:: len(ours) // 4] if part.dry else ours
     shares = [ours[k::workers] for k in range(workers)]
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         failed = [one for some in pool.map(_run_small, [whole] * workers, shares) for one in some]
@@ -130,8 +128,7 @@ def _run_small(whole: ops.Plan, places: Sequence[int]) -> list[str]:
         try:
             cases[place].build(small)()
         except Exception as error:  # the others are compiled all the same
-            lines = str(error).strip().splitlines() or [""]
-            failed.append(f"FAILED {cases[place]}: {type(error).__name__}: {lines[0]}")
+            failed.append(f"FAILED {cases[place]}: {told(error)}")
     return failed
 
 

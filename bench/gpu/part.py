@@ -92,6 +92,11 @@ class Part:
         """Where the tensors are."""
         return "cpu" if self.dry else "cuda"
 
+    @property
+    def workers(self) -> int:
+        """Processes that share the cores."""
+        return 2 if self.dry else min(16, os.cpu_count() or 1)
+
     def elapsed(self) -> float:
         """Seconds since it began."""
         return time.time() - self.began
@@ -130,8 +135,7 @@ class Part:
                 lines = job.run()
             except Exception as error:
                 traceback.print_exc()
-                first = (str(error).strip().splitlines() or [""])[0]
-                self.say(f"FAILED {job.name}: {type(error).__name__}: {first}")
+                self.say(f"FAILED {job.name}: {told(error)}")
                 now.failed.append(job.name)
                 if now.count < len(jobs):
                     self._go_on_anew()
@@ -153,13 +157,18 @@ class Part:
         """The same command in the place of this process, told what is behind it."""
         sys.stdout.flush()
         sys.stderr.flush()
-        told = ["--began", str(self.began), "--progress", json.dumps(asdict(self.progress))]
-        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *told])
+        so_far = ["--began", str(self.began), "--progress", json.dumps(asdict(self.progress))]
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:], *so_far])
 
     def _checked(self) -> str:
         """What the check part found before, in the same folder."""
         found = results.read(self.out / CHECKED)
         if not found:
             return "gpu checks not run"
-        passed, failed = (sum(int(row[name]) for row in found) for name in ("passed", "failed"))
+        passed, failed = (results.total(found, name) for name in ("passed", "failed"))
         return f"gpu checks: {passed} passed, {failed} failed"
+
+
+def told(error: Exception) -> str:
+    """An error's kind and its first line."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"

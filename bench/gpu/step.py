@@ -78,7 +78,7 @@ DRY_TRAINED = {"opt-tiny": ("embed_positions.weight", "layers.0.fc1.weight", "la
 
 def cells(dry: bool) -> list[Cell]:
     """Every mode at every size; other distributions in the modes that targets are set for."""
-    first, *others = noise.KINDS
+    _, *others = noise.KINDS
     if dry:
         # An interpreted program of signs takes a third of one of normals.
         return [Cell(*DRY_SIZE, mode, others[0]) for mode in MODES] + [Cell(*DRY_SIZE, MODES[1])]

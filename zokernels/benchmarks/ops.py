@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -141,6 +141,11 @@ def measure(
     rows = [{**about, **row} for row in summarize(rounds, every, plan.numel)]
     together = {case: [s for r in rounds for s in r[case]] for case in order}
     return Found(rows, notes, together)
+
+
+def share(row: Mapping[str, Any]) -> float:
+    """Of the bytes that its floor moves in a second, what a pass moves, in per cent."""
+    return 100 / float(row["ratio_to_floor_median"])
 
 
 def environment(plan: Plan) -> dict[str, object]:

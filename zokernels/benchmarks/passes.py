@@ -174,6 +174,10 @@ def _in_groups(build: Callable[[Tensors], Pass], shape: Shaped, tensors: Tensors
         with launch.shaped(wanted):
             run()
 
+    try:
+        shaped_run()
+    except Exception as error:  # a group may take more of the device than it has
+        raise Unavailable(f"a group of {shape} can't be launched: {error}") from error
     return shaped_run
 
 

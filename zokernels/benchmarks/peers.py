@@ -8,7 +8,7 @@ the published procedure uses.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,11 @@ def build(name: str, model: nn.Module, closure: Closure) -> Step:
         first_order.zero_grad()
 
     return step
+
+
+def beside(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The row of a step that the peers were timed beside; the first, where there were none."""
+    return next((row for row in rows if row["mezo"]), rows[0])
 
 
 def available() -> list[str]:

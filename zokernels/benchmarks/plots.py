@@ -51,9 +51,9 @@ def ops(rows: Sequence[Row]) -> Figure:
 def step(rows: Sequence[Row]) -> Figure:
     """Steps as multiples of two plain forwards: their parts, and the peers' whole steps."""
     parts = ("forwards", "noise", "update", "rest")
-    beside = next((row for row in rows if row["mezo"] or row["fo-sgd"]), rows[0])
+    first = peers.beside(rows)
     others = [
-        (title, float(beside[name])) for name, title in peers.TITLES.items() if beside.get(name)
+        (title, float(first[name])) for name, title in peers.TITLES.items() if first.get(name)
     ]
     lines = [f"this step, {row['perturb']}" for row in rows] + [title for title, _ in others]
     figure, axes = _canvas(len(lines))

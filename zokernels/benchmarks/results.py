@@ -54,6 +54,11 @@ def read(path: Path) -> list[Row]:
     return rows
 
 
+def total(rows: Sequence[Mapping[str, Any]], column: str) -> int:
+    """The sum of a column of whole numbers."""
+    return sum(int(row[column]) for row in rows)
+
+
 def distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
     """The values of a column, each once, in their order."""
     return list(dict.fromkeys(str(row[column]) for row in rows))

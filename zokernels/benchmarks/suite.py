@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from zokernels.benchmarks import peers
+
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -88,9 +90,9 @@ def _ops(rows: Rows) -> list[str]:
 
 
 def _step(rows: Rows) -> list[str]:
-    first = next((row for row in rows if row["mezo"]), rows[0])
-    peers = ((name, first.get(name)) for name in ("mezo", "fo-sgd", "fo-adamw"))
-    beside = ", ".join(f"{name} {ratio}" for name, ratio in peers if ratio)
+    first = peers.beside(rows)
+    found = ((name, first.get(name)) for name in ("mezo", "fo-sgd", "fo-adamw"))
+    beside = ", ".join(f"{name} {ratio}" for name, ratio in found if ratio)
     lines = [
         f"{row['perturb']}, {row['dtype']}: {row['ratio']} times two forwards "
         f"({row['low']}–{row['high']})"

@@ -251,6 +251,8 @@ class GraphedStep:
         except RuntimeError as error:
             # A capture that fails leaves its stream the current one.
             torch.cuda.set_stream(here)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise RuntimeError(
                 f"The step could not be captured: {reason} loss_fn may not read a tensor on the "

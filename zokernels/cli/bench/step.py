@@ -1,5 +1,6 @@
 """``zokernels bench step``: a whole step beside its two forwards, and beside the peers' steps."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
@@ -61,13 +62,12 @@ def command(
         output.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
         _check_graphed(mode, device, loss, mode in step.GRAPHED)
     models.check(model, rows, length, dtype, device)
-    eager = [place for place, mode in enumerate(modes) if mode not in step.GRAPHED]
-    beside = eager[0] if eager else None
+    # The peers are timed once, beside the first mode that is no graph.
+    waiting = others.available() if peers else []
     found: list[dict[str, Any]] = []
     with output.progress() as progress:
-        for place, mode in enumerate(modes):
-            # The peers are timed once, beside the first mode that is no graph.
-            names = others.available() if peers and place == beside else []
+        for mode in modes:
+            names, waiting = ([], waiting) if mode in step.GRAPHED else (waiting, [])
             case = step.Case(
                 model, rows, length, dtype, device, optimizer, dist, mode, lazy_logits, scheme,
                 loss, queries, tuple(names),
@@ -77,7 +77,7 @@ def command(
             found.append(step.row(case, result))
     console = Console()
     console.print(_table(found))
-    for line in _comparison(found[beside or 0]):
+    for line in _comparison(others.beside(found)):
         console.print(line, highlight=False)
     output.say_tests(str(found[0]["tests"]))
     out.write("step", found, lambda: plots.step(found))
@@ -117,7 +117,7 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     return table
 
 
-def _comparison(row: dict[str, Any]) -> list[str]:
+def _comparison(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{title}: {row[name]} times the two forwards, "
         f"{float(row[name]) / float(row['ratio']):.1f} times this step ({row['perturb']})"

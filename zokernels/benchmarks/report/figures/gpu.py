@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from zokernels.benchmarks import results
 from zokernels.benchmarks.report import style
-from zokernels.benchmarks.report.figures.step import PEERS, WHOLE
+from zokernels.benchmarks.report.figures.step import PEERS, WHOLE, finish, value_at, whiskers
 from zokernels.benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -46,29 +46,14 @@ def _panel(axes: Any, size: Size, modes: dict[str, Row]) -> None:
     ours = [(mode, modes[mode]) for mode in MODES if mode in modes]
     others = [(PEERS[n], float(r[n])) for _, r in ours for n in PEERS if r[n]]
     for place, (_, row) in enumerate(ours):
-        ratio, low, high = (float(row[name]) for name in ("ratio", "low", "high"))
+        ratio = float(row["ratio"])
         axes.barh(place, ratio, 0.68, color=style.BLUE)
-        axes.errorbar(
-            ratio, place, xerr=[[ratio - low], [high - ratio]], fmt="none", ecolor=style.INK,
-            elinewidth=1, capsize=2.5,
-        )  # fmt: skip
-        _value(axes, place, ratio, max(ratio, high))
+        whiskers(axes, place, row, ratio)
     for place, (_, ratio) in enumerate(others, len(ours)):
         axes.barh(place, ratio, 0.68, color=WHOLE)
-        _value(axes, place, ratio, ratio)
+        value_at(axes, place, ratio)
     labels = [mode.replace("graphed_", "graph, ") for mode, _ in ours] + [n for n, _ in others]
-    axes.axvline(1, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
-    axes.set_yticks(range(len(labels)), labels)
-    axes.set_ylim(len(labels) - 0.45, -0.55)
+    finish(axes, labels)
     axes.set_xlim(0, 1.2 * axes.get_xlim()[1])
-    axes.grid(axis="y", visible=False)
-    axes.tick_params(axis="y", length=0)
     axes.set_title(f"{size[0].upper()}, {size[1]} × {size[2]} tokens")
     axes.set_xlabel("a step ÷ its two plain forwards")
-
-
-def _value(axes: Any, place: int, value: float, beside: float) -> None:
-    text = f"{value:.2f}"
-    axes.annotate(
-        text, (beside, place), (4, 0), textcoords="offset points", va="center", fontsize=8
-    )

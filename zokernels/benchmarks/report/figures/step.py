@@ -69,13 +69,13 @@ def _all(axes: Any, row: Row, modes: dict[str, Row]) -> None:
     peers = [name for name in PEERS if row[name]]
     for place, mode in enumerate(names):
         _stack(axes, place, modes[mode])
-        _value(axes, place, float(modes[mode]["ratio"]))
+        value_at(axes, place, float(modes[mode]["ratio"]))
     for place, name in enumerate(peers, len(names)):
         label = "whole step of a peer" if name == peers[0] else None
         axes.barh(place, float(row[name]), 0.68, color=WHOLE, label=label)
-        _value(axes, place, float(row[name]))
+        value_at(axes, place, float(row[name]))
     labels = [f"zokernels, {mode}" for mode in names] + [PEERS[name] for name in peers]
-    _finish(axes, labels)
+    finish(axes, labels)
 
 
 def _own(axes: Any, modes: dict[str, Row]) -> None:
@@ -83,13 +83,8 @@ def _own(axes: Any, modes: dict[str, Row]) -> None:
     for place, mode in enumerate(names):
         row = modes[mode]
         end = _stack(axes, place, row)
-        ratio, low, high = (float(row[name]) for name in ("ratio", "low", "high"))
-        axes.errorbar(
-            ratio, place, xerr=[[ratio - low], [high - ratio]], fmt="none", ecolor=style.INK,
-            elinewidth=1, capsize=2.5,
-        )  # fmt: skip
-        _value(axes, place, ratio, max(end, high))
-    _finish(axes, names)
+        whiskers(axes, place, row, end)
+    finish(axes, names)
 
 
 def _stack(axes: Any, place: int, row: Row) -> float:
@@ -104,12 +99,24 @@ def _stack(axes: Any, place: int, row: Row) -> float:
     return left
 
 
-def _value(axes: Any, place: int, value: float, beside: float | None = None) -> None:
+def whiskers(axes: Any, place: int, row: Row, end: float) -> None:
+    """The quartiles of a bar, and its value beyond them and the bar's end."""
+    ratio, low, high = (float(row[name]) for name in ("ratio", "low", "high"))
+    axes.errorbar(
+        ratio, place, xerr=[[ratio - low], [high - ratio]], fmt="none", ecolor=style.INK,
+        elinewidth=1, capsize=2.5,
+    )  # fmt: skip
+    value_at(axes, place, ratio, max(end, high))
+
+
+def value_at(axes: Any, place: int, value: float, beside: float | None = None) -> None:
+    """A bar's value, at its end or ``beside`` it."""
     at = (value if beside is None else beside, place)
     axes.annotate(f"{value:.2f}", at, (4, 0), textcoords="offset points", va="center", fontsize=8.5)
 
 
-def _finish(axes: Any, labels: Sequence[str]) -> None:
+def finish(axes: Any, labels: Sequence[str]) -> None:
+    """The line of two forwards, and a label a bar."""
     axes.axvline(1, color=style.INK, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.45, -0.55)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from zokernels.benchmarks import peers, results
+from zokernels.benchmarks.ops import share
 from zokernels.benchmarks.report.document import table
 from zokernels.benchmarks.report.tables import ops as passes
 from zokernels.benchmarks.results import Row
@@ -41,7 +42,7 @@ def status(checks: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> s
     machine = last["machine"]
     parts = [_checked(_of(checks, machine))] if _of(checks, machine) else []
     parts += [
-        f"`{op}` {dist} {dtype} moves {_share(row):.0f} % of what a copy does"
+        f"`{op}` {dist} {dtype} moves {share(row):.0f} % of what a copy does"
         for op, dist, dtype, row in _asked(_of(ops, machine))
         if op == "add_noise_"
     ]
@@ -133,16 +134,9 @@ def _of(rows: Sequence[Row], machine: str) -> list[Row]:
 
 
 def _checked(checks: Sequence[Row]) -> str:
-    passed, failed, left = (
-        sum(int(row[name]) for row in checks) for name in ("passed", "failed", "left")
-    )
+    passed, failed, left = (results.total(checks, name) for name in ("passed", "failed", "left"))
     said = f"{passed} of {passed + failed} cases gave the CPU's bits or numbers"
     return said + (f", {left} were left for time" if left else "")
-
-
-def _share(row: Row) -> float:
-    """Of a copy's bandwidth, in per cent."""
-    return 100 / float(row["ratio_to_floor_median"])
 
 
 def _asked(ops: Sequence[Row]) -> Iterator[tuple[str, str, str, Row]]:
@@ -169,13 +163,10 @@ def _beside_mezo(steps: Sequence[Row]) -> Iterator[tuple[Row, float]]:
 def _targets(ops: Sequence[Row], steps: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
     asked = {one[:3]: one[3] for one in SHARES}
     for op, dist, dtype, row in _asked(ops):
-        share, least = _share(row), asked[op, dist, dtype]
-        what = (
-            f"`{op}` {dist} {dtype}, of a copy"
-            if op == "add_noise_"
-            else f"{op} {dtype}, of a copy"
-        )
-        yield what, f"≥ {least} %", f"{share:.0f} %", "yes" if share >= least else "no"
+        reached, least = share(row), asked[op, dist, dtype]
+        kernel = f"`{op}` {dist}" if op == "add_noise_" else op
+        met = "yes" if reached >= least else "no"
+        yield f"{kernel} {dtype}, of a copy", f"≥ {least} %", f"{reached:.0f} %", met
     for dist, most in STEPS:
         for row in steps:
             if _is_target(row) and row["dist"] == dist:
@@ -194,7 +185,7 @@ def _passes(rows: Sequence[Row]) -> str:
     cells = {(passes.which(row), row["dtype"]): row for row in rows}
     lines = []
     for one in dict.fromkeys(map(passes.which, rows)):
-        line = ["a copy" + f" for {one[0]}" if one[3] == passes.FLOOR else passes.label(one)]
+        line = [f"a copy for {one[0]}" if one[3] == passes.FLOOR else passes.label(one)]
         for dtype in dtypes:
             row = cells.get((one, dtype))
             line += ["–", "–"] if row is None else [_speed(row), row["speedup_over_mezo"] or "–"]
@@ -205,7 +196,7 @@ def _passes(rows: Sequence[Row]) -> str:
 
 def _speed(row: Row) -> str:
     speed = f"{float(row['gb_per_s']):,.0f}"
-    return speed if row["case"] == passes.FLOOR else f"{speed} ({_share(row):.0f} %)"
+    return speed if row["case"] == passes.FLOOR else f"{speed} ({share(row):.0f} %)"
 
 
 def _shapes(rows: Sequence[Row]) -> str:
@@ -213,7 +204,7 @@ def _shapes(rows: Sequence[Row]) -> str:
     cells = {(row["op"], row["dist"], row["shape"], row["dtype"]): row for row in rows}
     lines = [
         [f"{op} {dist}", shape.replace("x", "×"),
-         *(f"{_share(cells[op, dist, shape, d]):.0f} %" if (op, dist, shape, d) in cells else "–"
+         *(f"{share(cells[op, dist, shape, d]):.0f} %" if (op, dist, shape, d) in cells else "–"
            for d in dtypes)]
         for op, dist, shape in dict.fromkeys((r["op"], r["dist"], r["shape"]) for r in rows)
     ]  # fmt: skip
