@@ -61,6 +61,8 @@ done
 
 mkdir -p "$OUT" || exit 2
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 COLUMNS=120 HF_HUB_OFFLINE=1
+# torch.compile would give a process another one, where nothing is compiled yet.
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$HOME/.triton/cache}
 if [ -n "${COMMIT:-}" ]; then export ZOKERNELS_COMMIT=$COMMIT; fi
 if [ ${#dry[@]} -gt 0 ]; then
   export ZOKERNELS_GPU_DRY=1 TRITON_INTERPRET=1 OMP_NUM_THREADS=1

@@ -11,14 +11,18 @@ from zokernels.tasks.errors import InputError
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("op,dist,rows\n", "must be a CSV with the columns op, dist, rows, warps"),
-        ("op,dist,rows,warps\n", "with 0 lines"),
-        ("op,dist,rows,warps\nmul,gaussian,512,4\n", "line 2: got 'mul' and 'gaussian'"),
-        ("op,dist,rows,warps\nsign,cauchy,512,4\n", "dist one of gaussian, rademacher"),
-        ("op,dist,rows,warps\nsign,gaussian,500,4\n", "rows is '500', but it must be a power"),
-        ("op,dist,rows,warps\nsign,gaussian,512,32\n", "warps is '32'.*from 1 to 16"),
-        ("op,dist,rows,warps\nsign,gaussian,64,4\n", "4 warps are 128 threads"),
-        ("op,dist,rows,warps\nsign,gaussian,512\n", "warps is ''"),
+        ("op,dist,rows\n", "must be a CSV with the columns op, dist, rows, warps, registers"),
+        ("op,dist,rows,warps,registers\n", "with 0 lines"),
+        ("op,dist,rows,warps,registers\nmul,gaussian,512,4,\n", "line 2: got 'mul' and 'gaussian'"),
+        ("op,dist,rows,warps,registers\nsign,cauchy,512,4,\n", "dist one of gaussian, rademacher"),
+        (
+            "op,dist,rows,warps,registers\nsign,gaussian,500,4,\n",
+            "rows is '500', but it must be a power",
+        ),
+        ("op,dist,rows,warps,registers\nsign,gaussian,512,32,\n", "warps is '32'.*from 1 to 16"),
+        ("op,dist,rows,warps,registers\nsign,gaussian,64,4,\n", "4 warps are 128 threads"),
+        ("op,dist,rows,warps,registers\nsign,gaussian,512\n", "warps is ''"),
+        ("op,dist,rows,warps,registers\nsign,gaussian,512,4,8\n", "registers is '8'.*from 24"),
         (None, "cannot be read"),
     ],
 )
@@ -44,7 +48,7 @@ def test_the_shapes_that_are_tried_are_others_than_the_tables():
             if is_add
             else launch.shape_of_update(kind, one.op)
         )
-        assert (one.rows, one.warps) != own
+        assert (one.rows, one.warps, one.registers) != own
 
 
 def test_shapes_are_for_a_gpu(capsys):

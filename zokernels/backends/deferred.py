@@ -1,7 +1,8 @@
 """A pass that is prepared once, and whose numbers are read in memory each time it runs.
 
-The Triton kernels read them on the device, so that a launch may be captured in a CUDA graph and
-replayed with other numbers. Every other backend gets them as Python numbers when the pass runs.
+The Triton kernels read them on the device, so that a launch is made ready once and, captured in a
+CUDA graph or not, costs the host next to nothing with other numbers. Every other backend gets them
+as Python numbers when the pass runs.
 """
 
 from __future__ import annotations
@@ -59,6 +60,38 @@ class Deferred:
             self._backend.add_noise(plan)
         elif plan is not None:
             self._backend.apply_update(plan)
+
+
+class Given:
+    """What the host writes: sections of one int64 tensor, sent in one copy.
+
+    Args:
+        sizes: Numbers of each section, by name.
+        device: Where the tensor is.
+    """
+
+    def __init__(self, sizes: dict[tuple, int], device: torch.device):
+        self._places: dict[tuple, slice] = {}
+        end = 0
+        for name, size in sizes.items():
+            self._places[name] = slice(end, end + size)
+            # Triton compiles a kernel anew for an address that is not aligned to 16 bytes.
+            end += size + size % 2
+        self._memory = torch.zeros(end, dtype=torch.int64, device=device)
+
+    def section(self, *name: object) -> torch.Tensor:
+        """A section, at an address that stays."""
+        return self._memory[self._places[name]]
+
+    def write(self, words: dict[tuple, Sequence[int]]) -> None:
+        """Send the numbers of all sections, without waiting for the device."""
+        flat = [0] * len(self._memory)
+        for name, place in self._places.items():
+            flat[place] = words[name]
+        # torch keeps pinned memory from being used again until its copy is done.
+        pinned = self._memory.is_cuda
+        sent = torch.tensor(flat, dtype=torch.int64, pin_memory=pinned)
+        self._memory.copy_(sent, non_blocking=True)
 
 
 def words(

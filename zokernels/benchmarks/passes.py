@@ -168,7 +168,7 @@ def shaped(dtype: str, shapes: Sequence[Shaped]) -> list[Case]:
 def _in_groups(build: Callable[[Tensors], Pass], shape: Shaped, tensors: Tensors) -> Pass:
     from zokernels.backends.triton import launch
 
-    run, wanted = build(tensors), launch.Shape(shape.rows, shape.warps)
+    run, wanted = build(tensors), launch.Shape(shape.rows, shape.warps, shape.registers)
 
     def shaped_run() -> None:
         with launch.shaped(wanted):

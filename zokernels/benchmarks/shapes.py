@@ -1,6 +1,6 @@
 """Shapes of the Triton kernels' groups to be tried, from a file.
 
-A CSV with the columns ``op``, ``dist``, ``rows`` and ``warps``, a shape a line: what
+A CSV with the columns ``op``, ``dist``, ``rows``, ``warps`` and ``registers``, a shape a line: what
 `zokernels.backends.triton.launch` chooses from its table, so that rows of a measurement can choose.
 """
 
@@ -13,23 +13,28 @@ from pathlib import Path
 from zokernels import noise
 from zokernels.tasks.errors import InputError
 
-COLUMNS = ("op", "dist", "rows", "warps")
+COLUMNS = ("op", "dist", "rows", "warps", "registers")
 OPS = ("add_noise_", "add_noise", "sign", "momentum", "adam", "amsgrad")
 # A group holds whole blocks of 128 signs, and a warp has at least one row of eight a thread.
-_ROWS, _WARPS = (32, 8192), (1, 16)
+_ROWS, _WARPS, _REGISTERS = (32, 8192), (1, 16), (24, 255)
 
 
 @dataclass(frozen=True)
 class Shaped:
-    """A kernel, and the group that it is tried with: rows of eight weights, shared by warps."""
+    """A kernel, and the group that it is tried with: rows of eight weights, shared by warps.
+
+    ``registers`` is the most that a thread may have; None leaves it to the compiler.
+    """
 
     op: str
     dist: str
     rows: int
     warps: int
+    registers: int | None = None
 
     def __str__(self) -> str:
-        return f"{self.rows} x {self.warps}"
+        most = f", {self.registers} registers" if self.registers else ""
+        return f"{self.rows} x {self.warps}{most}"
 
 
 def read(path: Path) -> list[Shaped]:
@@ -70,9 +75,14 @@ def _shape(path: Path, number: int, line: dict[str, str]) -> Shaped:
             )
         numbers.append(value)
     rows, warps = numbers
+    most, (low, high) = line["registers"] or "", _REGISTERS
+    if most and not (most.isdecimal() and low <= int(most) <= high):
+        raise InputError(
+            f"{where}: registers is '{most}', but it must be empty or from {low} to {high}."
+        )
     if rows < 32 * warps:
         raise InputError(
             f"{where}: {warps} warps are {32 * warps} threads, which share no fewer rows; got "
             f"{rows}."
         )
-    return Shaped(op, dist, rows, warps)
+    return Shaped(op, dist, rows, warps, int(most) if most else None)

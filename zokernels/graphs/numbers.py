@@ -21,6 +21,7 @@ from zokernels.backends import deferred
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
 from zokernels.optim import ZOSGD
 from zokernels.optim.groups import Chosen
+from zokernels.perturb.deferred import words as words_of_move
 
 if TYPE_CHECKING:
     from zokernels.optim.base import ZOOptimizer
@@ -50,38 +51,6 @@ def updates_of(optimizer: ZOOptimizer, groups: Chosen) -> list[Update]:
         with ops.taking(take):
             optimizer._update(moving, chosen, seeds, [1.0] * len(seeds))
     return found
-
-
-class Given:
-    """What the host writes: sections of one int64 tensor, sent in one copy.
-
-    Args:
-        sizes: Numbers of each section, by name.
-        device: Where the tensor is.
-    """
-
-    def __init__(self, sizes: dict[tuple, int], device: torch.device):
-        self._places: dict[tuple, slice] = {}
-        end = 0
-        for name, size in sizes.items():
-            self._places[name] = slice(end, end + size)
-            # Triton compiles a kernel anew for an address that is not aligned to 16 bytes.
-            end += size + size % 2
-        self._memory = torch.zeros(end, dtype=torch.int64, device=device)
-
-    def section(self, *name: object) -> torch.Tensor:
-        """A section, at an address that stays."""
-        return self._memory[self._places[name]]
-
-    def write(self, words: dict[tuple, Sequence[int]]) -> None:
-        """Send the numbers of all sections, without waiting for the device."""
-        flat = [0] * len(self._memory)
-        for name, place in self._places.items():
-            flat[place] = words[name]
-        # torch keeps pinned memory from being used again until its copy is done.
-        pinned = self._memory.is_cuda
-        sent = torch.tensor(flat, dtype=torch.int64, pin_memory=pinned)
-        self._memory.copy_(sent, non_blocking=True)
 
 
 class StepNumbers:
@@ -114,7 +83,7 @@ class StepNumbers:
         sizes |= {("eps",): len(groups), ("factors",): len(groups)}
         tails = [deferred.tail(u.plan, 1.0, 0) for u in self._updates]
         sizes |= {("tail", j): len(tail) for j, tail in enumerate(tails)}
-        self._given = Given(sizes, device)
+        self._given = deferred.Given(sizes, device)
         self._numbers = [
             torch.zeros(deferred.size(u.plan), dtype=torch.int64, device=device)
             for u in self._updates
@@ -152,8 +121,8 @@ class StepNumbers:
         }
         for at in filter(None, self.points):
             for g, (group, _) in enumerate(self.groups):
-                scale = _word(at[1] * float(group["eps"]), "eps")
-                words[("move", *at, g)] = [signed(seeds[at[0]]), scale, _ONE, 0, 1]
+                eps = checks.finite(group["eps"], "eps")
+                words[("move", *at, g)] = words_of_move([seeds[at[0]]], [at[1] * eps])
         for j, update in enumerate(self._updates):
             group = self.groups[update.group][0]
             lr = checks.finite(group["lr"], "lr")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
 
-from zokernels import ops
-from zokernels.backends.deferred import Deferred
-from zokernels.backends.plan import Pass
+from zokernels import checks, ops, shards
+from zokernels.backends import select
+from zokernels.backends.deferred import Deferred, Given
+from zokernels.backends.plan import Pass, bits32, signed
 from zokernels.perturb.direction import Direction, Move
+
+_ONE = bits32(1.0)
 
 
 class DeferredDirection(Direction):
-    """One seed's direction, with the numbers of its passes in memory.
+    """A direction with the numbers of its passes in memory.
 
     Args:
         like: The parameters, their streams, the mask and the backend.
@@ -30,14 +34,20 @@ class DeferredDirection(Direction):
 
     def __init__(self, like: Direction, numbers: Sequence[torch.Tensor], kinds: Sequence[int]):
         # What the passes are prepared with, before their numbers are known.
-        anything = [Move((1.0,))] * len(like.params)
+        count = len(like.seeds)
+        anything = [Move((1.0,) * count)] * len(like.params)
         super().__init__(
-            like.params, like.streams, anything, [0], like.dist, like.mask, like.backend
+            like.params, like.streams, anything, [0] * count, like.dist, like.mask, like.backend
         )
         self.numbers = list(numbers)
         self.kinds = list(kinds)
         self.is_closed = False
         self._prepared: dict[tuple, list[Deferred]] = {}
+
+    @property
+    def count(self) -> int:
+        """How many passes are prepared."""
+        return len(self._prepared)
 
     def forget(self) -> None:
         """Let go of what is prepared: its memory may not be that of the next forward."""
@@ -91,3 +101,77 @@ class DeferredDirection(Direction):
                     [offsets[j] for j in places] if offsets else None,
                 )
         return found
+
+
+def words(seeds: Sequence[int], scales: Sequence[float]) -> list[int]:
+    """What the passes of a perturbed forward read: see `zokernels.backends.deferred.words`."""
+    rounded = [checks.binary32(checks.finite(s, "a coefficient"), "a coefficient") for s in scales]
+    return [*map(signed, seeds), *map(bits32, rounded), _ONE, 0, 1]
+
+
+@dataclass
+class _Known:
+    """A direction that came before, and where its numbers go."""
+
+    direction: DeferredDirection
+    kinds: list[int]
+    given: Given
+
+
+class Prepared:
+    """Directions of forwards that come again and again with other seeds and scales.
+
+    The first of them prepares their passes and each sends its numbers, where a backend can read
+    them in memory: a forward asks for some hundred passes, and on a GPU each would take the host
+    longer than the device.
+    """
+
+    # Passes of addresses that are no longer used are forgotten with the rest, beyond so many.
+    _MOST = 1 << 14
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, _Known] = {}
+
+    def forget(self) -> None:
+        """Let go of what is prepared: its memory may not be that of the next forward."""
+        self._known.clear()
+
+    def of(self, lanes: Sequence[Direction | None]) -> list[Direction | None]:
+        """The same points, those prepared whose numbers can be read in memory."""
+        return [
+            self._of(k, lane) if lane is not None and _can_wait(lane) else lane
+            for k, lane in enumerate(lanes)
+        ]
+
+    def _of(self, k: int, lane: Direction) -> Direction:
+        moves = list(dict.fromkeys(lane.moves))
+        place = {move: number for number, move in enumerate(moves)}
+        kinds = [place[move] for move in lane.moves]
+        key = (k, len(lane.seeds), lane.dist, lane.backend)
+        known = self._known.get(key)
+        if known is None or not _is_alike(known, lane, kinds):
+            sizes = {(j,): len(words(lane.seeds, move.scales)) for j, move in enumerate(moves)}
+            given = Given(sizes, lane.params[0].device)
+            numbers = [given.section(j) for j in range(len(moves))]
+            known = self._known[key] = _Known(DeferredDirection(lane, numbers, kinds), kinds, given)
+        known.given.write({(j,): words(lane.seeds, move.scales) for j, move in enumerate(moves)})
+        return known.direction
+
+
+def _can_wait(lane: Direction) -> bool:
+    """Whether a pass may read its numbers when it runs."""
+    if lane.is_deferred or not lane.params or shards.among(list(lane.params)):
+        return False
+    # A pass whose coefficients are all 0 copies, and adds no zero to a -0.
+    simple = all(move.is_plain and any(move.scales) for move in set(lane.moves))
+    return simple and select(lane.params, lane.backend).__name__.endswith(".triton")
+
+
+def _is_alike(known: _Known, lane: Direction, kinds: list[int]) -> bool:
+    before = known.direction
+    return (
+        before.count <= Prepared._MOST
+        and known.kinds == kinds
+        and list(before.streams) == list(lane.streams)
+        and before.mask == lane.mask
+    )

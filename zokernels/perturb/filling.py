@@ -17,6 +17,7 @@ from torch import nn
 from zokernels import checks, masks
 from zokernels.backends import native, select
 from zokernels.backends.plan import AddNoise
+from zokernels.perturb.deferred import Prepared
 from zokernels.perturb.direction import Direction, is_mirror
 
 # The point of a lane; None is θ itself.
@@ -48,9 +49,12 @@ class Filler:
         self.seconds = 0.0
         self._pairs: list[tuple[int, int | None]] = []
         self._is_native = False
+        # The lanes again, as other backends than native fill them.
+        self._filling: Sequence[Lane] = ()
+        self._known = Prepared()
         self._prepared: dict[tuple, native.Prepared] = {}
         self._scratch: dict[tuple, torch.Tensor] = {}
-        self._addresses: list[int] = []
+        self._addresses: list[tuple[int, torch.dtype]] = []
         self._groups = _group_small(self.params)
         self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
         # Where a group's parameters lie in scratch: for each lane, a place a parameter.
@@ -60,13 +64,14 @@ class Filler:
 
     def begin(self, lanes: Sequence[Lane]) -> None:
         """What is asked for from here on is for a forward at these points."""
-        addresses = [p.data_ptr() for p in self.params]
+        addresses = [(p.data_ptr(), p.dtype) for p in self.params]
         if addresses != self._addresses:
             self._forget_places()
             self._addresses = addresses
         self.lanes = lanes
         self._pairs = _pair(lanes)
         self._is_native = all(lane is None or self._takes_native(lane) for lane in lanes)
+        self._filling = lanes if self._is_native else self._known.of(lanes)
         self._current = None
 
     def release(self) -> None:
@@ -115,8 +120,9 @@ class Filler:
                     prepared = self._prepare(("part", i), lane, [i], a, b, [[o] for o in out])
                     prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
             else:
-                for k, at in self._moved():
-                    at.fill([p.view(-1)[first:last]], [out[k]], [i], [first])
+                for k, at in enumerate(self._filling):
+                    if at is not None:
+                        at.fill([p.view(-1)[first:last]], [out[k]], [i], [first])
             return [
                 p[begin:end] if lane is None else out[k].view(end - begin, p.shape[1])
                 for k, lane in enumerate(self.lanes)
@@ -169,7 +175,11 @@ class Filler:
     def _fresh(self, i: int) -> Values:
         p = self.params[i].detach()
         out = [p if lane is None else self._own(i, k) for k, lane in enumerate(self.lanes)]
-        self._fill(None, [i], [[o] for o in out])
+        if self._is_native or self.keep:
+            self._fill(None, [i], [[o] for o in out])
+        else:
+            # What is prepared would hold on to this memory.
+            self._fill_plainly(self.lanes, [i], [[o] for o in out])
         return out
 
     def _own(self, i: int, k: int) -> torch.Tensor:
@@ -215,18 +225,18 @@ class Filler:
                     prepared = self._prepare(what, lane, chosen, a, b, out)
                     prepared.run(lane.seeds, scales.pop())
                 else:
-                    self._fill_plainly(chosen, out, (a,) if b is None else (a, b))
+                    alone = [self.lanes[k] if k in (a, b) else None for k in range(len(out))]
+                    self._fill_plainly(alone, chosen, out)
         else:
-            self._fill_plainly(chosen, out, range(len(self.lanes)))
+            self._fill_plainly(self._filling, chosen, out)
 
     def _fill_plainly(
-        self, chosen: Sequence[int], out: Sequence[Values], lanes: Sequence[int]
+        self, lanes: Sequence[Lane], chosen: Sequence[int], out: Sequence[Values]
     ) -> None:
         sources = [self.params[i].detach() for i in chosen]
-        for k in lanes:
-            lane = self.lanes[k]
+        for lane, own in zip(lanes, out, strict=True):
             if lane is not None:
-                lane.fill(sources, out[k], chosen)
+                lane.fill(sources, own, chosen)
 
     def _draws(self) -> Iterator[tuple[Direction, int, int | None]]:
         """Each lane whose noise must be drawn, its number, and that of its mirror image."""
@@ -234,9 +244,6 @@ class Filler:
             lane = self.lanes[a]
             if lane is not None:
                 yield lane, a, b
-
-    def _moved(self) -> Iterator[tuple[int, Direction]]:
-        return ((k, lane) for k, lane in enumerate(self.lanes) if lane is not None)
 
     def _prepare(
         self,
@@ -270,6 +277,7 @@ class Filler:
 
     def _forget_places(self) -> None:
         """What was prepared for memory that is no longer used is void."""
+        self._known.forget()
         self._prepared.clear()
         self._pieces.clear()
 

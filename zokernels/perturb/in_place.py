@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from zokernels.perturb.deferred import Prepared
 from zokernels.perturb.direction import Direction
 
 
@@ -25,6 +26,7 @@ class InPlace:
         self.keep = keep
         self._kept: list[torch.Tensor] = []
         self.copies: list[torch.Tensor] | None = None
+        self._known = Prepared()
         self.seconds = 0.0
 
     @contextlib.contextmanager
@@ -40,6 +42,8 @@ class InPlace:
             yield
         finally:
             self.copies = None
+            if not self.keep:
+                self._known.forget()
 
     def release(self) -> None:
         """Nothing is kept between sessions."""
@@ -57,7 +61,9 @@ class InPlace:
             started = time.perf_counter()
             out = [p.detach() for p in self.params]
             try:
-                direction.fill(self.copies, out, range(len(out)))
+                (at,) = self._known.of([direction])
+                assert at is not None
+                at.fill(self.copies, out, range(len(out)))
                 self.seconds += time.perf_counter() - started
                 yield
             finally:

@@ -114,7 +114,7 @@ def prepare_add_noise(plan: AddNoise, deferred: launch.Deferred) -> list[launch.
 
 def _launch(plan: AddNoise, deferred: launch.Deferred | None = None) -> launch.Launch:
     device, dtype = plan.params[0].device, table.TYPES[plan.params[0].dtype]
-    shape = launch.shape_of_add_noise(plan.kind, launch.is_plain(plan))
+    shape = launch.shape_of_add_noise(plan.kind, launch.is_plain(plan), len(plan.seeds))
     tensors = table.table_of(plan, [plan.params, plan.out], shape.rows * 8)
     if deferred is None:
         coeffs, small = launch.coefficients(plan)
@@ -126,7 +126,7 @@ def _launch(plan: AddNoise, deferred: launch.Deferred | None = None) -> launch.L
     options = dict(
         DTYPE=dtype, MEMORY_TYPE=arithmetic.memory_type(dtype), KIND=plan.kind,
         KEEP_KIND=tensors.keep_kind, STOCHASTIC=plan.stochastic, STEPS=plan.steps > 1,
-        DECAY=decays, SMALL=small, ROWS=shape.rows, GUARD=guard, num_warps=shape.warps,
+        DECAY=decays, SMALL=small, ROWS=shape.rows, GUARD=guard, **shape.options,
     )  # fmt: skip
     given = (tensors.groups, tensors.rows, numbers, len(plan.seeds), plan.queries)
     return launch.Launch(_add_noise_kernel, tensors.programs, device, given, options)

@@ -139,7 +139,7 @@ def compile_case(case: Case, capability: int) -> tuple[Any, int]:
         # Allocations are aligned, and the launcher specializes on it.
         attrs={(i,): [["tt.divisibility", 16]] for i in range(3)},
     )
-    options = dict(num_warps=shape.warps, enable_fp_fusion=False)
+    options = dict(shape.options, enable_fp_fusion=False)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     return compiled, shape.rows * 8 // (shape.warps * 32)
 

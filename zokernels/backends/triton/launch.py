@@ -19,15 +19,24 @@ _EXACT = 2.0**-97
 
 
 class Shape(NamedTuple):
-    """Rows of eight elements in a group, and warps that share it."""
+    """Rows of eight elements in a group, warps that share it, and the most registers a thread."""
 
     rows: int
     warps: int
+    registers: int | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """As Triton takes them."""
+        return dict(num_warps=self.warps, maxnreg=self.registers)
 
 
-# From instruction counts (docs/performance.md): more elements a thread spread the fixed work
-# thinner, until registers spill.
-_GAUSSIAN = {True: Shape(512, 4), False: Shape(256, 4)}
+# More elements a thread spread the fixed work thinner, and take registers: with few warps on a
+# multiprocessor nobody computes while others wait for memory. Bits are the same in all.
+_NORMAL = Shape(256, 4)
+_NORMAL_ADDED, _NORMAL_SIGN = Shape(256, 4, 64), Shape(256, 4, 72)
+# The sum of so many directions and more computes so long that memory is waited for in its shadow.
+_MANY, _NORMAL_SUM = 4, Shape(512, 4)
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
 
 
@@ -46,11 +55,15 @@ def shaped(shape: Shape) -> Iterator[None]:
         _tried = before
 
 
-def shape_of_add_noise(kind: int, plain: bool) -> Shape:
+def shape_of_add_noise(kind: int, plain: bool, seeds: int = 1) -> Shape:
     """The group of an add_noise pass."""
     if _tried is not None:
         return _tried
-    return (_GAUSSIAN if kind == noise.GAUSSIAN else _SIGNS)[plain]
+    if kind == noise.RADEMACHER:
+        return _SIGNS[plain]
+    if not plain:
+        return _NORMAL
+    return _NORMAL_SUM if seeds >= _MANY else _NORMAL_ADDED
 
 
 def shape_of_update(kind: int, rule: str) -> Shape:
@@ -59,8 +72,7 @@ def shape_of_update(kind: int, rule: str) -> Shape:
         return _tried
     if kind == noise.RADEMACHER:
         return _SIGNS[False]
-    # With states memory binds, and fewer registers let more warps wait for it.
-    return _GAUSSIAN[rule == "sign"]
+    return _NORMAL_SIGN if rule == "sign" else _NORMAL
 
 
 def is_plain(plan: Pass) -> bool:
@@ -78,7 +90,7 @@ def coefficients(plan: Pass) -> tuple[list[float], bool]:
     return [c * _UNIT for c in coeffs], False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Launch:
     """A kernel with its arguments; what it reads in memory may change between runs."""
 
@@ -87,14 +99,30 @@ class Launch:
     device: torch.device
     arguments: tuple
     options: dict[str, Any]
+    # What Triton made of it in the first run, and all that it takes.
+    _compiled: Any = None
+    _all: tuple = ()
 
     def run(self) -> None:
         """Launch on the tensors' own device."""
         if not self.programs:
             return
-        with torch.cuda.device(self.device if self.device.type == "cuda" else -1):
-            # Fusing a product and a sum would round once where the reference rounds twice.
-            self.kernel[(self.programs,)](*self.arguments, **self.options, enable_fp_fusion=False)
+        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
+            self._run()
+        else:
+            with torch.cuda.device(self.device):
+                self._run()
+
+    def _run(self) -> None:
+        if self._compiled is not None:
+            # Triton would find the kernel by its arguments again, which takes longer than the rest.
+            self._compiled[(self.programs, 1, 1)](*self._all)
+            return
+        # Fusing a product and a sum would round once where the reference rounds twice.
+        kernel = self.kernel[(self.programs,)]
+        self._compiled = kernel(*self.arguments, **self.options, enable_fp_fusion=False)
+        named = self.kernel.arg_names[len(self.arguments) :]
+        self._all = (*self.arguments, *(self.options[name] for name in named))
 
 
 class Deferred(NamedTuple):

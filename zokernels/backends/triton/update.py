@@ -213,7 +213,7 @@ def _launch(plan: ApplyUpdate, deferred: launch.Deferred | None = None) -> launc
         X_TYPE=kinds[2], X_MEMORY=arithmetic.memory_type(kinds[2]),
         RULE=_RULES[plan.rule] + plan.amsgrad, KIND=plan.kind, KEEP_KIND=tensors.keep_kind,
         STOCHASTIC=plan.stochastic, STEPS=plan.steps > 1, DECAY=decays, SMALL=small,
-        ROWS=shape.rows, GUARD=guard, num_warps=shape.warps,
+        ROWS=shape.rows, GUARD=guard, **shape.options,
     )  # fmt: skip
     given = (tensors.groups, tensors.rows, numbers, len(plan.seeds), plan.queries)
     return launch.Launch(_apply_update_kernel, tensors.programs, device, given, options)
