@@ -8,6 +8,8 @@ from test_ops import DISTS, DTYPES, unaligned
 from test_update import RULES, flat, states_of
 
 import zokernels as zk
+from zokernels.perturb import DeferredDirection, Direction, Move
+from zokernels.perturb.deferred import words
 
 pytestmark = marks
 
@@ -51,6 +53,24 @@ def test_a_training_pass(dtype, dist, apart):
             zk.ops.add_noise_(gpu, backend="triton", **call)
         zk.ops.add_noise_(cpu, **call)
         assert_same(cpu, gpu)
+
+
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", some(DTYPES, 1), ids=str)
+def test_both_sides_of_a_direction(dtype, dist):
+    cpu, at = tensors(dtype), places()
+    gpu, chosen = to_device(cpu), range(len(cpu))
+    for seeds, coeffs in (([2**63 + 11], [-3e-4]), ([3, 4], [1e-3, -0.5])):
+        moves = [Move((1.0,) * len(seeds))] * len(cpu)
+        like = Direction(gpu, at["streams"], moves, seeds, dist, backend="triton")
+        numbers = torch.tensor(words(seeds, coeffs), device=DEVICE)
+        direction = DeferredDirection(like, [numbers], [0] * len(cpu))
+        sides = [to_device(cpu), to_device(cpu)]
+        direction.fill(gpu, sides[0], chosen, at["offsets"], sides[1])
+        for side, got in zip((1, -1), sides, strict=True):
+            expected = [torch.empty_like(t) for t in cpu]
+            zk.ops.add_noise(cpu, expected, seeds, [side * c for c in coeffs], dist=dist, **at)
+            assert_same(expected, got)
 
 
 UPDATES = [

@@ -10,6 +10,7 @@ from test_replay import TOKENS, Net
 from tiny import models
 
 import zokernels as zk
+from zokernels.perturb import Direction, Move, OnEntry
 
 pytestmark = marks
 hf = pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
@@ -40,6 +41,27 @@ def step_of(model, mode, device, **options):
     batch = batch_on(device)
     opt = zk.ZOSGD(model, **{"lr": 1e-2, "eps": 1e-2, "seed": 5, "perturb": mode, **options})
     return opt, lambda: opt.step(lambda: model(**batch).loss)
+
+
+@pytest.mark.parametrize("sides", [(1,), (1, -1), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", some([torch.float32, torch.bfloat16, torch.float16], 1), ids=str)
+def test_a_forward_sees_the_cpus_weights(dtype, sides):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(130, 130), torch.nn.LayerNorm(130)).to(dtype)
+    weights = [p.detach().clone() for p in model.parameters()]
+    params, streams = list(model.to(DEVICE).parameters()), [7, 0, 2**32 - 1, 3]
+    layers = OnEntry(model, params)
+    for seed, eps in ((3, 1e-3), (2**64 - 1, 1e-2), (4, 1e-2)):
+        lanes = [
+            Direction(params, streams, [Move((side * eps,))] * 4, [seed], backend="triton")
+            for side in sides
+        ]
+        with layers.standing(lanes) as entry:
+            found = [[v.clone() for v in entry.filler.values([i])[0]] for i in range(4)]
+        for lane, side in enumerate(sides):
+            expected = [torch.empty_like(w) for w in weights]
+            zk.ops.add_noise(weights, expected, [seed], [side * eps], streams=streams)
+            assert_same(expected, [values[lane] for values in found])
 
 
 @pytest.mark.parametrize("family, mode", some(itertools.product(FAMILIES, MODES), 4))

@@ -9,6 +9,8 @@ from test_update import RULES, flat, states_of
 
 import zokernels as zk
 from zokernels.backends import deferred
+from zokernels.perturb import DeferredDirection, Direction, Move
+from zokernels.perturb.deferred import words
 
 SIZES = [1, 103]
 
@@ -59,6 +61,56 @@ def test_one_prepared_pass_takes_one_set_of_numbers_after_another(dtype, dist, r
         assert all(map(same_bits, expected, got))
 
 
+@pytest.mark.parametrize("dist", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_both_sides_of_a_direction_come_from_one_draw(dtype, dist):
+    # A tensor of an unaligned start, one of whole groups, and ragged ends.
+    p = [varied(n, dtype, i)[i:] for i, n in enumerate((103, 4097 + 512))]
+    streams, seeds, coeffs = [5, 2**32 - 1], [3, 2**64 - 1], [1e-3, -0.5]
+    sides = [[torch.full_like(t, 7) for t in p] for _ in range(2)]
+    like = Direction(p, streams, [Move((1.0, 1.0))] * 2, seeds, dist, backend="triton")
+    numbers = torch.tensor(words(seeds, coeffs))
+    direction = DeferredDirection(like, [numbers], [0, 0])
+    assert direction.can_mirror
+    direction.fill(p, sides[0], [0, 1], mirror=sides[1])
+    for side, got in zip((1, -1), sides, strict=True):
+        expected = [torch.empty_like(t) for t in p]
+        scaled = [side * c for c in coeffs]
+        zk.ops.add_noise(
+            p, expected, seeds, scaled, streams=streams, dist=dist, backend="reference"
+        )
+        assert all(map(same_bits, expected, got))
+
+
+class Small(torch.nn.Module):
+    """A matrix of more than one group, and a norm."""
+
+    def __init__(self):
+        super().__init__()
+        self.matrix, self.norm = torch.nn.Linear(130, 130), torch.nn.LayerNorm(130)
+
+    def forward(self, input_ids):
+        return self.norm(self.matrix(input_ids)).square().mean(-1)
+
+
+@pytest.mark.parametrize("mode", ["on_entry", "paired", "in_place"])
+@pytest.mark.parametrize("mask", [None, zk.masks.Random(0.5, seed=3)], ids=["", "mask"])
+def test_steps_whose_passes_were_prepared_are_those_of_the_reference(mode, mask):
+    batch = torch.randn(2, 130, generator=torch.Generator().manual_seed(1))
+    weights = []
+    for backend in ("triton", "reference"):
+        torch.manual_seed(0)
+        model = Small()
+        opt = zk.ZOSGD(model, lr=0.1, perturb=mode, backend=backend, mask=mask)
+        for eps, lr in ((1e-3, 0.1), (1e-2, 0.2), (1e-2, 0.05)):
+            for group in opt.param_groups:
+                group["eps"], group["lr"] = eps, lr
+            opt.step(lambda model=model: model(input_ids=batch).mean())
+        assert all(getattr(p, "off", None) is None for p in opt._perturbers.values())
+        weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(same_bits, *weights))
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_takes_its_rate_from_memory(name):
     p = [varied(n, torch.bfloat16, i) for i, n in enumerate(SIZES)]
@@ -72,8 +124,8 @@ def test_a_rule_takes_its_rate_from_memory(name):
     )
     for seed, coeff, lr, decay in ((3, 0.5, 0.01, 0.99), (2**63, -2.0, 0.02, 1.0)):
         tail = deferred.tail(plan, decay, seed + 1, -lr)
-        words = [deferred.signed(seed), deferred.bits32(coeff), *tail, 1]
-        numbers.copy_(torch.tensor(words))
+        given = [deferred.signed(seed), deferred.bits32(coeff), *tail, 1]
+        numbers.copy_(torch.tensor(given))
         one.run()
         numbers[-1] = 0
         one.run()

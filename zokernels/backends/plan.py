@@ -44,9 +44,14 @@ class Pass:
 
 @dataclass(frozen=True)
 class AddNoise(Pass):
-    """One ``add_noise`` pass: ``out[i]`` receives the result and may be ``params[i]`` itself."""
+    """One ``add_noise`` pass: ``out[i]`` receives the result and may be ``params[i]`` itself.
+
+    ``mirror[i]``, where there is one, receives decay · w − Σₖ cₖ zₖ; only a pass of one step, with
+    neither mask nor stochastic rounding, of a backend that says so has it.
+    """
 
     out: Sequence[torch.Tensor]
+    mirror: Sequence[torch.Tensor] = ()
 
 
 @dataclass(frozen=True)

@@ -97,6 +97,10 @@ class GraphedStep:
                 at and DeferredDirection(like, self._numbers.move(*at), kinds)
                 for at in self._numbers.points
             ]
+            if self._numbers.two_sided and like.mask is None:
+                for one, other in zip(self._lanes[::2], self._lanes[1::2], strict=True):
+                    assert one is not None
+                    one.other = other
             self._prepare(capture)
         # Outside of the graph: what it gives is overwritten by the next step.
         self._kind = kind

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from types import ModuleType
 
 import torch
@@ -11,8 +12,8 @@ import torch
 from zokernels import checks, ops, shards
 from zokernels.backends import select
 from zokernels.backends.deferred import Deferred, Given
-from zokernels.backends.plan import Pass, bits32, signed
-from zokernels.perturb.direction import Direction, Move
+from zokernels.backends.plan import AddNoise, Pass, bits32, signed
+from zokernels.perturb.direction import Direction, Move, is_mirror
 
 _ONE = bits32(1.0)
 
@@ -26,6 +27,7 @@ class DeferredDirection(Direction):
         kinds: The place in ``numbers`` of each parameter's.
 
     Attributes:
+        other: The direction on the other side, if there is one: a pass can make its values, too.
         is_closed: Whether every pass that a forward makes is prepared by now, so that a new one is
             an error: what prepares it can't be captured in a graph.
     """
@@ -41,6 +43,8 @@ class DeferredDirection(Direction):
         )
         self.numbers = list(numbers)
         self.kinds = list(kinds)
+        self.other: Direction | None = None
+        self.can_mirror = _is_triton(self)  # type: ignore[misc]
         self.is_closed = False
         self._prepared: dict[tuple, list[Deferred]] = {}
 
@@ -59,15 +63,23 @@ class DeferredDirection(Direction):
         out: Sequence[torch.Tensor],
         chosen: Sequence[int],
         offsets: Sequence[int] | None = None,
+        mirror: Sequence[torch.Tensor] = (),
     ) -> None:
         """Write the moved values of the chosen parameters into ``out``, as in `Direction.fill`.
+
+        Args:
+            sources: As there, and so are the following.
+            out: Memory of the same sizes.
+            chosen: Places in ``params``.
+            offsets: Where each source starts.
+            mirror: Memory for the values on the other side, or nothing.
 
         Raises:
             RuntimeError: If the direction is closed and has no such pass.
         """
         key = (
             tuple(chosen), tuple(offsets or ()), tuple(t.data_ptr() for t in sources),
-            tuple(t.data_ptr() for t in out),
+            tuple(t.data_ptr() for t in (*out, *mirror)),
         )  # fmt: skip
         if key not in self._prepared:
             if self.is_closed:
@@ -75,7 +87,7 @@ class DeferredDirection(Direction):
                     "The forward asks for perturbed weights that it did not ask for before, so "
                     "that it can't be captured; let loss_fn do the same in every call."
                 )
-            self._prepared[key] = self._prepare(sources, out, chosen, offsets)
+            self._prepared[key] = self._prepare(sources, out, chosen, offsets, mirror)
         for one in self._prepared[key]:
             one.run()
 
@@ -85,14 +97,23 @@ class DeferredDirection(Direction):
         out: Sequence[torch.Tensor],
         chosen: Sequence[int],
         offsets: Sequence[int] | None,
+        mirror: Sequence[torch.Tensor],
     ) -> list[Deferred]:
         found: list[Deferred] = []
         for kind in dict.fromkeys(self.kinds[i] for i in chosen):
-
-            def take(backend: ModuleType, plan: Pass, kind: int = kind) -> None:
-                found.append(Deferred(backend, plan, self.numbers[kind], decays=False))
-
             places = [j for j, i in enumerate(chosen) if self.kinds[i] == kind]
+            others = [mirror[j] for j in places] if mirror else []
+
+            def take(
+                backend: ModuleType,
+                plan: Pass,
+                kind: int = kind,
+                others: list[torch.Tensor] = others,
+            ) -> None:
+                assert isinstance(plan, AddNoise)
+                both = replace(plan, mirror=others)
+                found.append(Deferred(backend, both, self.numbers[kind], decays=False))
+
             with ops.taking(take):
                 super().fill(
                     [sources[j] for j in places],
@@ -138,10 +159,15 @@ class Prepared:
 
     def of(self, lanes: Sequence[Direction | None]) -> list[Direction | None]:
         """The same points, those prepared whose numbers can be read in memory."""
-        return [
+        found = [
             self._of(k, lane) if lane is not None and _can_wait(lane) else lane
             for k, lane in enumerate(lanes)
         ]
+        for (lane, following), (one, other) in zip(pairwise(lanes), pairwise(found), strict=True):
+            if isinstance(one, DeferredDirection) and one is not lane:
+                both = following is not None and lane is not None and is_mirror(lane, following)
+                one.other = other if both else None
+        return found
 
     def _of(self, k: int, lane: Direction) -> Direction:
         moves = list(dict.fromkeys(lane.moves))
@@ -164,7 +190,11 @@ def _can_wait(lane: Direction) -> bool:
         return False
     # A pass whose coefficients are all 0 copies, and adds no zero to a -0.
     simple = all(move.is_plain and any(move.scales) for move in set(lane.moves))
-    return simple and select(lane.params, lane.backend).__name__.endswith(".triton")
+    return simple and _is_triton(lane)
+
+
+def _is_triton(lane: Direction) -> bool:
+    return select(lane.params, lane.backend).__name__.endswith(".triton")
 
 
 def _is_alike(known: _Known, lane: Direction, kinds: list[int]) -> bool:

@@ -33,9 +33,11 @@ class Direction:
 
     Attributes:
         is_deferred: Whether the numbers of its passes are known only when they run.
+        can_mirror: Whether one pass can fill the other side's memory as well.
     """
 
     is_deferred: ClassVar[bool] = False
+    can_mirror: ClassVar[bool] = False
 
     params: Sequence[nn.Parameter]
     streams: Sequence[int]
@@ -83,6 +85,8 @@ class Direction:
 
 def is_mirror(a: Direction, b: Direction) -> bool:
     """Whether b is a on the other side: θ − εz for θ + εz, so that one draw serves both."""
+    if a.is_deferred:
+        return a.other is b  # type: ignore[attr-defined]
     return (
         list(a.seeds) == list(b.seeds)
         and a.mask is None

@@ -17,7 +17,7 @@ from torch import nn
 from zokernels import checks, masks
 from zokernels.backends import native, select
 from zokernels.backends.plan import AddNoise
-from zokernels.perturb.deferred import Prepared
+from zokernels.perturb.deferred import DeferredDirection, Prepared
 from zokernels.perturb.direction import Direction, is_mirror
 
 # The point of a lane; None is θ itself.
@@ -120,9 +120,9 @@ class Filler:
                     prepared = self._prepare(("part", i), lane, [i], a, b, [[o] for o in out])
                     prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
             else:
-                for k, at in enumerate(self._filling):
-                    if at is not None:
-                        at.fill([p.view(-1)[first:last]], [out[k]], [i], [first])
+                self._fill_lanes(
+                    self._filling, [p.view(-1)[first:last]], [i], [[o] for o in out], [first]
+                )
             return [
                 p[begin:end] if lane is None else out[k].view(end - begin, p.shape[1])
                 for k, lane in enumerate(self.lanes)
@@ -179,7 +179,7 @@ class Filler:
             self._fill(None, [i], [[o] for o in out])
         else:
             # What is prepared would hold on to this memory.
-            self._fill_plainly(self.lanes, [i], [[o] for o in out])
+            self._fill_lanes(self.lanes, [p], [i], [[o] for o in out])
         return out
 
     def _own(self, i: int, k: int) -> torch.Tensor:
@@ -218,25 +218,36 @@ class Filler:
 
     def _fill(self, what: tuple | None, chosen: Sequence[int], out: Sequence[Values]) -> None:
         """Fill ``out[lane][j]`` with the values of ``chosen[j]``; ``what`` names fixed memory."""
-        if self._is_native:
-            for lane, a, b in self._draws():
-                scales = {lane.moves[i].scales for i in chosen}
-                if len(scales) == 1:
-                    prepared = self._prepare(what, lane, chosen, a, b, out)
-                    prepared.run(lane.seeds, scales.pop())
-                else:
-                    alone = [self.lanes[k] if k in (a, b) else None for k in range(len(out))]
-                    self._fill_plainly(alone, chosen, out)
-        else:
-            self._fill_plainly(self._filling, chosen, out)
-
-    def _fill_plainly(
-        self, lanes: Sequence[Lane], chosen: Sequence[int], out: Sequence[Values]
-    ) -> None:
         sources = [self.params[i].detach() for i in chosen]
-        for lane, own in zip(lanes, out, strict=True):
-            if lane is not None:
-                lane.fill(sources, own, chosen)
+        if not self._is_native:
+            self._fill_lanes(self._filling, sources, chosen, out)
+            return
+        for lane, a, b in self._draws():
+            scales = {lane.moves[i].scales for i in chosen}
+            if len(scales) == 1:
+                prepared = self._prepare(what, lane, chosen, a, b, out)
+                prepared.run(lane.seeds, scales.pop())
+            else:
+                alone = [self.lanes[k] if k in (a, b) else None for k in range(len(out))]
+                self._fill_lanes(alone, sources, chosen, out)
+
+    def _fill_lanes(
+        self,
+        lanes: Sequence[Lane],
+        sources: Sequence[torch.Tensor],
+        chosen: Sequence[int],
+        out: Sequence[Values],
+        offsets: Sequence[int] | None = None,
+    ) -> None:
+        for a, b in self._pairs:
+            one, other = lanes[a], None if b is None else lanes[b]
+            if one is not None and other is not None and one.can_mirror:
+                assert isinstance(one, DeferredDirection) and b is not None
+                one.fill(sources, out[a], chosen, offsets, out[b])
+                continue
+            for lane, k in ((one, a), (other, b)):
+                if lane is not None and k is not None:
+                    lane.fill(sources, out[k], chosen, offsets)
 
     def _draws(self) -> Iterator[tuple[Direction, int, int | None]]:
         """Each lane whose noise must be drawn, its number, and that of its mirror image."""

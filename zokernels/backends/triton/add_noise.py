@@ -1,4 +1,7 @@
-"""w ← round(decay · w + Σₖ cₖ zₖ) for a list of tensors, in one launch."""
+"""w ← round(decay · w + Σₖ cₖ zₖ) for a list of tensors, in one launch.
+
+Its mirror image, round(decay · w − Σₖ cₖ zₖ), comes from the same draw where a plan asks for it.
+"""
 
 import triton
 import triton.language as tl
@@ -16,7 +19,7 @@ from zokernels.backends.triton.group import (
     KEEP_MAGNITUDE,
     LEAD,
     STREAM,
-    add_noise_to,
+    add_scaled,
     address,
     blocks,
     keep_small,
@@ -24,6 +27,7 @@ from zokernels.backends.triton.group import (
     load,
     number,
     places,
+    scaled_noise,
     store,
 )  # fmt: skip
 from zokernels.backends.triton.noise import ROUNDING
@@ -35,7 +39,7 @@ def _group(
     row_ptr, start, numbers_ptr, seeds, queries,
     DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr,
     STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr,
-    ROWS: tl.constexpr, WHOLE: tl.constexpr,
+    MIRROR: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One group. ``numbers``: seeds, then their coefficients, then of each step decay and seed."""
     index = tl.load(row_ptr + FIRST_INDEX) + start
@@ -49,14 +53,19 @@ def _group(
     coeffs_ptr = numbers_ptr + seeds
     decays_ptr = coeffs_ptr + seeds
     steps = seeds // queries if STEPS else 1
+    other = weight
     for step in range(steps):
         if KEEP_KIND == KEEP_MAGNITUDE:
             keep = keep_small(row_ptr, weight)
         acc = weight * number(decays_ptr + step) if DECAY else weight
+        other = acc
         first = step * queries
         for k in range(first, first + queries):
-            seed = tl.load(numbers_ptr + k)
-            acc = add_noise_to(acc, index, stream, seed, number(coeffs_ptr + k), KIND, SMALL, ROWS)
+            z = scaled_noise(index, stream, tl.load(numbers_ptr + k), KIND, SMALL, ROWS)
+            coeff = number(coeffs_ptr + k)
+            acc = add_scaled(acc, z, coeff, KIND)
+            if MIRROR:
+                other = add_scaled(other, z, -coeff, KIND)
         if STOCHASTIC:
             low, high = blocks(index, 8, ROWS)
             u = noise.uniform16(low, high, stream, ROUNDING, tl.load(decays_ptr + steps + step))
@@ -70,6 +79,9 @@ def _group(
         original = widen(raw, DTYPE)
         result = tl.where(original == original, result, raw)
     store(address(row_ptr, 1, start, MEMORY_TYPE, WHOLE), result, inside, ROWS, WHOLE)
+    if MIRROR:
+        result = narrow(other, DTYPE)
+        store(address(row_ptr, 2, start, MEMORY_TYPE, WHOLE), result, inside, ROWS, WHOLE)
 
 
 @triton.jit(do_not_specialize=["seeds", "queries"])
@@ -77,7 +89,7 @@ def _add_noise_kernel(
     groups_ptr, table_ptr, numbers_ptr, seeds, queries,
     DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr,
     STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr,
-    ROWS: tl.constexpr, GUARD: tl.constexpr = 0,
+    MIRROR: tl.constexpr, ROWS: tl.constexpr, GUARD: tl.constexpr = 0,
 ):  # fmt: skip
     """A program takes one group of one tensor.
 
@@ -94,10 +106,10 @@ def _add_noise_kernel(
     whole = (start >= tl.load(row_ptr + LEAD)) & (start + ROWS * 8 <= tl.load(row_ptr + END))
     if whole & (tl.load(row_ptr + ALIGNED) != 0):
         _group(row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND, KEEP_KIND,
-               STOCHASTIC, STEPS, DECAY, SMALL, ROWS, True)  # fmt: skip
+               STOCHASTIC, STEPS, DECAY, SMALL, MIRROR, ROWS, True)  # fmt: skip
     else:
         _group(row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND, KEEP_KIND,
-               STOCHASTIC, STEPS, DECAY, SMALL, ROWS, False)  # fmt: skip
+               STOCHASTIC, STEPS, DECAY, SMALL, MIRROR, ROWS, False)  # fmt: skip
 
 
 def add_noise(plan: AddNoise) -> None:
@@ -114,8 +126,10 @@ def prepare_add_noise(plan: AddNoise, deferred: launch.Deferred) -> list[launch.
 
 def _launch(plan: AddNoise, deferred: launch.Deferred | None = None) -> launch.Launch:
     device, dtype = plan.params[0].device, table.TYPES[plan.params[0].dtype]
-    shape = launch.shape_of_add_noise(plan.kind, launch.is_plain(plan), len(plan.seeds))
-    tensors = table.table_of(plan, [plan.params, plan.out], shape.rows * 8)
+    plain, mirror = launch.is_plain(plan), bool(plan.mirror)
+    shape = launch.shape_of_add_noise(plan.kind, plain, len(plan.seeds), mirror)
+    memories = [plan.params, plan.out, *([plan.mirror] if mirror else [])]
+    tensors = table.table_of(plan, memories, shape.rows * 8)
     if deferred is None:
         coeffs, small = launch.coefficients(plan)
         numbers = table.numbers_of(plan, coeffs, device=device)
@@ -126,7 +140,7 @@ def _launch(plan: AddNoise, deferred: launch.Deferred | None = None) -> launch.L
     options = dict(
         DTYPE=dtype, MEMORY_TYPE=arithmetic.memory_type(dtype), KIND=plan.kind,
         KEEP_KIND=tensors.keep_kind, STOCHASTIC=plan.stochastic, STEPS=plan.steps > 1,
-        DECAY=decays, SMALL=small, ROWS=shape.rows, GUARD=guard, **shape.options,
+        DECAY=decays, SMALL=small, MIRROR=mirror, ROWS=shape.rows, GUARD=guard, **shape.options,
     )  # fmt: skip
     given = (tensors.groups, tensors.rows, numbers, len(plan.seeds), plan.queries)
     return launch.Launch(_add_noise_kernel, tensors.programs, device, given, options)

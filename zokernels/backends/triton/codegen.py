@@ -87,6 +87,7 @@ class Case:
 
     ``op`` is "add_noise" or a rule: "sign", "momentum", "adam", "amsgrad". ``deferred``: as a CUDA
     graph has it, of coefficients of any size and with a number that says whether to write.
+    ``mirror``: both sides of a direction from one draw.
     """
 
     op: str
@@ -97,6 +98,7 @@ class Case:
     keep_kind: int = 0
     steps: bool = False
     deferred: bool = False
+    mirror: bool = False
 
     def __str__(self) -> str:
         parts = [self.op, self.dtype, self.dist]
@@ -104,7 +106,8 @@ class Case:
         parts += ["stochastic"] if self.stochastic else []
         parts += [("random", "magnitude", "bits")[self.keep_kind - 1]] if self.keep_kind else []
         parts += ["each_step"] if self.steps else []
-        return " ".join([*parts, *(["deferred"] if self.deferred else [])])
+        parts += ["deferred"] if self.deferred else []
+        return " ".join([*parts, *(["mirror"] if self.mirror else [])])
 
 
 def compile_case(case: Case, capability: int) -> tuple[Any, int]:
@@ -122,7 +125,11 @@ def compile_case(case: Case, capability: int) -> tuple[Any, int]:
         SMALL=case.deferred and kind == noise.GAUSSIAN, GUARD=guard if case.deferred else 0,
     )  # fmt: skip
     if case.op == "add_noise":
-        kernel, shape = _add_noise_kernel, launch.shape_of_add_noise(kind, plain)
+        kernel, shape = (
+            _add_noise_kernel,
+            launch.shape_of_add_noise(kind, plain, mirror=case.mirror),
+        )
+        fixed["MIRROR"] = case.mirror
     else:
         kernel, shape = (
             _apply_update_kernel,

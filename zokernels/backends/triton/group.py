@@ -72,18 +72,28 @@ def blocks(index, SIZE: tl.constexpr, COUNT: tl.constexpr):
 
 
 @triton.jit
-def add_noise_to(
-    acc, index, stream, seed, coeff, KIND: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr
-):
-    """fma(c, z, acc). Gaussian coefficients hold the noise's 2⁻²⁹, unless ``SMALL``."""
+def scaled_noise(index, stream, seed, KIND: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr):
+    """A group's noise as `add_scaled` takes it.
+
+    Of signs it is their bits. Gaussian coefficients hold the noise's 2⁻²⁹, unless ``SMALL``.
+    """
     if KIND == RADEMACHER:
         low, high = blocks(index, 128, ROWS // 16)
-        return acc + noise.signed(coeff, noise.flips(low, high, stream, seed))
+        return noise.flips(low, high, stream, seed)
     else:
         low, high = blocks(index, 8, ROWS)
         z = noise.gaussian(low, high, stream, seed)
         if SMALL:
             z = z * 1.862645149230957e-09
+        return z
+
+
+@triton.jit
+def add_scaled(acc, z, coeff, KIND: tl.constexpr):
+    """fma(c, z, acc)."""
+    if KIND == RADEMACHER:
+        return acc + noise.signed(coeff, z)
+    else:
         return fma(z, coeff, acc)
 
 

@@ -37,6 +37,8 @@ _NORMAL = Shape(256, 4)
 _NORMAL_ADDED, _NORMAL_SIGN = Shape(256, 4, 64), Shape(256, 4, 72)
 # The sum of so many directions and more computes so long that memory is waited for in its shadow.
 _MANY, _NORMAL_SUM = 4, Shape(512, 4)
+# Both sides of a direction at once.
+_BOTH = {noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96)}
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
 
 
@@ -55,10 +57,12 @@ def shaped(shape: Shape) -> Iterator[None]:
         _tried = before
 
 
-def shape_of_add_noise(kind: int, plain: bool, seeds: int = 1) -> Shape:
+def shape_of_add_noise(kind: int, plain: bool, seeds: int = 1, mirror: bool = False) -> Shape:
     """The group of an add_noise pass."""
     if _tried is not None:
         return _tried
+    if mirror:
+        return _BOTH[kind]
     if kind == noise.RADEMACHER:
         return _SIGNS[plain]
     if not plain:

@@ -23,13 +23,14 @@ from zokernels.backends.triton.group import (
     KEEP_MAGNITUDE,
     LEAD,
     STREAM,
-    add_noise_to,
+    add_scaled,
     address,
     keep_small,
     keep_static,
     load,
     number,
     places,
+    scaled_noise,
     store,
 )  # fmt: skip
 from zokernels.backends.triton.rules import ADAM, AMSGRAD, MOMENTUM, take_step
@@ -65,8 +66,8 @@ def _gradient(
     g = zero
     for k in range(first, first + queries):
         seed = tl.load(numbers_ptr + k)
-        coeff = number(numbers_ptr + seeds + k)
-        g = add_noise_to(g, index, stream, seed, coeff, KIND, SMALL, ROWS)
+        z = scaled_noise(index, stream, seed, KIND, SMALL, ROWS)
+        g = add_scaled(g, z, number(numbers_ptr + seeds + k), KIND)
     return g
 
 
