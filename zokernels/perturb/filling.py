@@ -7,6 +7,7 @@ sides of a direction are made by one draw.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
 
@@ -19,6 +20,7 @@ from zokernels.backends import native, select
 from zokernels.backends.plan import AddNoise
 from zokernels.perturb.deferred import DeferredDirection, Prepared
 from zokernels.perturb.direction import Direction, is_mirror
+from zokernels.perturb.windows import Windows
 
 # The point of a lane; None is θ itself.
 Lane = Direction | None
@@ -48,7 +50,7 @@ class Filler:
         self.lanes: Sequence[Lane] = ()
         self.seconds = 0.0
         self._pairs: list[tuple[int, int | None]] = []
-        self._is_native = False
+        self._is_native = self._in_windows = False
         # The lanes again, as other backends than native fill them.
         self._filling: Sequence[Lane] = ()
         self._known = Prepared()
@@ -59,8 +61,13 @@ class Filler:
         self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
         # Where a group's parameters lie in scratch: for each lane, a place a parameter.
         self._pieces: dict[tuple[int, int], list[dict[int, torch.Tensor]]] = {}
-        # The group that is in scratch now, and its values.
-        self._current: tuple[int, list[dict[int, torch.Tensor]]] | None = None
+        # The values that are in scratch now: those of a group, and of a window or nothing.
+        self._held: dict[int, Values] = {}
+        self._group: dict[int, Values] = {}
+        self._window: dict[int, Values] = {}
+        # Of each number of lanes.
+        self._windows: dict[int, Windows] = {}
+        self._places: dict[tuple, tuple[list[Values], dict[int, Values]]] = {}
 
     def begin(self, lanes: Sequence[Lane]) -> None:
         """What is asked for from here on is for a forward at these points."""
@@ -72,12 +79,18 @@ class Filler:
         self._pairs = _pair(lanes)
         self._is_native = all(lane is None or self._takes_native(lane) for lane in lanes)
         self._filling = lanes if self._is_native else self._known.of(lanes)
-        self._current = None
+        self._in_windows = not self._is_native and all(
+            lane is None or lane.can_mirror for lane in self._filling
+        )
+        self._held, self._group, self._window = {}, {}, {}
+        if len(lanes) not in self._windows:
+            self._windows[len(lanes)] = Windows(self.params)
+        self._windows[len(lanes)].begin()
 
     def release(self) -> None:
         """Give the scratch memory back; it is made again when it is needed."""
         self._scratch.clear()
-        self._current = None
+        self._held, self._group, self._window = {}, {}, {}
         self._forget_places()
 
     @property
@@ -87,13 +100,20 @@ class Filler:
 
     def values(self, chosen: Sequence[int]) -> list[Values]:
         """The values of some parameters, in scratch: use them before the next call."""
+        try:
+            return [self._held[i] for i in chosen]
+        except KeyError:
+            pass
         started = time.perf_counter()
         found: list[Values] = []
         # One large tensor and one group have scratch of their own; what comes besides has not.
         large, group = False, None
         for i in chosen:
             g = self._group_of.get(i)
-            if g is None and not large:
+            if i in self._window:
+                found.append(self._window[i])
+                large = True
+            elif g is None and not large:
                 large = True
                 found.append(self._large(i))
             elif g is not None and group in (None, g):
@@ -115,6 +135,7 @@ class Filler:
             p = self.params[i].detach()
             first, last = begin * p.shape[1], end * p.shape[1]
             out = self._take("large", p, last - first)
+            self._hold_window({})
             if self._is_native:
                 for lane, a, b in self._draws():
                     prepared = self._prepare(("part", i), lane, [i], a, b, [[o] for o in out])
@@ -167,10 +188,41 @@ class Filler:
             return [o.view(n.shape + shape) for o, n in zip(out, numbers, strict=True)]
 
     def _large(self, i: int) -> Values:
+        if self._in_windows:
+            return self._in_window(i)
         p = self.params[i].detach()
         out = [o.view(p.shape) for o in self._take("large", p, p.numel())]
         self._fill(("large", i), [i], [[o] for o in out])
         return [p if lane is None else out[k] for k, lane in enumerate(self.lanes)]
+
+    def _in_window(self, i: int) -> Values:
+        windows = self._windows[len(self.lanes)]
+        windows.ask(i)
+        chosen = windows.of(i)
+        out, held = self._places_of(chosen)
+        self._fill(None, chosen, out)
+        self._hold_window(held)
+        return held[i]
+
+    def _hold_window(self, held: dict[int, Values]) -> None:
+        self._window, self._held = held, {**self._group, **held}
+
+    def _places_of(self, chosen: tuple[int, ...]) -> tuple[list[Values], dict[int, Values]]:
+        """Where the weights of a window lie: for each lane one a weight, and by their numbers."""
+        key = (chosen, *(lane is None for lane in self.lanes))
+        if key not in self._places:
+            own = [self.params[j].detach() for j in chosen]
+            starts = list(itertools.accumulate((_aligned(p.numel()) for p in own), initial=0))
+            out = [
+                [m[s : s + p.numel()].view(p.shape) for s, p in zip(starts, own, strict=False)]
+                for m in self._take("large", own[0], starts[-1])
+            ]
+            held = {
+                j: [p if lane is None else out[k][n] for k, lane in enumerate(self.lanes)]
+                for n, (j, p) in enumerate(zip(chosen, own, strict=True))
+            }
+            self._places[key] = (out, held)
+        return self._places[key]
 
     def _fresh(self, i: int) -> Values:
         p = self.params[i].detach()
@@ -189,17 +241,18 @@ class Filler:
         return self._piece(("own", i, k), p, p.numel()).view(p.shape)
 
     def _small(self, i: int, g: int) -> Values:
-        if self._current is None or self._current[0] != g:
-            pieces = self._pieces_of(g)
-            self._fill(("group", g), self._groups[g][0], [list(own.values()) for own in pieces])
-            self._current = (
-                g,
-                [
-                    pieces[k] if lane else {j: self.params[j].detach() for j in self._groups[g][0]}
+        if i not in self._group:
+            chosen, pieces = self._groups[g][0], self._pieces_of(g)
+            self._fill(("group", g), chosen, [list(own.values()) for own in pieces])
+            self._group = {
+                j: [
+                    self.params[j].detach() if lane is None else pieces[k][j]
                     for k, lane in enumerate(self.lanes)
-                ],
-            )
-        return [of_lane[i] for of_lane in self._current[1]]
+                ]
+                for j in chosen
+            }
+            self._held = {**self._group, **self._window}
+        return self._group[i]
 
     def _pieces_of(self, g: int) -> list[dict[int, torch.Tensor]]:
         key = (g, len(self.lanes))
@@ -291,6 +344,7 @@ class Filler:
         self._known.forget()
         self._prepared.clear()
         self._pieces.clear()
+        self._places.clear()
 
     def _takes_native(self, lane: Direction) -> bool:
         if lane.is_deferred or lane.mask is not None:
@@ -347,5 +401,9 @@ def _group_small(params: Sequence[nn.Parameter]) -> list[tuple[list[int], list[i
             end[g] = 0
         groups[g][0].append(i)
         groups[g][1].append(end[g])
-        end[g] += -(-p.numel() // _ALIGN) * _ALIGN
+        end[g] += _aligned(p.numel())
     return groups
+
+
+def _aligned(elements: int) -> int:
+    return -(-elements // _ALIGN) * _ALIGN

@@ -105,8 +105,10 @@ def _each(x: Any, weights: tuple, operation: Callable[..., torch.Tensor]) -> Any
     if isinstance(x, PerturbedLogits):
         x = x.computed()
     entry: Entry = next(w.entry for w in weights if isinstance(w, PerturbedWeight))
-    parts = entry.split(x)
     values = resolve(*weights)
+    if entry.count == 1:
+        return operation(x, *values[0])
+    parts = entry.split(x)
     results = [operation(own, *w) for own, w in zip(parts, values, strict=True)]
     return entry.join(results, x)
 

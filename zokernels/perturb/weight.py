@@ -32,6 +32,7 @@ class Entry:
         filler: Makes the values.
         head: The parameter whose product with the hidden states is the logits, if it is known.
         used: The parameters that an operation has asked for.
+        count: How many lanes there are.
         rows: Rows of the batch that all lanes make together; 0 outside of the model.
         waiting: Logits that were asked for and not computed.
     """
@@ -43,6 +44,7 @@ class Entry:
         self.rows = 0
         self.waiting: list[weakref.ref] = []
         self.is_open = False
+        self.count = 0
         # What the first lane's closure has computed for all of them, in its order.
         self._shared: list[tuple[tuple, list[torch.Tensor], list[torch.Tensor]]] = []
         self._next = 0
@@ -51,6 +53,7 @@ class Entry:
     def forward(self, lanes: Sequence[Lane]) -> Iterator[None]:
         """A forward at these points, from the first closure to the end of the last."""
         self.filler.begin(lanes)
+        self.count = len(lanes)
         self.waiting, self._shared, self._next = [], [], 0
         self.is_open = True
         try:
@@ -61,11 +64,6 @@ class Entry:
                     logits.computed()
         finally:
             self.is_open = False
-
-    @property
-    def count(self) -> int:
-        """How many lanes there are."""
-        return len(self.filler.lanes)
 
     def closure_of(self, lane: int) -> None:
         """The closure of a lane begins."""
@@ -186,14 +184,14 @@ class PerturbedWeight(torch.Tensor):
     ) -> Any:
         """The operation on perturbed values."""
         kwargs = kwargs or {}
-        if func in METADATA:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
         known = OPERATIONS.get(func)
         if known is not None:
             result = known(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if func in METADATA:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
         name = str(getattr(func, "__name__", func))
 
         def value(w: PerturbedWeight) -> torch.Tensor:
@@ -208,12 +206,10 @@ def resolve(*tensors: torch.Tensor | None) -> list[list[torch.Tensor | None]]:
 
     What isn't perturbed is the same for every lane. They are in scratch.
     """
-    ours = [t for t in tensors if isinstance(t, PerturbedWeight)]
+    ours = [t for t in tensors if type(t) is PerturbedWeight]
     entry = ours[0].entry
     places = [w.place for w in ours]
     entry.used.update(places)
-    values = dict(zip(places, entry.filler.values(places), strict=True))
-    return [
-        [values[t.place][k] if isinstance(t, PerturbedWeight) else t for t in tensors]
-        for k in range(entry.count)
-    ]
+    values = iter(entry.filler.values(places))
+    each = [next(values) if type(t) is PerturbedWeight else [t] * entry.count for t in tensors]
+    return [list(of_lane) for of_lane in zip(*each, strict=True)]

@@ -126,8 +126,8 @@ def prepare_add_noise(plan: AddNoise, deferred: launch.Deferred) -> list[launch.
 
 def _launch(plan: AddNoise, deferred: launch.Deferred | None = None) -> launch.Launch:
     device, dtype = plan.params[0].device, table.TYPES[plan.params[0].dtype]
-    plain, mirror = launch.is_plain(plan), bool(plan.mirror)
-    shape = launch.shape_of_add_noise(plan.kind, plain, len(plan.seeds), mirror)
+    mirror = bool(plan.mirror)
+    shape = launch.shape_of_add_noise(plan.kind, launch.is_plain(plan), mirror)
     memories = [plan.params, plan.out, *([plan.mirror] if mirror else [])]
     tensors = table.table_of(plan, memories, shape.rows * 8)
     if deferred is None:

@@ -31,12 +31,10 @@ class Shape(NamedTuple):
         return dict(num_warps=self.warps, maxnreg=self.registers)
 
 
-# More elements a thread spread the fixed work thinner, and take registers: with few warps on a
-# multiprocessor nobody computes while others wait for memory. Bits are the same in all.
-_NORMAL = Shape(256, 4)
-_NORMAL_ADDED, _NORMAL_SIGN = Shape(256, 4, 64), Shape(256, 4, 72)
-# The sum of so many directions and more computes so long that memory is waited for in its shadow.
-_MANY, _NORMAL_SUM = 4, Shape(512, 4)
+# Measured (docs/performance.md). More elements a thread spread the fixed work thinner, and take
+# registers: with few warps on a multiprocessor nobody computes while others wait for memory.
+_NORMAL, _NORMAL_ADDED = Shape(256, 4), Shape(256, 2, 96)
+_NORMAL_SIMPLE_RULE = Shape(256, 4, 64)
 # Both sides of a direction at once.
 _BOTH = {noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96)}
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
@@ -57,7 +55,7 @@ def shaped(shape: Shape) -> Iterator[None]:
         _tried = before
 
 
-def shape_of_add_noise(kind: int, plain: bool, seeds: int = 1, mirror: bool = False) -> Shape:
+def shape_of_add_noise(kind: int, plain: bool, mirror: bool = False) -> Shape:
     """The group of an add_noise pass."""
     if _tried is not None:
         return _tried
@@ -65,9 +63,7 @@ def shape_of_add_noise(kind: int, plain: bool, seeds: int = 1, mirror: bool = Fa
         return _BOTH[kind]
     if kind == noise.RADEMACHER:
         return _SIGNS[plain]
-    if not plain:
-        return _NORMAL
-    return _NORMAL_SUM if seeds >= _MANY else _NORMAL_ADDED
+    return _NORMAL_ADDED if plain else _NORMAL
 
 
 def shape_of_update(kind: int, rule: str) -> Shape:
@@ -76,7 +72,7 @@ def shape_of_update(kind: int, rule: str) -> Shape:
         return _tried
     if kind == noise.RADEMACHER:
         return _SIGNS[False]
-    return _NORMAL_SIGN if rule == "sign" else _NORMAL
+    return _NORMAL if rule == "adam" else _NORMAL_SIMPLE_RULE
 
 
 def is_plain(plan: Pass) -> bool:
