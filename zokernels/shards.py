@@ -161,7 +161,7 @@ def settle(model: nn.Module | None) -> None:
     module frees what it gathered.
     """
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    if model is None or fsdp is None:
+    if model is None or fsdp is None or not torch.distributed.is_initialized():
         return
     inside: set[nn.Module] = set()
     for module in model.modules():
