@@ -357,7 +357,7 @@ def test_the_documents_show_the_rows_of_a_gpu_and_without_any_what_they_say_now(
     assert "not timed on a GPU" not in readme
     assert re.search(
         r"Alpha. On NVIDIA H200: \d+ of \d+ cases gave the CPU's bits.*opt-1.3b, 16 × 512, "
-        r"gaussian, as a CUDA graph takes 1.07 times", readme
+        r"as a CUDA graph takes 1.07 \(gaussian\) times", readme
     )  # fmt: skip
     assert "| opt-1.3b, 16 × 512, graphed paired, gaussian | ≤ 1.10 | 1.07 | yes |" in performance
     assert "| `add_noise_` gaussian bfloat16, of a copy | ≥ 85 % | 0 % | no |" in performance

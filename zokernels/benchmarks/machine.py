@@ -42,15 +42,17 @@ def commit() -> str:
     """The short commit, with "-dirty" if what is measured differs from it.
 
     An installed package knows none, even inside another repository's folder: "unknown". A checkout
-    that was copied without its history is told by ZOKERNELS_COMMIT.
+    that was copied without its history, or with an older one, is told by ZOKERNELS_COMMIT.
     """
     if not tested.is_checkout():
         return "unknown"
+    if told := os.environ.get("ZOKERNELS_COMMIT"):
+        return told
     try:
         head = _git("rev-parse", "--short", "HEAD").strip()
         dirty = _git("status", "--porcelain", "--", *MEASURED).strip()
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("ZOKERNELS_COMMIT", "unknown")
+        return "unknown"
     sources = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
     built = native.LIBRARY.stat().st_mtime if native.LIBRARY.exists() else float("inf")
     if max(s.stat().st_mtime for s in sources) > built:

@@ -196,9 +196,7 @@ class Filler:
         return [p if lane is None else out[k] for k, lane in enumerate(self.lanes)]
 
     def _in_window(self, i: int) -> Values:
-        windows = self._windows[len(self.lanes)]
-        windows.ask(i)
-        chosen = windows.of(i)
+        chosen = self._windows[len(self.lanes)].ask(i)
         out, held = self._places_of(chosen)
         self._fill(None, chosen, out)
         self._hold_window(held)

@@ -6,6 +6,7 @@ last rows.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 from zokernels.benchmarks import peers, results
@@ -40,22 +41,25 @@ def status(checks: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> s
         return NOT_TIMED
     *_, last = [*steps, *ops, *checks]
     machine = last["machine"]
-    parts = [_checked(_of(checks, machine))] if _of(checks, machine) else []
-    parts += [
-        f"`{op}` {dist} {dtype} moves {share(row):.0f} % of what a copy does"
-        for op, dist, dtype, row in _asked(_of(ops, machine))
+    parts = [_checked(of_commit) for of_commit in _by_commit(checks, machine)][-1:]
+    shares = [
+        f"{share(row):.0f} % ({dist})"
+        for op, dist, _, row in _asked(_of(ops, machine))
         if op == "add_noise_"
     ]
-    parts += [
-        f"a step of {_size(row)}, {row['dist']}, as a CUDA graph takes {row['ratio']} times its "
-        "two plain forwards"
-        for row in _of(steps, machine)
-        if _is_target(row)
-    ]
-    parts += [
-        f"MeZO's at {_size(row)} takes {times:.1f} times as long as ours"
-        for row, times in _beside_mezo(_of(steps, machine))
-    ]
+    if shares:
+        parts.append(
+            f"a pass over bfloat16 weights moves {' and '.join(shares)} of what a copy does"
+        )
+    graphed = [row for row in _of(steps, machine) if _is_target(row)]
+    if graphed:
+        found = " and ".join(f"{row['ratio']} ({row['dist']})" for row in graphed)
+        parts.append(
+            f"a step of {_size(graphed[0])}, as a CUDA graph takes {found} times its two plain "
+            "forwards"
+        )
+    for size, times in _times_mezo(_of(steps, machine)).items():
+        parts.append(f"MeZO's step of {size} takes {' to '.join(times)} times as long as ours")
     return f"Alpha. On {machine}: {'; '.join(parts)} ([more](docs/performance.md#on-a-gpu))."
 
 
@@ -67,7 +71,9 @@ def tables(checks: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> s
     parts = [
         part
         for machine in machines
-        for part in _machine(*(_of(rows, machine) for rows in (checks, ops, steps)))
+        for part in _machine(
+            _by_commit(checks, machine), *(_of(rows, machine) for rows in (ops, steps))
+        )
     ]
     return "\n\n".join([FIGURE, *parts] if steps else parts)
 
@@ -94,11 +100,13 @@ def memory(rows: Sequence[Row]) -> str:
     return "\n\n".join(parts)
 
 
-def _machine(checks: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> Iterator[str]:
-    first = [*checks, *ops, *steps][0]
+def _machine(
+    checks: Sequence[Sequence[Row]], ops: Sequence[Row], steps: Sequence[Row]
+) -> Iterator[str]:
+    first = [*itertools.chain(*checks), *ops, *steps][0]
     yield f"**{first['machine']}**"
-    if checks:
-        yield f"{results.caption(checks)}: {_checked(checks)}."
+    for of_commit in checks:
+        yield f"{results.caption(of_commit)}: {_checked(of_commit)}."
     if lines := list(_targets(ops, steps)):
         yield table(("", "asked", "measured", "met"), lines, "lrrl")
     if ops:
@@ -133,6 +141,13 @@ def _of(rows: Sequence[Row], machine: str) -> list[Row]:
     return list({tuple(row.get(key) for key in keys): row for row in mine}.values())
 
 
+def _by_commit(checks: Sequence[Row], machine: str) -> list[list[Row]]:
+    """A machine's checks of each commit, of which a run may have had time for a part."""
+    mine = [row for row in checks if row["machine"] == machine]
+    commits = results.distinct(mine, "commit")
+    return [_of([r for r in mine if r["commit"] == c], machine) for c in commits]
+
+
 def _checked(checks: Sequence[Row]) -> str:
     passed, failed, left = (results.total(checks, name) for name in ("passed", "failed", "left"))
     said = f"{passed} of {passed + failed} cases gave the CPU's bits or numbers"
@@ -154,10 +169,24 @@ def _is_target(row: Row) -> bool:
 
 
 def _beside_mezo(steps: Sequence[Row]) -> Iterator[tuple[Row, float]]:
-    """Steps at 16 × 64 that MeZO's was timed beside, and how many times as long it takes."""
-    for row in steps:
-        if row["mezo"] and (row["rows"], row["length"]) == ("16", "64"):
-            yield row, float(row["mezo"]) / float(row["ratio"])
+    """Steps at 16 × 64 where MeZO's was timed, and how many times as long as each it takes."""
+    for timed in steps:
+        if timed["mezo"] and (timed["rows"], timed["length"]) == ("16", "64"):
+            for row in steps:
+                alike = _size(row) == _size(timed) and row["dist"] == timed["dist"]
+                if alike and row["perturb"] in (timed["perturb"], "graphed_paired"):
+                    yield row, float(timed["mezo"]) / float(row["ratio"])
+
+
+def _times_mezo(steps: Sequence[Row]) -> dict[str, list[str]]:
+    """Of each size, how many times as long MeZO's step takes: as the least and the most of ours."""
+    found: dict[str, list[float]] = {}
+    for row, times in _beside_mezo(steps):
+        found.setdefault(_size(row), []).append(times)
+    return {
+        size: list(dict.fromkeys(f"{x:.1f}" for x in (min(times), max(times))))
+        for size, times in found.items()
+    }
 
 
 def _targets(ops: Sequence[Row], steps: Sequence[Row]) -> Iterator[tuple[str, str, str, str]]:
@@ -175,7 +204,7 @@ def _targets(ops: Sequence[Row], steps: Sequence[Row]) -> Iterator[tuple[str, st
     for row, times in _beside_mezo(steps):
         met = "yes" if times >= TIMES_MEZO else "no"
         yield (
-            f"{_size(row)}, times as fast as MeZO, {row['perturb']}", f"≥ {TIMES_MEZO}",
+            f"{_size(row)}, times as fast as MeZO, {_mode(row)}", f"≥ {TIMES_MEZO}",
             f"{times:.1f}", met,
         )  # fmt: skip
 
@@ -213,6 +242,10 @@ def _shapes(rows: Sequence[Row]) -> str:
 
 def _size(row: Row) -> str:
     return f"{row['model']}, {row['rows']} × {row['length']}"
+
+
+def _mode(row: Row) -> str:
+    return row["perturb"].replace("graphed_", "as a graph, ").replace("_", " ")
 
 
 def _steps(rows: Sequence[Row]) -> str:
