@@ -33,7 +33,7 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 quickstart: $(STAMP)  ## Fine-tune a real encoder in minutes; STEPS=100 shortens it
-	$(BIN)/python -m zokernels.cli.quickstart
+	$(BIN)/python -m zokernels.lab.cli.quickstart
 
 test: $(STAMP)  ## Run the tests
 	$(BIN)/python -m pytest

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from zokernels.benchmarks import results
-from zokernels.benchmarks.results import Row
+from zokernels.lab.benchmarks import results
+from zokernels.lab.benchmarks.results import Row
 
 RESULTS = results.FOLDER / "hybrid.csv"
 COLUMNS = ("split", "reuse_forward", "forwards", "stored_bytes", "share")

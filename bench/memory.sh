@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 out="${1:-bench/results/memory.csv}"
 python="${PYTHON:-.venv/bin/python}"
 
-bench() { "$python" -m zokernels.cli bench memory --csv "$out" "$@"; }
+bench() { "$python" -m zokernels.lab.cli bench memory --csv "$out" "$@"; }
 
 bench --rows 1 --length 64 --length 256 --length 1024
 bench --rows 4 --rows 16 --length 64 --optimizer zo-sgd --optimizer fo-sgd --optimizer fo-adam

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from zokernels.benchmarks import machine, results
+from zokernels.lab.benchmarks import machine, results
 
 RESULTS = results.FOLDER / "numerics.csv"
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}

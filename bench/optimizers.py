@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from zokernels.benchmarks import costs, results
-from zokernels.benchmarks.entries import ENTRIES, Entry
-from zokernels.benchmarks.results import Row
+from zokernels.lab.benchmarks import costs, results
+from zokernels.lab.benchmarks.entries import ENTRIES, Entry
+from zokernels.lab.benchmarks.results import Row
 
 RESULTS = results.FOLDER / "optimizers.csv"
 QUERIES = 3

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from zokernels.benchmarks import machine, results
+from zokernels.lab.benchmarks import machine, results
 
 RESULTS = results.FOLDER / "quickstart.csv"
 COLUMNS = (
@@ -49,8 +49,8 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(name: str, seed: int) -> dict[str, object]:
     """The columns of one run."""
-    from zokernels.cli import quickstart
-    from zokernels.cli.finetune import train
+    from zokernels.lab.cli import quickstart
+    from zokernels.lab.cli.finetune import train
 
     with tempfile.TemporaryDirectory() as place:
         settings = replace(

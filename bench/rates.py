@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 
 import zokernels as zk
-from zokernels.benchmarks import results
-from zokernels.tasks import batches, data, get_task
-from zokernels.tasks.models import quiet
-from zokernels.tasks.run import Finetune
-from zokernels.tasks.scoring import SCORERS
-from zokernels.tasks.settings import Settings
+from zokernels.lab.benchmarks import results
+from zokernels.lab.tasks import batches, data, get_task
+from zokernels.lab.tasks.models import quiet
+from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.scoring import SCORERS
+from zokernels.lab.tasks.settings import Settings
 
 COLUMNS = ("model", "scheme", "trained_weights", "rule", "eps", "lr", "gain", "error", "slope_rms")
 RATES = {

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from zokernels.benchmarks import machine
-from zokernels.benchmarks.passes import Tensors
+from zokernels.lab.benchmarks import machine
+from zokernels.lab.benchmarks.passes import Tensors
 from zokernels.trajectory.playback import CHUNK
 
 RESULTS = machine.ROOT / "bench" / "results" / "replay.csv"

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from zokernels.benchmarks import machine, results
+from zokernels.lab.benchmarks import machine, results
 
 _LEFT_OUT = ("status", "seconds", "zokernels")
 

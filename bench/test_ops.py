@@ -11,7 +11,7 @@ import os
 import pytest
 import torch
 
-from zokernels.benchmarks import ops, passes
+from zokernels.lab.benchmarks import ops, passes
 
 NUMEL = int(os.environ.get("ZOKERNELS_BENCH_NUMEL", 20_000_000))
 DTYPES = ("float32", "bfloat16")

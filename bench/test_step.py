@@ -7,8 +7,8 @@ import torch
 
 transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
 
-from zokernels.benchmarks import models  # noqa: E402
-from zokernels.tasks import optimizers  # noqa: E402
+from zokernels.lab.benchmarks import models  # noqa: E402
+from zokernels.lab.tasks import optimizers  # noqa: E402
 
 
 @pytest.fixture(scope="module")

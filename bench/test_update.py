@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from bench.test_ops import NUMEL, built, found
-from zokernels.benchmarks import passes
+from zokernels.lab.benchmarks import passes
 
 
 @pytest.fixture(scope="module")

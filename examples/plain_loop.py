@@ -6,9 +6,9 @@ python examples/plain_loop.py facebook/opt-125m
 import sys
 
 import zokernels as zk
-from zokernels.tasks import batches, data, get_task, models
-from zokernels.tasks.evaluate import accuracy
-from zokernels.tasks.scoring import SCORERS
+from zokernels.lab.tasks import batches, data, get_task, models
+from zokernels.lab.tasks.evaluate import accuracy
+from zokernels.lab.tasks.scoring import SCORERS
 
 
 def main(name: str, steps: int = 2000) -> float:

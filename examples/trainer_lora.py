@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
 import zokernels as zk
 from zokernels.hf import ZOTrainer
-from zokernels.tasks import data, get_task
+from zokernels.lab.tasks import data, get_task
 
 
 def main(name: str, steps: int = 2000, out: str = "runs/trainer-lora") -> float:

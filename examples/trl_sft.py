@@ -11,7 +11,7 @@ from trl import SFTConfig, SFTTrainer
 
 import zokernels as zk
 from zokernels.hf import ZOTrainerMixin
-from zokernels.tasks import data, get_task
+from zokernels.lab.tasks import data, get_task
 
 
 class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer):

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import typer
 
-from zokernels.cli import app
-from zokernels.tasks import get_task, optimizers
-from zokernels.tasks.presets import get
-from zokernels.tasks.settings import Settings
+from zokernels.lab.cli import app
+from zokernels.lab.tasks import get_task, optimizers
+from zokernels.lab.tasks.presets import get
+from zokernels.lab.tasks.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
 # What the system or another package has; the names after them are not ours to check.
@@ -75,7 +75,7 @@ def _zokernels(words):
         file = values["sweep"]
         assert PLACEHOLDER.fullmatch(str(file)) or (ROOT / file).is_file(), f"there is no {file}"
     if name == "verify":
-        from zokernels import verification
+        from zokernels.lab import verification
 
         ids = [case.id for case in verification.plan(values["deep"]).cases]
         for pattern in values["only"] or []:
@@ -98,7 +98,7 @@ def _settings(values, words):
 def _python(words):
     if words[:1] == ["-m"]:
         module, rest = words[1], words[2:]
-        if module == "zokernels.cli":
+        if module == "zokernels.lab.cli":
             return _zokernels(rest)
         if module in ("pytest", "venv", "pip"):
             return check([module, *rest])

@@ -11,11 +11,11 @@ import signal
 import sys
 
 from zokernels import ops
-from zokernels.cli import main
+from zokernels.lab.cli import main
+from zokernels.lab.tasks import evaluate, folder, report
+from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.scoring import Scorer
 from zokernels.optim.base import ZOOptimizer
-from zokernels.tasks import evaluate, folder, report
-from zokernels.tasks.run import Finetune
-from zokernels.tasks.scoring import Scorer
 from zokernels.trajectory import writer
 
 

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import nn
 
 import zokernels as zk
-from zokernels import shards
+from zokernels.backends import shards
 
 SIZES = (6, 7, 3)
 STEPS = 4

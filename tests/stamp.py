@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import zokernels
-from zokernels.benchmarks import tested
+from zokernels.lab.benchmarks import tested
 
 # "not slow" is the default, "" is all of them.
 _MARKS = ("not slow", "")

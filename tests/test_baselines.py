@@ -6,14 +6,14 @@ import pytest
 import torch
 from tiny import build
 
-from zokernels.cli import main
-from zokernels.tasks import InputError, RunError, checkpoint, get_task, models
-from zokernels.tasks.batches import batches
-from zokernels.tasks.data import load
-from zokernels.tasks.resume import settings_of
-from zokernels.tasks.run import Finetune, Watcher
-from zokernels.tasks.scoring import SCORERS, Scorer
-from zokernels.tasks.settings import Settings
+from zokernels.lab.cli import main
+from zokernels.lab.tasks import InputError, RunError, checkpoint, get_task, models
+from zokernels.lab.tasks.batches import batches
+from zokernels.lab.tasks.data import load
+from zokernels.lab.tasks.resume import settings_of
+from zokernels.lab.tasks.run import Finetune, Watcher
+from zokernels.lab.tasks.scoring import SCORERS, Scorer
+from zokernels.lab.tasks.settings import Settings
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from bench import quickstart, stories
-from zokernels.benchmarks import results
-from zokernels.benchmarks.report.tables import quickstart as table
-from zokernels.cli import main
+from zokernels.lab.benchmarks import results
+from zokernels.lab.benchmarks.report.tables import quickstart as table
+from zokernels.lab.cli import main
 
 ROOT = Path(__file__).parent.parent
 

@@ -6,9 +6,9 @@ import subprocess
 import pytest
 from conftest import needs_native
 
-from zokernels.benchmarks import suite
-from zokernels.cli import main
-from zokernels.cli.bench import all as everything
+from zokernels.lab.benchmarks import suite
+from zokernels.lab.cli import main
+from zokernels.lab.cli.bench import all as everything
 
 TINY = ("--device", "cpu", "--numel", "3001", "--repeats", "2", "--dtype", "float32")
 

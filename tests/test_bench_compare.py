@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import needs_native
 
-from zokernels.benchmarks import compare, machine, tested
-from zokernels.benchmarks.ops import Plan
-from zokernels.cli import main
-from zokernels.tasks.errors import InputError, RunError
+from zokernels.lab.benchmarks import compare, machine, tested
+from zokernels.lab.benchmarks.ops import Plan
+from zokernels.lab.cli import main
+from zokernels.lab.tasks.errors import InputError, RunError
 
 LIBRARY = "zokernels/backends/_native.so"
 BUILD = """

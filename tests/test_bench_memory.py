@@ -9,10 +9,10 @@ import torch
 
 pytest.importorskip("transformers", reason="pip install 'zokernels[hf]'")
 
-from zokernels.benchmarks import footprint, memory, models
-from zokernels.benchmarks.footprint import Cell
-from zokernels.cli import main
-from zokernels.tasks.errors import InputError
+from zokernels.lab.benchmarks import footprint, memory, models
+from zokernels.lab.benchmarks.footprint import Cell
+from zokernels.lab.cli import main
+from zokernels.lab.tasks.errors import InputError
 
 pytestmark = pytest.mark.hf
 VOCABULARY, WIDTH, INNER, LAYERS, PLACES = 200_000, 32, 64, 3, 64

@@ -8,10 +8,10 @@ import pytest
 import torch
 from conftest import needs_native
 
-from zokernels.benchmarks import machine, ops, passes, rows, timing
-from zokernels.cli import main
-from zokernels.cli.bench import output
-from zokernels.tasks.errors import InputError
+from zokernels.lab.benchmarks import machine, ops, passes, rows, timing
+from zokernels.lab.cli import main
+from zokernels.lab.cli.bench import output
+from zokernels.lab.tasks.errors import InputError
 
 TINY = ["bench", "ops", "--device", "cpu", "--numel", "3001", "--repeats", "2"]
 
@@ -175,8 +175,8 @@ def test_rows_are_appended_to_a_file_from_before_a_column(tmp_path):
 
 @pytest.mark.parametrize("name", ["ops", "step", "codegen"])
 def test_the_committed_rows_can_be_appended_to(name):
-    from zokernels.benchmarks import step
-    from zokernels.cli.bench import codegen
+    from zokernels.lab.benchmarks import step
+    from zokernels.lab.cli.bench import codegen
 
     columns, later = {
         "ops": (ops.COLUMNS, ops.LATER),

@@ -3,9 +3,9 @@
 import pytest
 
 from bench.gpu import ops
-from zokernels.benchmarks import shapes
-from zokernels.cli import main
-from zokernels.tasks.errors import InputError
+from zokernels.lab.benchmarks import shapes
+from zokernels.lab.cli import main
+from zokernels.lab.tasks.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import json
 import pytest
 import stamp
 
-from zokernels.benchmarks import machine, tested
+from zokernels.lab.benchmarks import machine, tested
 
 pytest_plugins = "pytester"
 

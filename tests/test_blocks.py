@@ -8,8 +8,8 @@ from test_optim import Small, batch, state, unchanged
 from torch import nn
 
 import zokernels as zk
-from zokernels.blocks import by_layer
 from zokernels.estimators import derive_seed
+from zokernels.optim.blocks import by_layer
 
 
 class Counted(nn.Module):

@@ -5,8 +5,8 @@ import torch
 from tiny import build
 
 import zokernels as zk
-from zokernels.tasks import TASKS, InputError, models, schemes
-from zokernels.tasks.causal import CausalScorer
+from zokernels.lab.tasks import TASKS, InputError, models, schemes
+from zokernels.lab.tasks.causal import CausalScorer
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 FAMILIES = ["opt", "llama", "mistral", "qwen", "gemma", "gpt2"]

@@ -3,11 +3,11 @@
 import pytest
 from tiny import build
 
-from zokernels.tasks import InputError, chat, get_task, models
-from zokernels.tasks.run import Finetune
-from zokernels.tasks.scoring import CausalScorer
-from zokernels.tasks.settings import Settings
-from zokernels.tasks.task import Example
+from zokernels.lab.tasks import InputError, chat, get_task, models
+from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.scoring import CausalScorer
+from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.tasks.task import Example
 
 pytestmark = pytest.mark.hf
 

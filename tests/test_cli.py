@@ -10,8 +10,8 @@ from tiny import build, environment
 
 import zokernels as zk
 from zokernels.backends import native
-from zokernels.cli import main
-from zokernels.cli import quickstart as quick
+from zokernels.lab.cli import main
+from zokernels.lab.cli import quickstart as quick
 
 pytestmark = pytest.mark.hf
 
@@ -120,7 +120,7 @@ def test_no_model_is_one_sentence(place, capsys):
 
 
 def test_a_process_that_is_given_rubbish_exits_2_without_a_traceback(place):
-    command = [sys.executable, "-m", "zokernels.cli", "finetune", "--model", "./gone"]
+    command = [sys.executable, "-m", "zokernels.lab.cli", "finetune", "--model", "./gone"]
     done = subprocess.run(
         [*command, "--data", "data"], capture_output=True, text=True, cwd=place, env=environment()
     )

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from bench import hybrid, optimizers
-from zokernels.benchmarks import costs, results
-from zokernels.benchmarks.entries import ENTRIES
+from zokernels.lab.benchmarks import costs, results
+from zokernels.lab.benchmarks.entries import ENTRIES
 
 
 @pytest.mark.parametrize("two_sided", [True, False], ids=["two_sided", "one_sided"])

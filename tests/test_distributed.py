@@ -381,7 +381,7 @@ def test_finetune_under_torchrun_is_refused_before_anything_is_written(
 ):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    from zokernels.cli import main
+    from zokernels.lab.cli import main
 
     assert main(["finetune", "--model", "x", "--out", str(tmp_path / "run")]) == 2
     assert "torchrun started 2 processes" in capsys.readouterr().err

@@ -17,7 +17,7 @@ from sybil import Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 from tiny import SPECIAL, WORDS, models
 
-from zokernels.cli import main
+from zokernels.lab.cli import main
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).resolve().parent.parent

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny import build
 
-from zokernels.cli import main
+from zokernels.lab.cli import main
 
 pytestmark = pytest.mark.hf
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"

@@ -5,9 +5,9 @@ import torch
 from tiny import build
 
 import zokernels as zk
-from zokernels.tasks import SST2, Example, InputError, families, models, schemes, soft
-from zokernels.tasks.probe import ProbeScorer
-from zokernels.tasks.scoring import SCORERS
+from zokernels.lab.tasks import SST2, Example, InputError, families, models, schemes, soft
+from zokernels.lab.tasks.probe import ProbeScorer
+from zokernels.lab.tasks.scoring import SCORERS
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 pytest.importorskip("peft", reason="pip install 'zokernels[hf]'")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from tiny import environment
 
-from zokernels.tasks import InputError, RunError, models
-from zokernels.tasks.run import Finetune, Watcher
-from zokernels.tasks.scoring import Scorer
-from zokernels.tasks.settings import Settings
+from zokernels.lab.tasks import InputError, RunError, models
+from zokernels.lab.tasks.run import Finetune, Watcher
+from zokernels.lab.tasks.scoring import Scorer
+from zokernels.lab.tasks.settings import Settings
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 
@@ -175,7 +175,7 @@ def test_evaluations_during_training_see_a_part(places, tmp_path):
 
 def test_dev_never_picks_the_checkpoint(places, tmp_path, monkeypatch):
     """With valid best at step 2 and dev best at step 4, the weights of step 2 are kept."""
-    from zokernels.tasks import evaluate
+    from zokernels.lab.tasks import evaluate
 
     run = Finetune(settings(places, tmp_path / "run", steps=6, eval_every=2, keep_best=True))
     answers = {"valid": iter([0.9, 0.1]), "dev": iter([0.1, 0.2, 0.9, 0.5])}
@@ -253,7 +253,7 @@ def test_a_stop_between_steps_keeps_what_was_done(places, tmp_path):
 def test_ctrl_c_exits_130_and_says_where_things_are(places, tmp_path):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "zokernels.cli", "finetune", "--model", str(places / "bert")]
+        [sys.executable, "-m", "zokernels.lab.cli", "finetune", "--model", str(places / "bert")]
         + ["--data", str(places), "--out", str(out), "--steps", "1000000", "--max-length", "32"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -18,11 +18,11 @@ pytest.importorskip("xdist", reason="needs pytest-xdist: pip install '.[dev]'")
 
 from bench.gpu import check, deadline, memory, ops, step
 from bench.gpu.part import Part
-from zokernels.benchmarks import memory as memories
-from zokernels.benchmarks import ops as passes
-from zokernels.benchmarks import results
-from zokernels.benchmarks import step as steps
-from zokernels.cli import main
+from zokernels.lab.benchmarks import memory as memories
+from zokernels.lab.benchmarks import ops as passes
+from zokernels.lab.benchmarks import results
+from zokernels.lab.benchmarks import step as steps
+from zokernels.lab.cli import main
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "on_gpu.sh"

@@ -8,9 +8,9 @@ from conftest import same_bits
 from test_finetune import lines, settings, weights
 
 import zokernels as zk
-from zokernels.tasks import RunError, halves
-from zokernels.tasks.run import Finetune
-from zokernels.tasks.scoring import Scorer
+from zokernels.lab.tasks import RunError, halves
+from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.scoring import Scorer
 
 pytestmark = pytest.mark.hf
 

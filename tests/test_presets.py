@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny import build
 
-from zokernels.cli import main
-from zokernels.tasks import InputError, get_task, optimizers, presets
-from zokernels.tasks.settings import Settings
+from zokernels.lab.cli import main
+from zokernels.lab.tasks import InputError, get_task, optimizers, presets
+from zokernels.lab.tasks.settings import Settings
 
 CELL = "zo-bench/sst2/opt-1.3b/"
 

@@ -16,8 +16,8 @@ from torch import nn
 
 import zokernels as zk
 from zokernels.backends import native
-from zokernels.cli import main
 from zokernels.estimators import derive_seed
+from zokernels.lab.cli import main
 
 
 class Net(nn.Module):

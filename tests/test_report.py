@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from made_up import steps_on_a_gpu, whole_study
 
-from zokernels.benchmarks import results
-from zokernels.benchmarks.report import catalog, document, png, renewal, style
-from zokernels.benchmarks.report.parts import Figure
-from zokernels.benchmarks.report.tables import ops as passes
-from zokernels.benchmarks.report.tables import study as tables
-from zokernels.cli import main
+from zokernels.lab.benchmarks import results
+from zokernels.lab.benchmarks.report import catalog, document, png, renewal, style
+from zokernels.lab.benchmarks.report.parts import Figure
+from zokernels.lab.benchmarks.report.tables import ops as passes
+from zokernels.lab.benchmarks.report.tables import study as tables
+from zokernels.lab.cli import main
 
 ROOT = Path(__file__).parent.parent
 # One of rows that nobody has measured yet is not there.
@@ -251,7 +251,7 @@ def test_another_process_draws_the_same_bytes_opaque_and_with_their_digest(check
     shutil.rmtree(checkout / "docs/figures")
     # Sets of names have another order there.
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "zokernels.cli", "bench", "report"]
+    command = [sys.executable, "-m", "zokernels.lab.cli", "bench", "report"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert contents(checkout / "docs/figures") == drawn
     for part in FIGURES:

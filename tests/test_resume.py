@@ -13,9 +13,9 @@ import pytest
 from tiny import build, environment
 
 import zokernels as zk
-from zokernels.cli import main
-from zokernels.tasks import InputError, folder, resume
-from zokernels.tasks.run import Finetune
+from zokernels.lab.cli import main
+from zokernels.lab.tasks import InputError, folder, resume
+from zokernels.lab.tasks.run import Finetune
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 

@@ -8,11 +8,11 @@ import torch
 from tiny import build
 
 import zokernels as zk
-from zokernels.tasks import TASKS, Example, InputError, generation, models
-from zokernels.tasks.evaluate import accuracy
-from zokernels.tasks.run import Finetune
-from zokernels.tasks.scoring import SCORERS
-from zokernels.tasks.settings import Settings
+from zokernels.lab.tasks import TASKS, Example, InputError, generation, models
+from zokernels.lab.tasks.evaluate import accuracy
+from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.scoring import SCORERS
+from zokernels.lab.tasks.settings import Settings
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 COPA = [

@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokernels as zk
-from zokernels import selection
 from zokernels.estimators import SPARSITY, derive_seed
+from zokernels.optim import selection
 
 
 def weights(dtype, sizes=(0, 1, 257, 1000), seed=0):

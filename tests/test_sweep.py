@@ -8,11 +8,11 @@ import signal
 import pytest
 from tiny import build
 
-from zokernels.cli import main
-from zokernels.cli import sweep as command
-from zokernels.sweeps import file, plan, pool
-from zokernels.sweeps.folder import SweepFolder
-from zokernels.tasks import InputError
+from zokernels.lab.cli import main
+from zokernels.lab.cli import sweep as command
+from zokernels.lab.sweeps import file, plan, pool
+from zokernels.lab.sweeps.folder import SweepFolder
+from zokernels.lab.tasks import InputError
 
 pytestmark = pytest.mark.hf
 

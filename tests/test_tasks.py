@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tiny import build, environment
 
-from zokernels.tasks import (
+from zokernels.lab.tasks import (
     SST2,
     Example,
     InputError,
@@ -22,9 +22,9 @@ from zokernels.tasks import (
     rows,
     schemes,
 )
-from zokernels.tasks.batches import batches
-from zokernels.tasks.evaluate import accuracy
-from zokernels.tasks.scoring import SCORERS
+from zokernels.lab.tasks.batches import batches
+from zokernels.lab.tasks.evaluate import accuracy
+from zokernels.lab.tasks.scoring import SCORERS
 
 EXAMPLES = [
     Example("a fine film with a good heart", 1),
@@ -51,7 +51,7 @@ def scorer_of(kind, tmp_path, max_length=64):
 
 def test_importing_the_package_or_its_tasks_imports_no_transformers():
     code = (
-        "import sys, zokernels, zokernels.tasks, zokernels.cli; "
+        "import sys, zokernels, zokernels.lab.tasks, zokernels.lab.cli; "
         "print(sorted({'transformers', 'peft', 'matplotlib', 'datasets'} & set(sys.modules)))"
     )
     out = subprocess.run(

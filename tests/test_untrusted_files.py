@@ -11,8 +11,8 @@ import torch
 from tiny import build
 
 import zokernels
-from zokernels.cli import main
-from zokernels.tasks import InputError, models
+from zokernels.lab.cli import main
+from zokernels.lab.tasks import InputError, models
 
 SOURCES = sorted(Path(zokernels.__file__).parent.rglob("*.py"))
 # What could run a file's content; `weights_only=True` makes `torch.load` a reader of tensors.
@@ -177,7 +177,7 @@ def test_an_out_that_cannot_be_written_is_refused_before_a_step(model, monkeypat
 
 @pytest.mark.hf
 def test_a_json_on_a_full_disk_leaves_the_run_and_the_device(model, monkeypatch, capsys):
-    from zokernels.tasks import folder
+    from zokernels.lab.tasks import folder
 
     monkeypatch.chdir(model.parent)
     argv = ["finetune", "--model", str(model), "--data", ".", "--steps", "1", "--out", "run"]

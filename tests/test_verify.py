@@ -12,11 +12,11 @@ from conftest import needs_native
 from tiny import environment
 
 import zokernels as zk
-from zokernels import verification
 from zokernels.backends import native, reference
-from zokernels.cli import main
-from zokernels.verification import exact, passes, training
-from zokernels.verification.engines import engines
+from zokernels.lab import verification
+from zokernels.lab.cli import main
+from zokernels.lab.verification import exact, passes, training
+from zokernels.lab.verification.engines import engines
 
 ENGINES, _ = engines()
 NATIVE = f"native.{native.instruction_sets()[-1]}" if native.why_missing() is None else ""
@@ -194,13 +194,13 @@ def test_triton_is_verified_where_its_interpreter_is_asked_for():
     pytest.importorskip("triton", reason="needs triton: pip install triton (Linux)")
     only = "passes/triton.interpreted/add_noise/*"
     done = subprocess.run(
-        [sys.executable, "-m", "zokernels.cli", "verify", "--list", "--only", only],
+        [sys.executable, "-m", "zokernels.lab.cli", "verify", "--list", "--only", only],
         env=environment() | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     ids = done.stdout.split()
     assert done.returncode == 0 and ids, done.stderr
     done = subprocess.run(
-        [sys.executable, "-m", "zokernels.cli", "verify", "--only", ids[0]],
+        [sys.executable, "-m", "zokernels.lab.cli", "verify", "--only", ids[0]],
         env=environment() | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -219,7 +219,7 @@ def test_the_instruction_set_of_the_user_comes_back():
 
 def test_the_packaged_golden_vectors_are_those_of_the_tests():
     here = Path(__file__).parent / "golden" / "noise_v1.json"
-    packaged = Path(zk.__file__).parent / "data" / "noise_v1.json"
+    packaged = Path(zk.__file__).parent / "lab" / "data" / "noise_v1.json"
     assert here.read_bytes() == packaged.read_bytes()
 
 

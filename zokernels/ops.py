@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from zokernels import checks, masks, rules, shards
-from zokernels.backends import select
+from zokernels import masks
+from zokernels.backends import checks, rules, select, shards
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 
 __all__ = ["add_noise", "add_noise_", "apply_update_", "listening"]

@@ -14,7 +14,7 @@ from functools import partial
 
 from bench.gpu import deadline
 from bench.gpu.part import CHECKED, Job, Part
-from zokernels.benchmarks import machine, results
+from zokernels.lab.benchmarks import machine, results
 
 FILES = ("test_passes.py", "test_steps.py", "test_graphs.py", "test_variants.py")
 # A test that hangs is ended, with its process; one that is begun last may take some seconds.

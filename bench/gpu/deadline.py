@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from zokernels.benchmarks import machine, results
+from zokernels.lab.benchmarks import machine, results
 
 COLUMNS = (*machine.COLUMNS, "triton", "kind", "passed", "failed", "left", "skipped")
 LEFT = "no time is left"

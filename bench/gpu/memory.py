@@ -9,8 +9,8 @@ from __future__ import annotations
 from functools import partial
 
 from bench.gpu.part import Job, Part
-from zokernels.benchmarks import memory
-from zokernels.benchmarks.footprint import Cell
+from zokernels.lab.benchmarks import memory
+from zokernels.lab.benchmarks.footprint import Cell
 
 MODEL, ROWS = "opt-1.3b", 8
 OPTIMIZERS = ("zo-sgd", "fo-sgd", "fo-adam")

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from bench.gpu.part import Job, Part, told
-from zokernels.benchmarks import machine, ops, passes, shapes
-from zokernels.benchmarks.passes import FLOOR, Case
+from zokernels.lab.benchmarks import machine, ops, passes, shapes
+from zokernels.lab.benchmarks.passes import FLOOR, Case
 
 SHAPES = Path(__file__).with_name("shapes.csv")
 WEIGHTS, DRY_WEIGHTS = 10**9, 4_500

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zokernels.benchmarks import results, rows
+from zokernels.lab.benchmarks import results, rows
 
 SUMMARY, CHECKED = "summary.txt", "check.csv"
 

@@ -14,7 +14,7 @@ import torch
 
 from bench.gpu.part import Job, Part
 from zokernels import noise
-from zokernels.benchmarks import models, step
+from zokernels.lab.benchmarks import models, step
 
 # On which the expectation of a cell's time rests: what a large product of bfloat16 matrices reaches
 # in a model, and a pass over weights.

@@ -16,7 +16,7 @@ import torch  # noqa: E402
 from zokernels import noise  # noqa: E402
 
 FILE = Path(__file__).with_name("noise_v1.json")
-PACKAGED = ROOT / "zokernels" / "data" / "noise_v1.json"
+PACKAGED = ROOT / "zokernels" / "lab" / "data" / "noise_v1.json"
 
 # kind, seed, stream, offset, numel, keep
 CASES = [

@@ -12,19 +12,17 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from zokernels import checks, ops
-from zokernels.backends import deferred
+from zokernels import ops
+from zokernels.backends import checks, deferred
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
 from zokernels.optim import ZOSGD
+from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import Chosen
 from zokernels.perturb.deferred import words as words_of_move
-
-if TYPE_CHECKING:
-    from zokernels.optim.base import ZOOptimizer
 
 _ONE = bits32(1.0)
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
-from zokernels import shards
-from zokernels.backends import select
+from zokernels.backends import select, shards
 from zokernels.optim import (
     ZOSGD,
     ForwardGrad,
@@ -20,9 +19,7 @@ from zokernels.optim import (
     ZOSGDMomentum,
     ZOSGDSign,
 )
-
-if TYPE_CHECKING:
-    from zokernels.optim.base import ZOOptimizer
+from zokernels.optim.base import ZOOptimizer
 
 # By class and no further: a class derived from one of these may decide on the host.
 RULES = (ZOSGD, ZOSGDSign, ZOSGDMomentum, ZOAdam)

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from zokernels import blocks as partitions
 from zokernels import masks as mask_types
-from zokernels import shards
+from zokernels.backends import shards
 from zokernels.distributed import Distributed, connect
 from zokernels.estimators import ROUNDING, Estimate, Point, derive_seed, estimate
+from zokernels.optim import blocks as partitions
 from zokernels.optim import sparse
 from zokernels.optim.forward import (
     Closure,
@@ -30,7 +30,7 @@ from zokernels.optim.groups import Chosen, check_group, join_masks, join_run, tr
 from zokernels.optim.recording import Recorded
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired, choose_mode
-from zokernels.prefix import Prefix
+from zokernels.perturb.prefix import Prefix
 
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from zokernels import shards
+from zokernels.backends import shards
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired
 
 Closure = Callable[[], torch.Tensor | float]

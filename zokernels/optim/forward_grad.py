@@ -17,7 +17,8 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zokernels import masks, ops, shards
+from zokernels import masks, ops
+from zokernels.backends import shards
 from zokernels.estimators import Estimate
 from zokernels.optim.forward import Forward
 from zokernels.optim.groups import Chosen, join_masks

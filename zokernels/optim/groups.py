@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from zokernels import blocks, masks, noise
+from zokernels import masks, noise
+from zokernels.optim import blocks
 
 # Param groups, each with the positions of the parameters in it that a pass is for.
 Chosen = list[tuple[dict, list[int]]]

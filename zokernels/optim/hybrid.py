@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from zokernels import blocks
 from zokernels.estimators import Estimate
+from zokernels.optim import blocks
 from zokernels.optim.forward import Forward
 from zokernels.optim.sgd import ZOSGD
 

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from zokernels import ops, rules
+from zokernels import ops
+from zokernels.backends import rules
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import mean_coefficients
 from zokernels.optim.state import plain_dtype, states_of

@@ -6,20 +6,33 @@ import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol
 
 import torch
+from torch import nn
 
+from zokernels.distributed import Distributed
 from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
 from zokernels.trajectory.reader import read
 from zokernels.trajectory.recorder import check_recordable
 from zokernels.trajectory.writer import Writer
 
-if TYPE_CHECKING:
-    from zokernels.optim.base import ZOOptimizer
-
 # What of a param group may change from step to step, or grows with the steps.
 _CHANGING = {"params", "streams", "mask", "lr", "initial_lr", "step", "history"}
+
+
+class Recordable(Protocol):
+    """What is asked of an optimizer whose steps are recorded."""
+
+    param_groups: list[dict[str, Any]]
+    state: Any
+    model: nn.Module | None
+    parallel: Distributed
+    backend: str | None
+    bad_steps: int
+    replayable: bool
+
+    def _check_resumable(self) -> None: ...
 
 
 class Recorded:
@@ -34,6 +47,11 @@ class Recorded:
     trajectory: Recorder | None = None
     replayable = True
     param_groups: list[dict[str, Any]]
+    state: Any
+    model: nn.Module | None
+    parallel: Distributed
+    backend: str | None
+    bad_steps: int
 
     def record(
         self, path: str | Path, *, about: dict[str, Any] | None = None, sync_every: float = 1.0
@@ -56,7 +74,7 @@ class Recorded:
             TrajectoryError: If the file exists or cannot be written, or the steps could not be
                 replayed from it.
         """
-        self.trajectory = begin(cast(Any, self), path, about, sync_every)
+        self.trajectory = begin(self, path, about, sync_every)
         return self.trajectory
 
     @torch.no_grad()
@@ -79,7 +97,7 @@ class Recorded:
         Raises:
             TrajectoryError: If the file is damaged or another run's; nothing is changed then.
         """
-        self.trajectory = go_on(cast(Any, self), path, until, sync_every)
+        self.trajectory = go_on(self, path, until, sync_every)
         return self.trajectory
 
     def _check_resumable(self) -> None:
@@ -92,7 +110,7 @@ class Recorded:
 
 
 def begin(
-    optimizer: ZOOptimizer, path: str | Path, about: dict[str, Any] | None, sync_every: float
+    optimizer: Recordable, path: str | Path, about: dict[str, Any] | None, sync_every: float
 ) -> Recorder:
     """Starts a trajectory at the optimizer's present step; see `Recorded.record`."""
     for group in optimizer.param_groups:
@@ -118,7 +136,7 @@ def begin(
 
 
 def go_on(
-    optimizer: ZOOptimizer, path: str | Path, until: int | None, sync_every: float
+    optimizer: Recordable, path: str | Path, until: int | None, sync_every: float
 ) -> Recorder:
     """Replays a trajectory onto a new optimizer; see `Recorded.resume`."""
     optimizer._check_resumable()
@@ -151,7 +169,7 @@ def go_on(
     return recorder
 
 
-def _by_first(optimizer: ZOOptimizer) -> Callable[[Callable[[], Writer]], Writer | None]:
+def _by_first(optimizer: Recordable) -> Callable[[Callable[[], Writer]], Writer | None]:
     """Opens a file in the first of several processes; what it raises, all of them raise."""
 
     def on_disk(open_file: Callable[[], Writer]) -> Writer | None:
@@ -162,7 +180,7 @@ def _by_first(optimizer: ZOOptimizer) -> Callable[[Callable[[], Writer]], Writer
     return on_disk
 
 
-def _named(optimizer: ZOOptimizer) -> list[tuple[str, torch.Tensor, int]]:
+def _named(optimizer: Recordable) -> list[tuple[str, torch.Tensor, int]]:
     """Every parameter of the module, or of the groups: (name, parameter, stream)."""
     if optimizer.model is not None:
         return [(n, p, i) for i, (n, p) in enumerate(optimizer.model.named_parameters())]
@@ -172,7 +190,7 @@ def _named(optimizer: ZOOptimizer) -> list[tuple[str, torch.Tensor, int]]:
     return [(str(i), p, stream) for i, (p, stream) in enumerate(pairs)]
 
 
-def _constants(optimizer: ZOOptimizer) -> list[dict[str, Any]]:
+def _constants(optimizer: Recordable) -> list[dict[str, Any]]:
     """The numbers of each group that stay as they are, as JSON gives them back."""
     plain = [
         {
@@ -185,7 +203,7 @@ def _constants(optimizer: ZOOptimizer) -> list[dict[str, Any]]:
     return json.loads(json.dumps(plain))
 
 
-def _check_same_run(optimizer: ZOOptimizer, trajectory: Trajectory) -> None:
+def _check_same_run(optimizer: Recordable, trajectory: Trajectory) -> None:
     header, name = trajectory.header, type(optimizer).__name__
     if header["optimizer"] != name:
         raise TrajectoryError(

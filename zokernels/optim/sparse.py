@@ -13,8 +13,9 @@ from dataclasses import dataclass
 
 import torch
 
-from zokernels import masks, ops, selection
+from zokernels import masks, ops
 from zokernels.estimators import SPARSITY, derive_seed
+from zokernels.optim import selection
 from zokernels.optim.groups import trainable
 
 _CHUNK = 1 << 20

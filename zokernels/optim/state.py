@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from zokernels import shards
+from zokernels.backends import shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

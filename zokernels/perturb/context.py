@@ -8,7 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from zokernels import masks, shards
+from zokernels import masks
+from zokernels.backends import shards
 from zokernels.perturb.direction import Direction, Move
 from zokernels.perturb.in_place import InPlace
 from zokernels.perturb.modes import choose_mode

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import torch
 
-from zokernels import checks, ops, shards
-from zokernels.backends import select
+from zokernels import ops
+from zokernels.backends import checks, select, shards
 from zokernels.backends.deferred import Deferred, Given
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
 from zokernels.perturb.direction import Direction, Move, is_mirror

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from zokernels import checks, masks
-from zokernels.backends import native, select
+from zokernels import masks
+from zokernels.backends import checks, native, select
 from zokernels.backends.plan import AddNoise
 from zokernels.perturb.deferred import DeferredDirection, Prepared
 from zokernels.perturb.direction import Direction, is_mirror

@@ -6,7 +6,7 @@ import warnings
 
 from torch import nn
 
-from zokernels import shards
+from zokernels.backends import shards
 
 MODES = ("on_entry", "paired", "in_place")
 

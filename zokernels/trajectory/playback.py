@@ -12,7 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from zokernels import checks, masks, ops, rules, shards
+from zokernels import masks, ops
+from zokernels.backends import checks, rules, shards
 from zokernels.estimators import ROUNDING, derive_seed
 from zokernels.trajectory.format import Scalars, TrajectoryError
 from zokernels.trajectory.reader import Trajectory

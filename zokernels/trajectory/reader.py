@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from zokernels import checks, masks, noise, rules
+from zokernels import masks, noise
+from zokernels.backends import checks, rules
 from zokernels.trajectory import format as form
 from zokernels.trajectory.format import Step, TrajectoryError
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from zokernels import masks, noise, ops, shards
+from zokernels import masks, noise, ops
+from zokernels.backends import shards
 from zokernels.estimators import ROUNDING, derive_seed
 from zokernels.trajectory import format as form
 from zokernels.trajectory.format import Scalars, Step, TrajectoryError

@@ -1,7 +1,0 @@
-"""``python -m zokernels.cli``."""
-
-import sys
-
-from zokernels.cli import main
-
-sys.exit(main())

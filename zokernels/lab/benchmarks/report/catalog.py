@@ -1,0 +1,60 @@
+"""All parts of the documents that are made from rows."""
+
+from __future__ import annotations
+
+from zokernels.lab.benchmarks.report.figures import accuracy, memory, roofline, step
+from zokernels.lab.benchmarks.report.figures import gpu as gpu_steps
+from zokernels.lab.benchmarks.report.figures import ops as passes
+from zokernels.lab.benchmarks.report.figures import study as all_cells
+from zokernels.lab.benchmarks.report.parts import Figure, Part, Table
+from zokernels.lab.benchmarks.report.tables import (
+    codegen,
+    gpu,
+    hybrid,
+    numerics,
+    ops,
+    optimizers,
+    quickstart,
+    replay,
+    steps,
+    study,
+)
+from zokernels.lab.benchmarks.report.tables import memory as memories
+
+README, PERFORMANCE = "README.md", "docs/performance.md"
+OPTIMIZERS, NUMERICS = "docs/optimizers.md", "docs/numerics.md"
+
+# What bench/on_gpu.sh writes, where there was a GPU.
+GPU = ("gpu/check.csv", "gpu/ops.csv", "gpu/step.csv")
+
+PARTS: tuple[Part, ...] = (
+    Table("gpu-status", README, GPU, gpu.status, optional=True),
+    Table("step-summary", README, ("step.csv",), steps.summary),
+    Table("ops", PERFORMANCE, ("ops.csv",), ops.tables),
+    Table("step", PERFORMANCE, ("step.csv",), steps.tables),
+    Table("step-targets", PERFORMANCE, ("step.csv",), steps.targets),
+    Table("gpu", PERFORMANCE, GPU, gpu.tables, optional=True),
+    Table("codegen", PERFORMANCE, ("codegen.csv",), codegen.table),
+    Table("codegen-reading", PERFORMANCE, ("codegen.csv",), codegen.reading),
+    Table("memory", "docs/memory.md", ("memory.csv",), memories.measured),
+    Table("memory-arithmetic", "docs/memory.md", ("memory.csv",), memories.arithmetic),
+    Table("gpu-memory", "docs/memory.md", ("gpu/memory.csv",), gpu.memory, optional=True),
+    Table("study", "docs/study.md", ("study.csv",), study.tables),
+    Table("study-rates", "docs/study.md", ("study_rates.csv",), study.tables),
+    Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),
+    Table("rules", OPTIMIZERS, (), optimizers.rules),
+    Table("costs", OPTIMIZERS, ("optimizers.csv",), optimizers.costs),
+    Table("hybrid", OPTIMIZERS, ("hybrid.csv",), hybrid.table),
+    Table("estimate", NUMERICS, ("numerics.csv",), numerics.estimate),
+    Table("update", NUMERICS, ("numerics.csv",), numerics.update),
+    Table("restore", NUMERICS, ("numerics.csv",), numerics.restore),
+    Table("replay", "docs/reliability.md", ("replay.csv",), replay.table),
+    Table("recording", "docs/reliability.md", ("replay.csv",), replay.recording),
+    Figure("step", ("step.csv",), step.draw, version=2),
+    Figure("ops", ("ops.csv",), passes.draw, version=1),
+    Figure("gpu-step", ("gpu/step.csv",), gpu_steps.draw, version=1, optional=True),
+    Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
+    Figure("memory", ("memory.csv",), memory.draw, version=2),
+    Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
+    Figure("study", ("study.csv",), all_cells.draw, version=1),
+)

@@ -1,0 +1,58 @@
+"""The command line: ``zokernels finetune | sweep | bench | verify | replay | env``."""
+
+import sys
+from collections.abc import Sequence
+
+import typer
+
+from zokernels.lab.cli import bench, env, finetune, replay, sweep, verify
+from zokernels.lab.tasks.errors import InputError, RunError
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="zokernels",
+    help="Fine-tune a language model with forward passes only.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("finetune")(finetune.command)
+app.command("sweep")(sweep.command)
+app.command("replay")(replay.command)
+app.command("verify")(verify.command)
+app.command("env")(env.command)
+app.add_typer(bench.app, name="bench")
+
+
+@app.callback()
+def _root() -> None:
+    """Fine-tune a language model with forward passes only."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code.
+
+    0: done. 1: the run failed. 2: what was given cannot be used. 130: interrupted. Whatever goes
+    wrong is said in one sentence on stderr.
+    """
+    try:
+        result = app(args=argv, prog_name="zokernels", standalone_mode=False)
+    except InputError as error:
+        return _fail(str(error), 2)
+    except RunError as error:
+        return _fail(str(error), 1)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("Interrupted before there was anything to keep.", 130)
+    except Exception as error:
+        # Usage errors come from typer's or click's own parser, by its version; both have these.
+        message = getattr(error, "format_message", None)
+        if message is None:
+            raise
+        return _fail(message(), 2) if message() else 2
+    return result if isinstance(result, int) else 0
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"zokernels: {' '.join(sentence.split())}", file=sys.stderr)
+    return code

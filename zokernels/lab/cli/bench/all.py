@@ -1,0 +1,113 @@
+"""``zokernels bench all``: every benchmark with settings for this machine, into one folder."""
+
+import importlib.util
+import json as json_module
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zokernels.lab.benchmarks import machine, suite
+from zokernels.lab.cli.bench import output
+from zokernels.lab.tasks import folder
+from zokernels.lab.tasks.errors import InputError
+
+SUMMARY = "summary.json"
+
+
+def command(
+    out: Annotated[Path, typer.Option(help="A new or empty folder for rows and pictures.")],
+    full: Annotated[bool, typer.Option("--full/--quick", help="Minutes, or half an hour.")] = False,
+    json: output.JSON = None,
+) -> int:
+    """Run ops, step, memory and codegen one after the other; 1 if one of them failed."""
+    folder.check_json(json)
+    _check_folder(out)
+    runs = suite.runs(full)
+    total, most = sum(r.minutes for r in runs), sum(r.limit for r in runs) / 60
+    output.say(
+        f"{', '.join(r.name for r in runs)}: about {total:.0f} minutes on two cores, at most "
+        f"{most:.0f}, into {out}. Let nothing else run."
+    )
+    output.say_tests()
+    plots = importlib.util.find_spec("matplotlib") is not None
+    if not plots:
+        output.say("No pictures: they need matplotlib, pip install 'matplotlib>=3.8'.")
+    out.mkdir(parents=True, exist_ok=True)
+    about = machine.about("cuda" if torch.cuda.is_available() else "cpu")
+    results: list[dict[str, Any]] = []
+    code = 0
+    try:
+        for run in runs:
+            results.append(_run(run, out, plots))
+    except KeyboardInterrupt:
+        output.say("Interrupted; what was done before is kept.")
+        code = 130
+    found = {"environment": about, "runs": results}
+    folder.write_answer(out / SUMMARY, found)
+    if json is not None:
+        folder.write_answer(json, found)
+    Console().print(_table(results, out))
+    failed = any(r["outcome"] in ("failed", "stopped") for r in results)
+    return code or int(failed)
+
+
+def _check_folder(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out} is a file; name a new folder.")
+    if out.exists() and any(out.iterdir()):
+        raise InputError(f"--out {out} is not empty; name a new folder.")
+
+
+def _run(run: suite.Run, out: Path, plots: bool) -> dict[str, Any]:
+    """One command in a process of its own, so that none finds the memory of another."""
+    result: dict[str, Any] = {"name": run.name, "outcome": "left out", "seconds": 0.0}
+    if run.needs is not None and importlib.util.find_spec(run.needs[0]) is None:
+        return result | {"why": f"it needs {run.needs[0]}: {run.needs[1]}"}
+    files = {"--csv": f"{run.command}.csv", "--json": f"{run.name}.json"}
+    if plots:
+        files["--plot"] = f"{run.name}.png"
+    named = [part for option, name in files.items() for part in (option, str(out / name))]
+    command = [
+        sys.executable,
+        "-m",
+        "zokernels.lab.cli",
+        "bench",
+        run.command,
+        *run.options,
+        *named,
+    ]
+    Console(stderr=True).rule(f"bench {run.command} {' '.join(run.options)}")
+    started = time.perf_counter()
+    try:
+        code = _process(command, run.limit, machine.environment())
+    except subprocess.TimeoutExpired:
+        return result | {"outcome": "stopped", "why": f"it took more than {run.limit:.0f} s"}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    if code:
+        return result | {"outcome": "failed", "why": f"exit code {code}; what it said is above"}
+    rows = json_module.loads((out / files["--json"]).read_text(encoding="utf-8"))[run.command]
+    return result | {
+        "outcome": "done",
+        "files": list(files.values()),
+        "lines": suite.headline(run.command, rows),
+    }
+
+
+def _process(command: list[str], limit: float, environment: dict[str, str]) -> int:
+    return subprocess.run(command, timeout=limit, env=environment).returncode
+
+
+def _table(results: list[dict[str, Any]], out: Path) -> Table:
+    table = Table("run", "outcome", title=f"Summary; all of it is in {out}", title_justify="left")
+    for result in results:
+        said = result.get("lines") or [f"{result['outcome']}: {result['why']}"]
+        table.add_row(f"{result['name']}\n{result['seconds']:.0f} s", "\n".join(said))
+        table.add_section()
+    return table

@@ -1,0 +1,89 @@
+"""``zokernels bench codegen``: what the compiler makes of the Triton kernels."""
+
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zokernels.lab.benchmarks import machine, plots
+from zokernels.lab.cli.bench import output
+from zokernels.lab.tasks.errors import InputError
+
+# The compiler's output does not depend on the machine.
+_ABOUT = ("date", "commit", "tests")
+COLUMNS = (
+    *_ABOUT, "triton", "sm", "case", "instructions_per_weight", "instructions_per_further_seed",
+    "elements_per_thread", "narrowest_store_bits", "registers", "spills", "stack", "shared",
+    "fused", "fusible", "bytes_per_weight",
+)  # fmt: skip
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def command(
+    sm: Annotated[list[int] | None, typer.Option(help="Architectures, as 90 for sm_90.")] = None,
+    csv_file: output.CSV = None,
+    json: output.JSON = None,
+    plot: output.PLOT = None,
+) -> None:
+    """Compile the Triton kernels, without a GPU, and count their machine instructions."""
+    out = output.Output(csv_file, json, plot, COLUMNS, _ABOUT)
+    try:
+        import triton
+
+        from zokernels.backends.triton import codegen as compiler
+    except ImportError as error:
+        raise InputError(f"bench codegen needs triton: {error}; pip install triton.") from None
+    if compiler.INTERPRETED:
+        raise InputError("TRITON_INTERPRET is set, so nothing is compiled; unset it.")
+    about = {name: machine.about()[name] for name in _ABOUT}
+    rows: list[dict[str, Any]] = []
+    wanted = [(capability, case) for capability in sm or (80, 90, 100) for case in _cases(compiler)]
+    with output.progress() as progress:
+        bar = progress.add_task("Compiling", total=len(wanted))
+        for capability, case in wanted:
+            rows.append(about | _row(triton.__version__, capability, case, compiler))
+            progress.advance(bar)
+    Console().print(_table(rows))
+    output.say_tests(str(about["tests"]))
+    out.write("codegen", rows, lambda: plots.codegen(rows))
+
+
+def _cases(compiler: Any) -> list[Any]:
+    kinds = [("add_noise", dist) for dist in ("gaussian", "rademacher")]
+    kinds += [(rule, "gaussian") for rule in ("sign", "momentum", "adam", "amsgrad")]
+    return [compiler.Case(op, dtype, dist) for op, dist in kinds for dtype in _DTYPES]
+
+
+def _row(version: str, capability: int, case: Any, compiler: Any) -> dict[str, Any]:
+    code = compiler.count_case(case, capability)
+    counts = asdict(code)
+    return {
+        "triton": version,
+        "sm": capability,
+        "case": str(case),
+        "instructions_per_weight": f"{code.per_weight:.2f}",
+        "instructions_per_further_seed": f"{code.per_seed:.2f}",
+        "elements_per_thread": code.elements,
+        "narrowest_store_bits": min(code.stores),
+        **{name: counts[name] for name in ("registers", "spills", "stack", "shared", "fused")},
+        "fusible": code.fusible,
+        "bytes_per_weight": code.bytes_per_weight,
+    }
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    table = Table(
+        title="Machine instructions: a weight, and a weight and further seed", title_justify="left"
+    )
+    shown = {
+        "sm": "sm", "case": "kernel", "instructions_per_weight": "weight",
+        "instructions_per_further_seed": "seed", "registers": "registers",
+        "spills": "spills", "narrowest_store_bits": "stores",
+    }  # fmt: skip
+    for name in shown.values():
+        table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(str(row[name]) for name in shown))
+    return table

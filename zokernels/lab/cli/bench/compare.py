@@ -1,0 +1,91 @@
+"""``zokernels bench compare``: the passes of another commit beside those of the working tree."""
+
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zokernels.lab.benchmarks import compare, machine, ops, passes
+from zokernels.lab.cli.bench import output
+from zokernels.lab.tasks import folder
+
+
+def command(
+    base: Annotated[str, typer.Argument(help="A commit: HEAD, main, a tag or a hash.")],
+    runs: Annotated[int, typer.Option(min=1, help="Processes of each side, in turn.")] = 6,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions in a process.")] = 7,
+    numel: Annotated[int, typer.Option(min=1, help="Weights in a tensor.")] = 20_000_000,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="float32 and bfloat16; may be repeated.")
+    ] = None,
+    json: output.JSON = None,
+) -> int:
+    """Compare the passes of a commit with the working tree's, on this CPU, in alternation."""
+    folder.check_json(json)
+    dtypes = tuple(dict.fromkeys(dtype or ("float32", "bfloat16")))
+    for name in dtypes:
+        output.check_choice("--dtype", name, tuple(passes.DTYPES))
+    commit = compare.resolve(base)
+    plan = ops.Plan(numel=numel, dtypes=dtypes, peers=False, repeats=repeats)
+    try:
+        with tempfile.TemporaryDirectory(prefix="zokernels-base-") as scratch:
+            sides = _measure(commit, Path(scratch), plan, runs)
+    except KeyboardInterrupt:
+        output.say("Interrupted; the commit's folder is removed, and nothing was compared.")
+        return 130
+    found = compare.differences(*sides)
+    here = machine.commit()
+    console = Console()
+    console.print(table(found, f"{base} ({commit[:9]})", here))
+    console.print(_sentence(found, runs), highlight=False, soft_wrap=True)
+    if json is not None:
+        about = machine.about() | {"base": commit, "runs": runs, "numel": numel}
+        rows = [asdict(f) | {"key": list(f.key)} for f in found]
+        folder.write_answer(json, {"environment": about, "compare": rows})
+    return 0
+
+
+def _measure(commit: str, scratch: Path, plan: ops.Plan, runs: int) -> compare.Sides:
+    with output.progress() as progress:
+        bar = progress.add_task(f"Building {commit[:9]}", total=1 + 2 * runs)
+        compare.unpack(commit, scratch)
+        progress.update(bar, advance=1, description="Measuring")
+        return compare.alternate(scratch, machine.ROOT, plan, runs, lambda: progress.advance(bar))
+
+
+def table(found: list[compare.Difference], base: str, here: str) -> Table:
+    """A line a pass."""
+    made = Table(
+        title=f"Working tree ({here}) over {base}: above 1 is slower\nThe fastest of a "
+        "process in multiples of the memory floor, a floor in ns a weight;\nmedians over "
+        "processes, of the ratio quartiles too",
+        title_justify="left",
+    )
+    made.add_column("pass")
+    for head in ("base", "here", "here / base", ""):
+        made.add_column(head, justify="right" if head else "left", no_wrap=True)
+    for f in found:
+        dtype, op, dist, variant, case = f.key
+        dist = dist if dist != "gaussian" else ""
+        what = f"{dtype} {', '.join(filter(None, (op, dist, variant)))}"
+        made.add_row(
+            f"{what}, {case.removeprefix('native-')}", f"{f.base:.3g}", f"{f.here:.3g}",
+            f"{f.ratio:.3f} ({f.low:.3f}–{f.high:.3f})", f.verdict,
+        )  # fmt: skip
+    return made
+
+
+def _sentence(found: list[compare.Difference], runs: int) -> str:
+    if runs < compare.FEWEST:
+        return f"With fewer than {compare.FEWEST} runs a side, nothing is called a difference."
+    said = [
+        f"{sum(f.verdict == verdict for f in found)} {verdict}" for verdict in ("slower", "faster")
+    ]
+    return (
+        f"Of {len(found)} passes {' and '.join(said)} beyond the noise: every process of one side "
+        f"was slower than every one of the other, by more than {compare.LEAST:.0%}."
+    )

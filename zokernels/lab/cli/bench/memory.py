@@ -1,0 +1,122 @@
+"""``zokernels bench memory``: what each optimizer holds at its peak, by length and batch."""
+
+import itertools
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zokernels.lab.benchmarks import plots
+from zokernels.lab.cli.bench import output
+from zokernels.lab.tasks.errors import InputError
+
+_OPTIMIZERS = [
+    "inference", "zo-sgd", "zo-sgd-sign", "zo-sgd-mmt", "zo-sgd-cons", "zo-adam", "forward-grad",
+    "hybrid", "fo-sgd", "fo-adam",
+]  # fmt: skip
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="A configuration by name; its weights are random.")
+    ] = "opt-125m",
+    optimizer: Annotated[
+        list[str] | None, typer.Option(help="As for finetune, or inference; may be repeated.")
+    ] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of the batch.")] = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens of a row.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    perturb: Annotated[str, typer.Option(help="on_entry, paired or in_place.")] = "on_entry",
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    measure: Annotated[
+        bool, typer.Option(help="Measure what fits here, or only by arithmetic.")
+    ] = True,
+    gpu_memory: Annotated[
+        float, typer.Option(min=1, help="GiB of one GPU, for how many a step needs.")
+    ] = 80.0,
+    csv_file: output.CSV = None,
+    json: output.JSON = None,
+    plot: output.PLOT = None,
+) -> int:
+    """Peak memory of every optimizer, measured and by arithmetic; 1 if a measurement fails.
+
+    What this machine does not hold is by arithmetic alone, and marked so.
+    """
+    try:
+        import transformers  # noqa: F401
+
+        from zokernels.lab.benchmarks import footprint, memory, models
+    except ImportError as error:
+        raise InputError(
+            f"bench memory needs transformers: {error}; pip install '.[hf]'."
+        ) from None
+    out = output.Output(csv_file, json, plot, memory.COLUMNS)
+    output.check_choice("--model", model, models.NAMES)
+    output.check_choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    output.check_choice("--perturb", perturb, ("on_entry", "paired", "in_place"))
+    wanted = optimizer or _OPTIMIZERS
+    for name in wanted:
+        output.check_choice("--optimizer", name, tuple(footprint.KINDS))
+    batches, lengths = rows or [4], length or [64, 256, 1024]
+    for option, values in (("--rows", batches), ("--length", lengths)):
+        if min(values) < 1:
+            raise InputError(f"{option} must be at least 1, got {min(values)}.")
+    models.check_shape(model, max(lengths), device)
+    cells = [
+        footprint.Cell(model, name, batch, tokens, dtype, perturb, device)
+        for name, batch, tokens in itertools.product(wanted, batches, lengths)
+    ]
+    found: list[dict[str, Any]] = []
+    with output.progress() as progress:
+        bar = progress.add_task("", total=len(cells))
+        for cell in cells:
+            shape = f"{cell.optimizer}, {cell.rows} × {cell.length}"
+            progress.update(bar, description=shape)
+            found.append(memory.row(cell, measure))
+            progress.advance(bar)
+    Console().print(_table(found, gpu_memory))
+    output.say_tests(str(found[0]["tests"]))
+    out.write("memory", found, lambda: plots.memory(found))
+    failed = [row for row in found if row["source"].startswith(memory.FAILED)]
+    for row in failed:
+        output.say(f"{row['optimizer']}, {row['rows']} × {row['length']} {row['source']}")
+    return int(bool(failed))
+
+
+def _table(rows: list[dict[str, Any]], gpu_memory: float) -> Table:
+    first = rows[0]
+    ways = ", ".join(dict.fromkeys(row["perturb"] for row in rows if row["perturb"]))
+    table = Table(
+        title=f"{first['model']}, all weights, {first['dtype']}. Peak memory of a step in GiB",
+        caption="inference: two forwards. GPUs: of how many the memory together holds the peak, "
+        f"{gpu_memory:g} GiB each; as measured, or by arithmetic where the step was not run. "
+        f"Weights perturbed {ways or '–'}.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("optimizer", no_wrap=True)
+    for name in ("tokens", "measured", "arithm.", "weights", "state", "scratch", "run", "GPUs"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("s a step", justify="right")
+    for row in rows:
+        parts = [row[f"{name}_mb"] for name in ("theory", "weights", "state", "scratch", "run")]
+        how = row["source"].split()[0].rstrip(":")
+        table.add_row(
+            row["optimizer"],
+            f"{row['rows']}×{row['length']}",
+            how if how in ("killed", "failed") else _gib(row["peak_mb"]),
+            *(_gib(value) for value in parts),
+            str(_gpus(row, gpu_memory)),
+            row["step_s"] or "–",
+        )
+    return table
+
+
+def _gib(megabytes: str) -> str:
+    return f"{float(megabytes) / 1024:.2f}" if megabytes else "–"
+
+
+def _gpus(row: dict[str, Any], gpu_memory: float) -> int:
+    needed = float(row["peak_mb"] or row["theory_mb"]) / 1024
+    return -int(-needed // gpu_memory)

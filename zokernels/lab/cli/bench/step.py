@@ -1,0 +1,126 @@
+"""``zokernels bench step``: a whole step beside its two forwards, and beside the peers' steps."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from zokernels.lab.benchmarks import peers as others
+from zokernels.lab.benchmarks import plots
+from zokernels.lab.cli.bench import output
+from zokernels.lab.tasks import InputError
+
+
+def command(
+    model: Annotated[
+        str, typer.Option(help="A configuration by name; its weights are random.")
+    ] = "opt-125m",
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
+    length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 64,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    optimizer: Annotated[str, typer.Option(help="As for finetune.")] = "zo-sgd",
+    queries: Annotated[int, typer.Option(min=1, help="Directions a step.")] = 1,
+    dist: Annotated[str, typer.Option(help="gaussian or rademacher.")] = "gaussian",
+    scheme: Annotated[str, typer.Option(help="What is trained, as for finetune.")] = "full",
+    perturb: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="on_entry, paired or in_place, and on CUDA also graphed_on_entry, graphed_paired "
+            "or graphed_in_place: the step as a CUDA graph. May be repeated."
+        ),
+    ] = None,
+    loss: Annotated[
+        str, typer.Option(help="tokens: of all; candidates: two answers of one token, as a task.")
+    ] = "tokens",
+    lazy_logits: Annotated[bool, typer.Option(help="Logits only where the loss looks.")] = True,
+    peers: Annotated[
+        bool, typer.Option(help="Also MeZO's, torchzero's and first-order steps.")
+    ] = True,
+    repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn.")] = 20,
+    csv_file: output.CSV = None,
+    json: output.JSON = None,
+    plot: output.PLOT = None,
+) -> None:
+    """Time a step against the two forwards it is made of, with random weights and tokens."""
+    try:
+        import transformers  # noqa: F401
+
+        from zokernels.lab.benchmarks import models, step
+    except ImportError as error:
+        raise InputError(f"bench step needs transformers: {error}; pip install '.[hf]'.") from None
+    out = output.Output(csv_file, json, plot, step.COLUMNS)
+    modes = perturb or ["on_entry", "paired"]
+    output.check_choice("--model", model, models.NAMES)
+    output.check_choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    output.check_choice("--dist", dist, ("gaussian", "rademacher"))
+    output.check_choice("--loss", loss, step.LOSSES)
+    for mode in modes:
+        output.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
+        _check_graphed(mode, device, loss, mode in step.GRAPHED)
+    models.check(model, rows, length, dtype, device)
+    # The peers are timed once, beside the first mode that is no graph.
+    waiting = others.available() if peers else []
+    found: list[dict[str, Any]] = []
+    with output.progress() as progress:
+        for mode in modes:
+            names, waiting = ([], waiting) if mode in step.GRAPHED else (waiting, [])
+            case = step.Case(
+                model, rows, length, dtype, device, optimizer, dist, mode, lazy_logits, scheme,
+                loss, queries, tuple(names),
+            )  # fmt: skip
+            bar = progress.add_task(f"{model} {dtype} {mode}", total=repeats)
+            result = step.measure(case, repeats, partial(progress.advance, bar))
+            found.append(step.row(case, result))
+    console = Console()
+    console.print(_table(found))
+    for line in _comparison(others.beside(found)):
+        console.print(line, highlight=False)
+    output.say_tests(str(found[0]["tests"]))
+    out.write("step", found, lambda: plots.step(found))
+
+
+def _check_graphed(mode: str, device: str, loss: str, graphed: bool) -> None:
+    if graphed and not device.startswith("cuda"):
+        raise InputError(f"--perturb {mode} captures a CUDA graph; give --device cuda with it.")
+    if graphed and loss != "tokens":
+        raise InputError(f"--perturb {mode} takes the loss of all tokens; leave --loss out.")
+
+
+def _table(rows: list[dict[str, Any]]) -> Table:
+    first = rows[0]
+    table = Table(
+        title=f"{first['model']}, {first['scheme']}, {first['dtype']}, {first['rows']} × "
+        f"{first['length']} tokens, {first['optimizer']}\nMultiples of two plain forwards "
+        f"({first['forwards_ms']} ms), medians and quartiles",
+        title_justify="left",
+    )
+    table.add_column("what")
+    for row in rows:
+        table.add_column(row["perturb"], justify="right")
+    shown = {
+        "a step": lambda row: f"{row['ratio']} ({row['low']} to {row['high']})",
+        "  its forwards": lambda row: row["forwards"],
+        "  noise": lambda row: row["noise"],
+        "  update": lambda row: row["update"],
+        "  rest, Python": lambda row: row["rest"],
+        "milliseconds": lambda row: row["step_ms"],
+        "tokens a second": lambda row: row["tokens_per_s"],
+        "nanoseconds a weight": lambda row: row["ns_per_weight"],
+        "peak memory beyond the forwards, MiB": lambda row: row["memory_mb"],
+    }
+    for name, value in shown.items():
+        table.add_row(name, *(str(value(row)) or "–" for row in rows))
+    return table
+
+
+def _comparison(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{title}: {row[name]} times the two forwards, "
+        f"{float(row[name]) / float(row['ratio']):.1f} times this step ({row['perturb']})"
+        for name, title in others.TITLES.items()
+        if row.get(name)
+    ]

@@ -1,0 +1,212 @@
+"""Where a task's examples come from, and which of them are for what.
+
+In this order: the folder given, the folder in ``ZOKERNELS_DATA``, the hub (its local cache first,
+then one short try), and the small set that the package ships for some tasks.
+"""
+
+import os
+import random
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from zokernels.lab.tasks import hub, rows
+from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.tasks.task import Example, Task
+
+VARIABLE = "ZOKERNELS_DATA"
+_SHIPPED = Path(__file__).resolve().parent.parent / "data"
+_HELD_OUT = 10
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A task's data.
+
+    Attributes:
+        train: What the optimizer sees.
+        valid: What picks anything that is picked.
+        dev: What is reported, and never picks.
+        source: Where it came from, in words.
+        notes: What to know about it, a sentence each.
+    """
+
+    train: list[Example]
+    valid: list[Example]
+    dev: list[Example]
+    source: str
+    notes: list[str] = field(default_factory=list)
+
+
+def load(task: Task, folder: str | os.PathLike[str] | None = None) -> Splits:
+    """The task's splits from the first place that has them.
+
+    Args:
+        task: Which task.
+        folder: A data folder; None looks at ``ZOKERNELS_DATA``, the hub and the shipped set.
+
+    Raises:
+        InputError: If a folder was named and lacks the files, a row is malformed, or no place has
+            the task.
+    """
+    named = os.fspath(folder) if folder is not None else os.environ.get(VARIABLE, "").strip()
+    if named:
+        return _from_folder(task, Path(named), "--data" if folder is not None else VARIABLE)
+    splits, reason = _from_hub(task)
+    if splits is not None:
+        return splits
+    note = f"The hub's {task.hub.repo} was not used: {reason}."
+    if task.shipped is None:
+        raise InputError(
+            f"There is no data for {task.name}: {note} Pass --data FOLDER or set {VARIABLE}; "
+            "docs/tasks.md says what it holds."
+        )
+    source = f"{task.shipped}, the small set that zokernels ships"
+    return _read_splits(task, _SHIPPED / task.shipped, source, [note])
+
+
+def by_words(examples: Sequence[Example], least: int | None, most: int | None) -> list[Example]:
+    """The examples whose main text has ``least`` to ``most`` words, split at blanks."""
+    low, high = least or 0, most if most is not None else float("inf")
+    return [e for e in examples if low <= len(e.sentence.split()) <= high]
+
+
+def part(examples: Sequence[Example], count: int | None) -> list[Example]:
+    """``count`` examples, always the same ones; all of them for None."""
+    if count is None or count >= len(examples):
+        return list(examples)
+    chosen = sorted(random.Random(0).sample(range(len(examples)), count))
+    return [examples[i] for i in chosen]
+
+
+def few(splits: Splits, shots: int, seed: int) -> Splits:
+    """``shots`` examples of each label to train on, and as many others to pick by.
+
+    Args:
+        splits: The whole data; what is reported stays whole.
+        shots: Examples of each label, in each of the two.
+        seed: Fixes the choice.
+
+    Raises:
+        InputError: If a label has too few examples.
+    """
+    pools: dict[int, list[Example]] = defaultdict(list)
+    for example in splits.train:
+        pools[example.label].append(example)
+    source = random.Random(seed)
+    train: list[Example] = []
+    valid: list[Example] = []
+    for label, pool in sorted(pools.items()):
+        if len(pool) < 2 * shots:
+            raise InputError(
+                f"--shots {shots} needs {2 * shots} training examples of each label, but label "
+                f"{label} has {len(pool)}; lower it."
+            )
+        chosen = source.sample(pool, 2 * shots)
+        train += chosen[:shots]
+        valid += chosen[shots:]
+    words = f"{splits.source}, {shots} examples a label by seed {seed}"
+    return replace(splits, train=train, valid=valid, source=words)
+
+
+def _from_folder(task: Task, folder: Path, named_by: str) -> Splits:
+    if not folder.is_dir():
+        raise InputError(f"{named_by} names {folder}, which is not a folder.")
+    for place in (folder / task.folder, folder):
+        if place.is_dir() and _has_splits(task, place):
+            return _read_splits(task, place, f"{task.folder} from {place}", [])
+    wanted = "train.tsv and dev.tsv (or .jsonl, .csv, .json)"
+    raise InputError(
+        f"{named_by} names {folder}, but neither it nor its {task.folder} folder holds {wanted}."
+    )
+
+
+def _has_splits(task: Task, place: Path) -> bool:
+    if _file(place, task.train_file, "train") and _reported(place):
+        return True
+    return task.cut is not None and _only_file(place) is not None
+
+
+def _file(place: Path, *names: str) -> Path | None:
+    paths = [place / f"{name}{ending}" for name in names for ending in rows.READERS]
+    return next((path for path in paths if path.is_file()), None)
+
+
+def _reported(place: Path) -> Path | None:
+    return _file(place, "test", "dev", "val", "validation", "dev_matched")
+
+
+def _only_file(place: Path) -> Path | None:
+    found = [p for p in place.iterdir() if p.suffix in rows.READERS]
+    return found[0] if len(found) == 1 else None
+
+
+def _read_splits(task: Task, place: Path, source: str, notes: list[str]) -> Splits:
+    train, dev = _file(place, task.train_file, "train"), _reported(place)
+    if train is None or dev is None:
+        return _cut(task, place, source)
+    examples, reported = rows.read(task, train), rows.read(task, dev)
+    # Where there is a test file, the one beside it is there to pick by.
+    picks = _file(
+        place, "train_rest", *(("dev", "val", "validation") if dev.stem == "test" else ())
+    )
+    if picks is not None:
+        return Splits(examples, rows.read(task, picks), reported, source, notes)
+    return Splits(*_hold_out(examples), reported, source, notes)
+
+
+def _cut(task: Task, place: Path, source: str) -> Splits:
+    """Three parts of the only file, in its order, so that anyone can repeat it."""
+    path = _only_file(place)
+    assert path is not None and task.cut is not None
+    whole, (first, second) = rows.read(task, path), task.cut
+    if len(whole) <= first + second:
+        raise InputError(
+            f"{path} has {len(whole)} rows, but {first} are for training and {second} for picking, "
+            "and the rest is reported; give separate train and dev files."
+        )
+    note = (
+        f"Only {path.name} is there: its first {first} rows train, the next {second} pick, and the "
+        f"other {len(whole) - first - second} are reported, so results do not compare with others'."
+    )
+    end = first + second
+    return Splits(whole[:first], whole[first:end], whole[end:], f"{source} (cut)", [note])
+
+
+def _hold_out(train: list[Example]) -> tuple[list[Example], list[Example]]:
+    """Every tenth row of train set aside, by an order that no seed changes."""
+    order = list(range(len(train)))
+    random.Random(0).shuffle(order)
+    held = set(order[: len(train) // _HELD_OUT])
+    kept = [e for i, e in enumerate(train) if i not in held]
+    return kept, [train[i] for i in sorted(held)]
+
+
+def _from_hub(task: Task) -> tuple[Splits | None, str]:
+    place = task.hub
+    try:
+        fetch = hub.fetcher(place.repo, place.revision)
+    except ImportError as error:
+        return None, f"{error.name} is not installed (pip install 'zokernels[hf]')"
+
+    def split(name: str, cached: bool) -> list[Example]:
+        path = fetch(place.file(name), cached)
+        return rows.read(task if place.labels is None else replace(task, labels=place.labels), path)
+
+    reason = ""
+    for cached in (True, False):
+        if not cached and (why := hub.unreachable()):
+            return None, why
+        # The client's failures have no common base class, and any of them means the next place.
+        try:
+            train, dev = split(place.train, cached), split(place.dev, cached)
+            valid = split(place.valid, cached) if place.valid else None
+        except Exception as error:
+            reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+        else:
+            source = f"{task.folder} from the hub's {place.repo}"
+            if valid is not None:
+                return Splits(train, valid, dev, source), ""
+            return Splits(*_hold_out(train), dev, source), ""
+    return None, reason

@@ -1,0 +1,147 @@
+"""Rows of the files that data sets are published in: tsv, csv, jsonl, json and parquet.
+
+Each reader yields where a row stands, for an error about it, and its columns by name.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.tasks.task import Example, Row, Task, column_name
+
+Located = tuple[str, Row]
+
+
+def read(task: Task, path: Path) -> list[Example]:
+    """A task's examples from a file, whose ending says its form.
+
+    Raises:
+        InputError: Naming the file and the line of the first row that cannot be used.
+    """
+    found = [e for where, row in READERS[path.suffix](task, path) for e in task.read(row, where)]
+    if not found:
+        raise InputError(f"{path} has no rows; each must have {_columns(task)}.")
+    return found
+
+
+def _columns(task: Task) -> str:
+    label = () if task.answers is not None else ("label",)
+    return ", ".join((*task.fields, *label))
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
+        ) from None
+    except OSError as error:
+        raise InputError(f"{path} could not be read: {error.strerror}.") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    # Not splitlines: a sentence may hold the odd characters at which that breaks.
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if line := line.removesuffix("\r"):
+            yield number, line
+
+
+def _tsv(task: Task, path: Path) -> Iterator[Located]:
+    """Tab-separated columns without quoting; the first line may name them."""
+    plain = [*task.fields, "label"]
+    names: Sequence[str] = plain
+    for number, line in _lines(path):
+        values = line.split("\t")
+        if number == 1 and all(column_name(values, name) for name in plain):
+            names = values
+            continue
+        # Rows of SNLI and MNLI carry one label for each annotator, and the agreed one last.
+        if len(values) > len(names) and "label1" in names and names[-1] == "gold_label":
+            values = [*values[: len(names) - 1], values[-1]]
+        if len(values) != len(names):
+            raise InputError(
+                f"{path}, line {number}: expected {'<TAB>'.join(names)}, got {len(values) - 1} "
+                f"tabs; a row has exactly {'one' if len(names) == 2 else len(names) - 1}."
+            )
+        yield f"{path}, line {number}", dict(zip(names, values, strict=True))
+
+
+def _csv(task: Task, path: Path) -> Iterator[Located]:
+    """Comma-separated columns with quotes and no header: the label first, then the texts."""
+    names = ["label", *task.fields]
+    reader = csv.reader(io.StringIO(_text(path)))
+    while True:
+        try:
+            values = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise InputError(
+                f"{path}, line {reader.line_num}: this is not CSV ({error})."
+            ) from None
+        if not values:
+            continue
+        if len(values) != len(names):
+            raise InputError(
+                f"{path}, line {reader.line_num}: expected {','.join(names)}, got {len(values)} "
+                f"columns; a row has exactly {len(names)}."
+            )
+        yield f"{path}, line {reader.line_num}", dict(zip(names, values, strict=True))
+
+
+def _jsonl(task: Task, path: Path) -> Iterator[Located]:
+    """An object a line."""
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{where}: this is not JSON ({error}).") from None
+        yield where, _object(row, where)
+
+
+def _json(task: Task, path: Path) -> Iterator[Located]:
+    """An object of objects, or a list of them."""
+    try:
+        whole = json.loads(_text(path))
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(whole, dict | list):
+        raise InputError(f"{path} holds neither an object of rows nor a list of rows.")
+    for name, row in whole.items() if isinstance(whole, dict) else enumerate(whole):
+        where = f"{path}, row {name}"
+        yield where, _object(row, where)
+
+
+def _parquet(task: Task, path: Path) -> Iterator[Located]:
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise InputError(f"{path} needs pyarrow, which is missing: pip install pyarrow.") from None
+    try:
+        found = parquet.read_table(path).to_pylist()
+    except (OSError, ValueError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path} could not be read as Parquet: {reason}") from None
+    for number, row in enumerate(found):
+        yield f"{path}, row {number}", row
+
+
+def _object(row: object, where: str) -> Row:
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: a row must be an object with named columns, got {row!r}.")
+    return row
+
+
+READERS: dict[str, Callable[[Task, Path], Iterator[Located]]] = {
+    ".tsv": _tsv,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".json": _json,
+    ".parquet": _parquet,
+}

@@ -1,0 +1,142 @@
+"""What a run is told, and which of it is refused."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.tasks.models import DTYPES
+from zokernels.lab.tasks.schemes import SCHEMES
+from zokernels.lab.tasks.scoring import OBJECTIVES
+from zokernels.optim.blocks import ORDERS
+
+SCHEDULES = ("constant", "linear", "cosine")
+CHOICES = {
+    "schedule": SCHEDULES,
+    "dist": ("gaussian", "rademacher"),
+    "blocks": (None, "layer", "module"),
+    "block_order": ORDERS,
+    "scheme": SCHEMES,
+    "objective": (None, *OBJECTIVES),
+    "dtype": tuple(DTYPES),
+    "rounding": ("nearest", "stochastic"),
+    "perturb": (None, "on_entry", "paired", "in_place"),
+}
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "num_queries": 1,
+    "resample_every": 1,
+    "max_length": 8,
+    "eval_every": 0,
+    "eval_examples": 1,
+    "hybrid_split": 0,
+    "seed": 0,
+    "shots": 1,
+    "demos": 0,
+    "min_words": 0,
+    "max_words": 1,
+}
+
+
+@dataclass
+class Settings:
+    """Everything that a run depends on; the command's options of the same names."""
+
+    model: str
+    out: Path
+    task: str = "sst2"
+    template: bool = True
+    chat: bool = False
+    shots: int | None = None
+    demos: int = 0
+    calibrate: bool = False
+    objective: str | None = None
+    data: str | None = None
+    optimizer: str = "zosgd"
+    steps: int = 1000
+    batch_size: int = 16
+    lr: float = 1e-6
+    schedule: str = "constant"
+    eps: float = 1e-3
+    num_queries: int = 1
+    two_sided: bool = True
+    dist: str = "gaussian"
+    sparsity: float | None = None
+    resample_every: int | None = None
+    blocks: str | None = None
+    block_order: str = "sequential"
+    hybrid_split: int | None = None
+    fo_lr: float | None = None
+    fo_optimizer: str = "fo-adam"
+    scheme: str = "full"
+    train_only: str | None = None
+    weight_decay: float = 0.0
+    rounding: str = "nearest"
+    seed: int = 0
+    eval_every: int = 0
+    eval_examples: int | None = None
+    keep_best: bool = False
+    save_weights: bool = True
+    dtype: str = "float32"
+    perturb: str | None = None
+    backend: str | None = None
+    min_words: int | None = None
+    max_words: int | None = None
+    max_length: int = 256
+    balanced: bool = False
+    retry_oom: bool = False
+    overwrite: bool = False
+    device: str = "cpu"
+    name: str | None = None
+
+    @property
+    def title(self) -> str:
+        """The model's name in reports: ``name``, or the end of where it came from."""
+        return self.name or Path(self.model).name
+
+    def check(self) -> None:
+        """Refuses what no run could use.
+
+        Raises:
+            InputError: Naming the option, what it got and what it allows.
+        """
+        for name, least in _AT_LEAST.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{_option(name)} must be at least {least}, got {value}.")
+        for name, allowed in CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                known = ", ".join(a for a in allowed if a is not None)
+                raise InputError(f"{_option(name)} must be one of {known}, got '{value}'.")
+        for name, low in (("lr", 0.0), ("fo_lr", 0.0), ("weight_decay", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= low):
+                raise InputError(f"{_option(name)} must be a number from {low:g} up, got {value}.")
+        if not (math.isfinite(self.eps) and self.eps > 0):
+            raise InputError(f"--eps must be a number above 0, got {self.eps}.")
+        if self.sparsity is not None and not 0 < self.sparsity < 1:
+            raise InputError(f"--sparsity must lie between 0 and 1, got {self.sparsity}.")
+        if self.resample_every and self.sparsity is None:
+            raise InputError(
+                "--resample-every needs --sparsity, whose mask it draws again; add it."
+            )
+        if self.min_words and self.max_words and self.min_words > self.max_words:
+            raise InputError(
+                f"--min-words {self.min_words} is above --max-words {self.max_words}; swap them."
+            )
+        if self.keep_best and not self.eval_every:
+            raise InputError("--keep-best needs --eval-every, which says how often to look.")
+
+    def factor(self, step: int) -> float:
+        """The share of the learning rate in use at a step, counted from 0."""
+        if self.schedule == "linear":
+            return 1 - step / self.steps
+        if self.schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return 1.0
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")

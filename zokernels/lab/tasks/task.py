@@ -1,0 +1,279 @@
+"""What a task is: the fields of its rows, the prompts made of them, and how an answer is given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from zokernels.lab.tasks.errors import InputError
+
+Row = Mapping[str, Any]
+
+# The same column has other names in other publications of a data set.
+_ALIASES = {
+    "sentence": ("text",),
+    "premise": ("sentence1", "text_a"),
+    "hypothesis": ("sentence2", "text_b"),
+    "label": ("gold_label", "answer", "coarse_label"),
+    "context": ("passage",),
+    "question": ("query",),
+}
+_CONTENT_FREE = "N/A"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One labelled row.
+
+    Attributes:
+        sentence: Its main text, whose words are counted by ``--min-words`` and ``--max-words``.
+        label: Index of the right candidate; 0 where the answer is generated.
+        fields: All the texts that prompts are made of, the main one too.
+        answers: Every right answer, where there can be several.
+    """
+
+    sentence: str
+    label: int
+    fields: Row = field(default_factory=dict, hash=False)
+    answers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A task's texts, as format strings over its fields.
+
+    Attributes:
+        text: What a causal model reads before a candidate.
+        cloze: What a masked model reads; ``{mask}`` is its blank. None: it can't do this task.
+        plain: ``text`` without a word of ours, for ``--no-template``.
+        plain_cloze: ``cloze`` likewise.
+        joint: What stands between a text and a candidate.
+        label: What stands for a label word in a sentence encoder.
+    """
+
+    text: str
+    plain: str
+    cloze: str | None = None
+    plain_cloze: str | None = None
+    joint: str = " "
+    label: str = "{word}"
+
+
+@dataclass(frozen=True)
+class Hub:
+    """Where the hub holds a task: the data set, its files, and which split is for what."""
+
+    repo: str
+    config: str = "default"
+    train: str = "train"
+    valid: str | None = None
+    dev: str = "validation"
+    revision: str | None = "refs/convert/parquet"
+    path: str = "{config}/{split}/0000.parquet"
+    labels: Mapping[str, int] | None = None
+
+    def file(self, split: str) -> str:
+        """The path of a split's file in the data set."""
+        return self.path.format(config=self.config, split=split)
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row of the table of tasks.
+
+    Attributes:
+        name: What ``--task`` takes.
+        folder: Its folder inside a data folder.
+        hub: Its place on the hub.
+        fields: The columns it needs, the main text first.
+        prompts: Its texts.
+        words: The label words in the order of the labels; empty if candidates differ by example.
+        labels: What the label column may hold, by index; -1 stands for "not labelled", and such
+            rows are left out. None: 0, 1, … as many as there are words.
+        choices: An example's own candidates, made of its fields.
+        plain_choices: The same for ``--no-template``.
+        answers: Every right answer of a row, for tasks whose answers are texts; with ``choices``
+            they must be among these, and the first is the label.
+        content: Names that ``unfold`` adds and calibration empties as it does ``fields``.
+        unfold: Turns a row of some publication into rows with the columns above.
+        shipped: The small set inside the package.
+        train_file: Name of the file to train on, without its ending.
+        cut: Where only one file is published: how many rows, in its order, are for training and
+            for picking; the rest is reported.
+        template: False for the texts without a template.
+    """
+
+    name: str
+    folder: str
+    hub: Hub
+    fields: tuple[str, ...]
+    prompts: Prompts
+    words: tuple[str, ...] = ()
+    labels: Mapping[str, int] | None = None
+    choices: Callable[[Row], Sequence[str]] | None = None
+    plain_choices: Callable[[Row], Sequence[str]] | None = None
+    answers: Callable[[Row], Sequence[str]] | None = None
+    unfold: Callable[[Row], Iterable[Row]] | None = None
+    content: tuple[str, ...] = ()
+    shipped: str | None = None
+    train_file: str = "train"
+    cut: tuple[int, int] | None = None
+    template: bool = True
+
+    @property
+    def generates(self) -> bool:
+        """Whether the answer is written by the model, not chosen."""
+        return self.answers is not None and self.choices is None
+
+    @property
+    def metric(self) -> str:
+        """What is reported: "f1" over words for generated answers, else "accuracy"."""
+        return "f1" if self.generates else "accuracy"
+
+    @property
+    def names(self) -> Mapping[str, int]:
+        """What a label column may hold, and the index that it means."""
+        if self.labels is not None:
+            return self.labels
+        return {str(i): i for i in range(len(self.words))}
+
+    def with_template(self, template: bool) -> Task:
+        """The task with or without its template."""
+        return replace(self, template=template)
+
+    def prompt(self, example: Example) -> str:
+        """The text that a causal model reads before a candidate."""
+        text = self.prompts.text if self.template else self.prompts.plain
+        return text.format_map(self._texts(example))
+
+    def candidates(self, example: Example) -> list[str]:
+        """The continuations between which a causal model chooses, or the answer to write."""
+        if self.words:
+            found: Sequence[str] = self.words
+        elif self.choices is not None:
+            own = self.choices if self.template else (self.plain_choices or self.choices)
+            found = own(example.fields)
+        else:
+            found = example.answers[:1]
+        return [self.prompts.joint + candidate for candidate in found]
+
+    def cloze(self, example: Example, mask: str) -> str:
+        """The text whose blank a masked model fills with a label word.
+
+        Raises:
+            InputError: If there is none.
+        """
+        form = self.prompts.cloze if self.template else self.prompts.plain_cloze
+        if form is None:
+            raise InputError(
+                f"Task {self.name} scores whole texts and has no blank for a label word, so a "
+                "masked LM can't do it; use a causal LM."
+            )
+        return form.format_map({**self._texts(example), "mask": mask})
+
+    def label_sentences(self) -> list[str]:
+        """The sentences whose embeddings stand for the labels in a sentence encoder.
+
+        Raises:
+            InputError: If there are none.
+        """
+        if not self.words:
+            raise InputError(
+                f"Task {self.name} has no label words, so a sentence encoder can't do it; use a "
+                "causal LM."
+            )
+        form = self.prompts.label if self.template else "{word}"
+        return [form.format(word=word) for word in self.words]
+
+    def content_free(self, example: Example) -> Example:
+        """The example with its texts emptied and its candidates kept, for calibration."""
+        emptied = dict.fromkeys((*self.fields, *self.content), _CONTENT_FREE)
+        return replace(example, fields={**example.fields, **emptied})
+
+    def read(self, row: Row, where: str) -> list[Example]:
+        """The examples of a row: one, none if it carries no label, or several.
+
+        Args:
+            row: Column names and values.
+            where: File and line, for the error.
+
+        Raises:
+            InputError: One sentence that says where and what is wrong.
+        """
+        try:
+            rows = list(self.unfold(row)) if self.unfold is not None else [row]
+            made = [self._example(r, where) for r in rows]
+            found = [e for e in made if e is not None]
+            for example in found:
+                self._check(example, where)
+        except InputError:
+            raise
+        except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+            raise InputError(
+                f"{where}: this is no row of {self.name} ({type(error).__name__}: {error}); "
+                f"docs/tasks.md says what its columns are."
+            ) from None
+        return found
+
+    def _check(self, example: Example, where: str) -> None:
+        """Raise unless every text of a row is one: what a run would find out in its middle."""
+        for name in self.fields:
+            if not isinstance(example.fields[name], str):
+                raise InputError(
+                    f"{where}: the {name} must be a text, got {example.fields[name]!r}; put it in "
+                    "quotes or remove the row."
+                )
+        texts = [self.prompt(example), *self.candidates(example), *example.answers]
+        # Half of a surrogate pair, which JSON can hold and no tokenizer takes.
+        "".join(texts).encode()
+
+    def _example(self, row: Row, where: str) -> Example | None:
+        fields = {**row, **{name: _column(row, name, where) for name in self.fields}}
+        for name in self.fields:
+            if not str(fields[name]).strip():
+                raise InputError(f"{where}: the {name} is empty; give it words or remove the row.")
+        sentence = str(fields[self.fields[0]])
+        if self.answers is not None:
+            return self._answered(row, where, sentence, fields)
+        label = str(_column(row, "label", where)).strip().lower()
+        if label not in self.names:
+            raise InputError(
+                f"{where}: the label must be {' or '.join(self.names)}, "
+                f"got '{_column(row, 'label', where)}'."
+            )
+        index = self.names[label]
+        return None if index < 0 else Example(sentence, index, fields)
+
+    def _answered(self, row: Row, where: str, sentence: str, fields: Row) -> Example:
+        assert self.answers is not None
+        answers = tuple(self.answers(row))
+        if not answers:
+            raise InputError(f"{where}: there is no answer; give one or remove the row.")
+        if self.choices is None:
+            return Example(sentence, 0, fields, answers)
+        found = self.choices(row)
+        if not set(found) & set(answers):
+            raise InputError(
+                f"{where}: none of the answers ({', '.join(answers)}) is among the candidates."
+            )
+        return Example(
+            sentence, next(i for i, c in enumerate(found) if c in answers), fields, answers
+        )
+
+    def _texts(self, example: Example) -> dict[str, str]:
+        fields = {self.fields[0]: example.sentence, **example.fields}
+        return {name: value.strip() for name, value in fields.items() if isinstance(value, str)}
+
+
+def column_name(row: Iterable[str], name: str) -> str | None:
+    """The row's own name for a column, if it has it."""
+    known = set(row)
+    return next((n for n in (name, *_ALIASES.get(name, ())) if n in known), None)
+
+
+def _column(row: Row, name: str, where: str) -> Any:
+    own = column_name(row, name)
+    if own is None or row[own] is None:
+        raise InputError(f"{where}: the column '{name}' is missing; it has {', '.join(row)}.")
+    return row[own]
