@@ -46,7 +46,7 @@ def test_the_shapes_that_are_tried_are_others_than_the_tables():
         own = (
             launch.shape_of_add_noise(kind, True)
             if is_add
-            else launch.shape_of_update(kind, one.op)
+            else launch.shape_of_update(kind, one.op, wide=False)
         )
         assert (one.rows, one.warps, one.registers) != own
 

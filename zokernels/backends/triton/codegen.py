@@ -131,10 +131,9 @@ def compile_case(case: Case, capability: int) -> tuple[Any, int]:
         )
         fixed["MIRROR"] = case.mirror
     else:
-        kernel, shape = (
-            _apply_update_kernel,
-            launch.shape_of_update(kind, "adam" if case.op == "amsgrad" else case.op),
-        )
+        rule = "adam" if case.op == "amsgrad" else case.op
+        kernel = _apply_update_kernel
+        shape = launch.shape_of_update(kind, rule, case.dtype == "float32")
         for name in "MVX":
             fixed |= {f"{name}_TYPE": state, f"{name}_MEMORY": memory_type(state)}
         fixed["RULE"] = ("sign", "momentum", "adam", "amsgrad").index(case.op)

@@ -34,7 +34,8 @@ class Shape(NamedTuple):
 # Measured (docs/performance.md). More elements a thread spread the fixed work thinner, and take
 # registers: with few warps on a multiprocessor nobody computes while others wait for memory.
 _NORMAL, _NORMAL_ADDED = Shape(256, 4), Shape(256, 2, 96)
-_NORMAL_SIMPLE_RULE = Shape(256, 4, 64)
+# "sign" and momentum; of float32 weights "sign" spills with fewer registers, and needs fewer warps.
+_NORMAL_SIMPLE_RULE, _NORMAL_WIDE_SIGN = Shape(256, 4, 64), Shape(256, 4, 72)
 # Both sides of a direction at once.
 _BOTH = {noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96)}
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
@@ -66,13 +67,15 @@ def shape_of_add_noise(kind: int, plain: bool, mirror: bool = False) -> Shape:
     return _NORMAL_ADDED if plain else _NORMAL
 
 
-def shape_of_update(kind: int, rule: str) -> Shape:
-    """The group of an update pass."""
+def shape_of_update(kind: int, rule: str, wide: bool) -> Shape:
+    """The group of an update pass; ``wide`` is of float32 weights."""
     if _tried is not None:
         return _tried
     if kind == noise.RADEMACHER:
         return _SIGNS[False]
-    return _NORMAL if rule == "adam" else _NORMAL_SIMPLE_RULE
+    if rule == "adam":
+        return _NORMAL
+    return _NORMAL_WIDE_SIGN if wide and rule == "sign" else _NORMAL_SIMPLE_RULE
 
 
 def is_plain(plan: Pass) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 import triton
 import triton.language as tl
 
@@ -197,7 +198,8 @@ def _launch(plan: ApplyUpdate, deferred: launch.Deferred | None = None) -> launc
     memories = [plan.params, *zip(*plan.states, strict=True)]
     kinds = [table.TYPES[s.dtype] for s in plan.states[0]]
     kinds += [dtype] * (3 - len(kinds))
-    shape = launch.shape_of_update(plan.kind, plan.rule)
+    wide = plan.params[0].dtype is torch.float32
+    shape = launch.shape_of_update(plan.kind, plan.rule, wide)
     tensors = table.table_of(plan, memories, shape.rows * 8)
     if deferred is None:
         coeffs, small = launch.coefficients(plan)
