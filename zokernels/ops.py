@@ -13,14 +13,16 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
+from typing_extensions import Unpack
 
-from zokernels import masks
 from zokernels.backends import checks, rules, select, shards
+from zokernels.backends.keywords import PassKeywords, RuleKeywords, defaults, takes
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 
-__all__ = ["add_noise", "add_noise_", "apply_update_", "listening"]
+__all__ = ["PassKeywords", "RuleKeywords", "add_noise", "add_noise_", "apply_update_", "listening"]
 
 P = TypeVar("P", bound=Pass)
+_OF_PASS, _OF_RULE = tuple(defaults(checks.numbers_of_pass)), tuple(defaults(rules.numbers))
 
 # What a listener is told of a pass that wrote weights: the rule ("add_noise" for the pass without
 # one), tensors, seeds, coefficients, and the keywords.
@@ -58,20 +60,12 @@ def taking(taker: Taker) -> Iterator[None]:
         _taker.reset(token)
 
 
+@takes(checks.numbers_of_pass)
 def add_noise_(
     params: Sequence[torch.Tensor],
     seeds: Sequence[int],
     coeffs: Sequence[float],
-    *,
-    streams: Sequence[int] | None = None,
-    offsets: Sequence[int] | None = None,
-    dist: str = "gaussian",
-    mask: masks.Mask | None = None,
-    decay: float | Sequence[float] = 1.0,
-    rounding: str = "nearest",
-    rounding_seed: int | Sequence[int] = 0,
-    each_step: bool | int = False,
-    backend: str | None = None,
+    **how: Unpack[PassKeywords],
 ) -> None:
     """Add noise to the weights in place: w ← decay · w + Σₖ cₖ zₖ, rounded once.
 
@@ -85,57 +79,26 @@ def add_noise_(
             not overlap. Of a `DTensor` each process writes its part, with the noise of the whole.
         seeds: K ≥ 1 seeds of directions, 0 … 2⁶⁴ − 1.
         coeffs: K finite coefficients, rounded once to binary32.
-        streams: The number of each tensor's noise stream; by default its position in ``params``.
-        offsets: Where each tensor starts in its whole, row-major parameter; by default 0. A shard
-            gets the noise of its part.
-        dist: ``"gaussian"`` or ``"rademacher"``.
-        mask: One of `zokernels.masks`; elements outside it stay as they are.
-        decay: Factor on the weight before the noise; with ``each_step`` one for all or one a step.
-        rounding: ``"nearest"`` (ties to even) or ``"stochastic"`` (16-bit types only).
-        rounding_seed: Seed of stochastic rounding; with ``each_step`` one for all or one a step.
-        each_step: Apply decay, mask and rounding for every seed in turn, as K calls would: the
-            replay of K steps in one pass over memory. A number q > 1 makes each q seeds a step.
-        backend: ``None`` (the best for the device), ``"reference"`` or ``"native"``.
+        **how: The keywords of `PassKeywords`.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range, or the tensors do not fit; nothing is written.
         RuntimeError: If the backend named is not there.
     """
-    here = _here(params, None, streams, offsets, mask)
-    numbers = checks.numbers_of_pass(
-        here.params, seeds, coeffs, streams=here.streams, offsets=here.offsets, dist=dist,
-        mask=here.mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
-        each_step=each_step,
-    )  # fmt: skip
+    here, numbers = _checked(params, None, seeds, coeffs, how)
     checks.check_apart(here.params)
-    plan = AddNoise(**numbers, out=here.params)
-    runs = [(select(part.params, backend), _trim(part)) for part in _by_arithmetic(plan)]
-    for run, part in runs:
-        if part is not None and not _is_taken(run, part):
-            run.add_noise(part)
-            _mark_written(part.out)
-    _tell(
-        "add_noise", params, seeds, coeffs, streams=streams, offsets=offsets, dist=dist, mask=mask,
-        decay=decay, rounding=rounding, rounding_seed=rounding_seed, each_step=each_step,
-    )  # fmt: skip
+    _run(AddNoise(**numbers, out=here.params), how)
+    _tell("add_noise", params, seeds, coeffs, **how)
 
 
+@takes(checks.numbers_of_pass)
 def add_noise(
     params: Sequence[torch.Tensor],
     out: Sequence[torch.Tensor],
     seeds: Sequence[int],
     coeffs: Sequence[float],
-    *,
-    streams: Sequence[int] | None = None,
-    offsets: Sequence[int] | None = None,
-    dist: str = "gaussian",
-    mask: masks.Mask | None = None,
-    decay: float | Sequence[float] = 1.0,
-    rounding: str = "nearest",
-    rounding_seed: int | Sequence[int] = 0,
-    each_step: bool | int = False,
-    backend: str | None = None,
+    **how: Unpack[PassKeywords],
 ) -> None:
     """Write decay · w + Σₖ cₖ zₖ into ``out`` and leave ``params`` alone.
 
@@ -144,27 +107,13 @@ def add_noise(
     mask are copied.
     """
     checks.check_out(params, out)
-    here = _here(params, [[t] for t in out], streams, offsets, mask)
-    numbers = checks.numbers_of_pass(
-        here.params, seeds, coeffs, streams=here.streams, offsets=here.offsets, dist=dist,
-        mask=here.mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
-        each_step=each_step,
-    )  # fmt: skip
+    here, numbers = _checked(params, [[t] for t in out], seeds, coeffs, how)
     out = [t for (t,) in here.others]
     checks.check_apart([*here.params, *out])
-    plan = AddNoise(**numbers, out=out)
-    runs = [(select(part.params, backend), part) for part in _by_arithmetic(plan)]
-    for run, part in runs:
-        trimmed = _trim(part)
-        if trimmed is not None:
-            if not _is_taken(run, trimmed):
-                run.add_noise(trimmed)
-                _mark_written(part.out)
-        else:
-            for source, target in zip(part.params, part.out, strict=True):
-                target.detach().copy_(source.detach().view_as(target))
+    _run(AddNoise(**numbers, out=out), how)
 
 
+@takes(checks.numbers_of_pass, rules.numbers)
 def apply_update_(
     params: Sequence[torch.Tensor],
     states: Sequence[rules.State] | None,
@@ -173,20 +122,7 @@ def apply_update_(
     coeffs: Sequence[float],
     *,
     lr: float | Sequence[float],
-    beta: float = 0.9,
-    betas: tuple[float, float] = (0.9, 0.999),
-    adam_eps: float = 1e-8,
-    amsgrad: bool = False,
-    step: int | None = None,
-    streams: Sequence[int] | None = None,
-    offsets: Sequence[int] | None = None,
-    dist: str = "gaussian",
-    mask: masks.Mask | None = None,
-    decay: float | Sequence[float] = 1.0,
-    rounding: str = "nearest",
-    rounding_seed: int | Sequence[int] = 0,
-    each_step: bool | int = False,
-    backend: str | None = None,
+    **how: Unpack[RuleKeywords],
 ) -> None:
     """Put the pseudo-gradient g = Σₖ cₖ zₖ through a rule with state, in one pass.
 
@@ -211,22 +147,7 @@ def apply_update_(
         seeds: K ≥ 1 seeds of directions.
         coeffs: K finite coefficients, dₖ/q.
         lr: Learning rate, finite; with ``each_step`` one for all or one a step.
-        beta: β of "momentum", 0 … 1.
-        betas: (β₁, β₂) of "adam", 0 … 1, below 1 where ``step`` is given.
-        adam_eps: ϵ of "adam", at least 0.
-        amsgrad: Divide by the largest v so far.
-        step: The number t ≥ 1 of this step, for Adam's bias correction: lr is divided by 1 − β₁ᵗ
-            and v̂ multiplied by 1/(1 − β₂ᵗ), each computed in binary64 and rounded once. With
-            ``each_step`` the first step's number. None corrects nothing.
-        streams: As for `add_noise_`, and so are the following.
-        offsets: Where each tensor starts in its parameter.
-        dist: Of the directions.
-        mask: Where it is 0 the states stay, too.
-        decay: Factor on the weight.
-        rounding: Of the weight.
-        rounding_seed: Of the weight, and from it of the states.
-        each_step: True, or the number of seeds a step: K/q steps in one pass.
-        backend: Who runs it.
+        **how: The keywords of `PassKeywords` and `RuleKeywords`.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -236,51 +157,66 @@ def apply_update_(
     Sources: signSGD (Bernstein et al., 2018), heavy-ball momentum, Adam
     (Kingma and Ba, 2015), ZO-AdaMM (Chen et al., 2019) for AMSGrad without bias correction.
     """
-    here = _here(params, None, streams, offsets, mask)
-    numbers = checks.numbers_of_pass(
-        here.params, seeds, coeffs, streams=here.streams, offsets=here.offsets, dist=dist,
-        mask=here.mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
-        each_step=each_step,
-    )  # fmt: skip
-    rates = checks.per_step(lr, "lr", len(seeds), each_step)
-    ordered = rules.check_states(rule, states, params, amsgrad)
-    plan = ApplyUpdate(
-        **numbers,
-        states=_here(params, ordered, streams, offsets, mask).others,
-        **rules.numbers(rule, rates, beta, betas, adam_eps, amsgrad, step),
-    )
-    checks.check_apart([*here.params, *(s for state in plan.states for s in state)])
-    runs = [(select(part.params, backend), part) for part in _by_arithmetic(plan)]
+    here, numbers = _checked(params, None, seeds, coeffs, how)
+    rates = checks.per_step(lr, "lr", len(seeds), how["each_step"])
+    ordered = rules.check_states(rule, states, params, how["amsgrad"])
+    numbers |= rules.numbers(rule, rates, **{name: how[name] for name in _OF_RULE})  # type: ignore[literal-required]
+    plan = ApplyUpdate(**numbers, states=_here(params, ordered, how).others)
+    checks.check_apart(plan.written)
+    _run(plan, how)
+    _tell(rule, params, seeds, coeffs, states=ordered, lr=lr, **how)
+
+
+def _checked(
+    params: Sequence[torch.Tensor],
+    others: Sequence[Sequence[torch.Tensor]] | None,
+    seeds: Sequence[int],
+    coeffs: Sequence[float],
+    how: Any,
+) -> tuple[shards.Cut, dict[str, Any]]:
+    """The pass over what this process holds, and its fields that every pass has."""
+    here = _here(params, others, how)
+    asked = {name: how[name] for name in _OF_PASS}
+    asked |= {"streams": here.streams, "offsets": here.offsets, "mask": here.mask}
+    return here, checks.numbers_of_pass(here.params, seeds, coeffs, **asked)
+
+
+def _run(plan: Pass, how: Any) -> None:
+    """Run a pass, each arithmetic's part by its backend."""
+    # All of them are found before one writes.
+    runs = [(select(part.params, how["backend"]), part) for part in _by_arithmetic(plan)]
     for run, part in runs:
-        if not _is_taken(run, part):
-            run.apply_update(part)
-            _mark_written([*part.params, *(s for state in part.states for s in state)])
-    _tell(
-        rule, params, seeds, coeffs, states=ordered, lr=lr, beta=beta, betas=betas,
-        adam_eps=adam_eps, amsgrad=amsgrad, step=step, streams=streams, offsets=offsets, dist=dist,
-        mask=mask, decay=decay, rounding=rounding, rounding_seed=rounding_seed,
-        each_step=each_step,
-    )  # fmt: skip
+        if isinstance(part, AddNoise):
+            trimmed = _trim(part)
+            if trimmed is None:
+                _copy(part)
+                continue
+            part = trimmed
+        taker = _taker.get()
+        if taker is not None:
+            taker(run, part)
+            continue
+        (run.add_noise if isinstance(part, AddNoise) else run.apply_update)(part)
+        # Autograd then notices when a tensor it saved was written behind its back.
+        written = [t for t in part.written if not t.is_inference()]
+        torch.autograd.graph.increment_version(written)
+
+
+def _copy(plan: AddNoise) -> None:
+    """What a pass that adds nothing does; in place that is nothing."""
+    for source, target in zip(plan.params, plan.out, strict=True):
+        if target is not source:
+            target.detach().copy_(source.detach().view_as(target))
 
 
 def _here(
-    params: Sequence[torch.Tensor],
-    others: Sequence[Sequence[torch.Tensor]] | None,
-    streams: Sequence[int] | None,
-    offsets: Sequence[int] | None,
-    mask: masks.Mask | None,
+    params: Sequence[torch.Tensor], others: Sequence[Sequence[torch.Tensor]] | None, how: Any
 ) -> shards.Cut:
     """The pass over what this process holds, with what goes with each of the tensors."""
+    places = (how["streams"], how["offsets"], how["mask"])
     if not shards.among(params):
-        return shards.Cut(params, others or (), streams, offsets, mask)
-    return shards.cut(params, others or [()] * len(params), streams, offsets, mask)
-
-
-def _is_taken(run: ModuleType, plan: Pass) -> bool:
-    taker = _taker.get()
-    if taker is not None:
-        taker(run, plan)
-    return taker is not None
+        return shards.Cut(params, others or (), *places)
+    return shards.cut(params, others or [()] * len(params), *places)
 
 
 def _tell(
@@ -341,8 +277,3 @@ def _trim(plan: AddNoise) -> AddNoise | None:
     }
     kept |= {"seeds": [s for s, _ in terms], "coeffs": [c for _, c in terms]}
     return replace(plan, **kept) if active else None
-
-
-def _mark_written(tensors: Sequence[torch.Tensor]) -> None:
-    # Autograd then notices when a tensor it saved was written behind its back.
-    torch.autograd.graph.increment_version([t for t in tensors if not t.is_inference()])

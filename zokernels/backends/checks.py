@@ -20,14 +20,14 @@ def numbers_of_pass(
     seeds: Sequence[int],
     coeffs: Sequence[float],
     *,
-    streams: Sequence[int] | None,
-    offsets: Sequence[int] | None,
-    dist: str,
-    mask: masks.Mask | None,
-    decay: float | Sequence[float],
-    rounding: str,
-    rounding_seed: int | Sequence[int],
-    each_step: bool | int,
+    streams: Sequence[int] | None = None,
+    offsets: Sequence[int] | None = None,
+    dist: str = "gaussian",
+    mask: masks.Mask | None = None,
+    decay: float | Sequence[float] = 1.0,
+    rounding: str = "nearest",
+    rounding_seed: int | Sequence[int] = 0,
+    each_step: bool | int = False,
 ) -> dict[str, Any]:
     """The fields of `Pass`, checked; the arguments are those of `zokernels.ops.add_noise_`."""
     check_tensors(params, "params")

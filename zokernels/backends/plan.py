@@ -32,6 +32,11 @@ class Pass:
     rounding_seeds: Sequence[int]
 
     @property
+    def written(self) -> list[torch.Tensor]:
+        """The tensors that the pass writes."""
+        raise NotImplementedError
+
+    @property
     def steps(self) -> int:
         """How many times a weight is rounded."""
         return len(self.decays)
@@ -53,6 +58,11 @@ class AddNoise(Pass):
     out: Sequence[torch.Tensor]
     mirror: Sequence[torch.Tensor] = ()
 
+    @property
+    def written(self) -> list[torch.Tensor]:
+        """The tensors that the pass writes."""
+        return [*self.out, *self.mirror]
+
 
 @dataclass(frozen=True)
 class ApplyUpdate(Pass):
@@ -73,6 +83,11 @@ class ApplyUpdate(Pass):
     one_minus_beta2: float
     adam_eps: float
     amsgrad: bool
+
+    @property
+    def written(self) -> list[torch.Tensor]:
+        """The tensors that the pass writes."""
+        return [*self.params, *(s for state in self.states for s in state)]
 
     @property
     def of_rule(self) -> tuple[float, ...]:

@@ -110,11 +110,12 @@ def _in_order(state: State, names: tuple[str, ...], i: int) -> list[torch.Tensor
 def numbers(
     rule: str,
     lrs: Sequence[float],
-    beta: float,
-    betas: tuple[float, float],
-    adam_eps: float,
-    amsgrad: bool,
-    step: int | None,
+    *,
+    beta: float = 0.9,
+    betas: tuple[float, float] = (0.9, 0.999),
+    adam_eps: float = 1e-8,
+    amsgrad: bool = False,
+    step: int | None = None,
 ) -> dict[str, Any]:
     """The rule's fields of `ApplyUpdate`, in binary64.
 

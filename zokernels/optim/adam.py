@@ -65,7 +65,8 @@ class ZOAdam(ZOOptimizer):
 
     def _check_rule(self, group: dict) -> None:
         first = 1 if group["bias_correction"] else None
-        rules.numbers("adam", [0.0], 0.0, group["betas"], group["adam_eps"], False, first)
+        numbers = {name: group[name] for name in ("betas", "adam_eps")}
+        rules.numbers("adam", [0.0], **numbers, step=first)
         group["state_dtype"] = plain_dtype(group["state_dtype"], group["params"])
 
     def _update(

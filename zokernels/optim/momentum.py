@@ -60,7 +60,7 @@ class ZOSGDMomentum(ZOOptimizer):
         super().__init__(params, lr, eps, rule_defaults=own, **common)
 
     def _check_rule(self, group: dict) -> None:
-        rules.numbers("momentum", [0.0], group["beta"], (0.0, 0.0), 0.0, False, None)
+        rules.numbers("momentum", [0.0], beta=group["beta"])
         group["state_dtype"] = plain_dtype(group["state_dtype"], group["params"])
         window = group["window"]
         if isinstance(window, bool):

@@ -365,8 +365,7 @@ class Filler:
 def _plan(lane: Direction, chosen: Sequence[int], out: Sequence[torch.Tensor]) -> AddNoise:
     numbers = checks.numbers_of_pass(
         [lane.params[i].detach() for i in chosen], lane.seeds, lane.moves[chosen[0]].scales,
-        streams=[lane.streams[i] for i in chosen], offsets=None, dist=lane.dist, mask=None,
-        decay=1.0, rounding="nearest", rounding_seed=0, each_step=False,
+        streams=[lane.streams[i] for i in chosen], dist=lane.dist,
     )  # fmt: skip
     return AddNoise(**numbers, out=out)
 

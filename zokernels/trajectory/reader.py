@@ -205,10 +205,10 @@ class Trajectory:
         if described["rule"] == "add_noise" and described["states"]:
             raise ValueError("states of a pass that has none")
         if described["rule"] != "add_noise":
-            n = described["numbers"]
-            rule, amsgrad = described["rule"], n["amsgrad"]
-            rules.numbers(rule, [0.0], n["beta"], n["betas"], n["adam_eps"], amsgrad, None)
-            names = rules.state_names(rule, amsgrad)
+            rule, numbers = described["rule"], described["numbers"]
+            own = {name: numbers[name] for name in ("beta", "betas", "adam_eps", "amsgrad")}
+            rules.numbers(rule, [0.0], **own)
+            names = rules.state_names(rule, own["amsgrad"])
             for state in described["states"]:
                 if len(state) != len(names) or set(state) - _STATE_TYPES:
                     raise ValueError("states that the rule does not have")
