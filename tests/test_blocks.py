@@ -125,7 +125,7 @@ def test_each_family_goes_by_embeddings_layers_and_head(name):
         start = {k: v.clone() for k, v in model.state_dict().items()}
         opt = zk.ZOSGD(model, lr=0.0, blocks="layer", seed=3)
         if whole:
-            opt._get_prefix().off = "a test wants whole forwards"
+            opt._perturbers.prefix.off = "a test wants whole forwards"
         with warnings.catch_warnings():
             # That forwards run whole is said by a warning, and would be wrong here.
             warnings.simplefilter("error")
@@ -218,9 +218,9 @@ def test_what_is_not_run_again_changes_no_bit(rule, order, mode):
             seed=8, **more,
         )  # fmt: skip
         if whole:
-            opt._get_prefix().off = "a test wants whole forwards"
+            opt._perturbers.prefix.off = "a test wants whole forwards"
         losses = [opt.step(lambda model=model: model(X, Y)).item() for _ in range(10)]
-        assert (opt._get_prefix().off is None) != whole
+        assert (opt._perturbers.prefix.off is None) != whole
         results.append((losses, state(model)))
     assert results[0][0] == results[1][0]
     assert all(torch.equal(results[0][1][k], results[1][1][k]) for k in results[0][1])
@@ -254,7 +254,7 @@ def test_layers_that_do_more_run_whole_and_it_is_said_once(fails):
     model, twin = Router(fails), Router(fails)
     opt = zk.ZOSGD(model, lr=0.01, blocks="layer")
     other = zk.ZOSGD(twin, lr=0.01, blocks="layer")
-    other._get_prefix().off = "a test wants whole forwards"
+    other._perturbers.prefix.off = "a test wants whole forwards"
     with pytest.warns(UserWarning, match="run whole.*do more") as said:
         for _ in range(3):
             opt.step(lambda: model(X, Y))

@@ -75,7 +75,7 @@ def step(model, closure, mode, quiet=True, **options):
     with warnings.catch_warnings():
         warnings.simplefilter("error" if quiet else "ignore")
         loss = opt.step(closure).item()
-    (perturber,) = opt._perturbers.values()
+    (perturber,) = opt._perturbers.all()
     return loss, opt.projected_gradients, getattr(perturber, "off", None)
 
 

@@ -112,7 +112,7 @@ def test_steps_whose_passes_were_prepared_are_those_of_the_reference(mode, mask,
             for group in opt.param_groups:
                 group["eps"], group["lr"] = eps, lr
             opt.step(lambda model=model: model(input_ids=batch).mean())
-        assert all(getattr(p, "off", None) is None for p in opt._perturbers.values())
+        assert all(getattr(p, "off", None) is None for p in opt._perturbers.all())
         weights.append([p.detach().clone() for p in model.parameters()])
     assert all(map(same_bits, *weights))
 
@@ -142,7 +142,7 @@ def test_weights_are_those_of_the_reference_in_any_order(mode, few_are_small):
         for order in ([0, 1, 2, 0], [0, 1, 2, 0], [2, 1, 0], [2, 1, 0], [2, 0, 1, 1]):
             model.order = order
             opt.step(lambda model=model: model(input_ids=batch).mean())
-        assert all(getattr(p, "off", None) is None for p in opt._perturbers.values())
+        assert all(getattr(p, "off", None) is None for p in opt._perturbers.all())
         found.append([p.detach().clone() for p in model.parameters()])
     assert all(map(same_bits, *found))
 

@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from zokernels import masks as mask_types
-from zokernels.backends import shards
-from zokernels.distributed import Distributed, connect
+from zokernels import masks
 from zokernels.estimators import ROUNDING, Estimate, Point, derive_seed, estimate
-from zokernels.optim import blocks as partitions
 from zokernels.optim import sparse
+from zokernels.optim.construction import Constructed
 from zokernels.optim.forward import (
     Closure,
     Forward,
@@ -26,16 +24,13 @@ from zokernels.optim.forward import (
     check_closure,
     same_randomness,
 )
-from zokernels.optim.groups import Chosen, check_group, join_masks, join_run, trainable
-from zokernels.optim.recording import Recorded
-from zokernels.optim.state import own_states, restore_states
-from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired, choose_mode
-from zokernels.perturb.prefix import Prefix
+from zokernels.optim.groups import Chosen, join_masks, trainable
+from zokernels.perturb import Direction, Move
 
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
 
 
-class ZOOptimizer(Recorded, torch.optim.Optimizer):
+class ZOOptimizer(Constructed):
     """Base of the zeroth-order optimizers: forward passes only, no ``.grad``.
 
     Args:
@@ -77,127 +72,6 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
     Raises:
         ValueError: If an argument is out of range.
     """
-
-    def __init__(
-        self,
-        params: nn.Module | Iterable,
-        lr: float = 1e-6,
-        eps: float = 1e-3,
-        *,
-        num_queries: int = 1,
-        two_sided: bool = True,
-        dist: str = "gaussian",
-        mask: mask_types.Mask | None = None,
-        sparsity: float | None = None,
-        resample_every: int | None = None,
-        blocks: partitions.Blocks = None,
-        block_order: str = "sequential",
-        rounding: str = "nearest",
-        weight_decay: float = 0.0,
-        maximize: bool = False,
-        seed: int = 0,
-        perturb: str | None = None,
-        lazy_logits: bool = True,
-        backend: str | None = None,
-        max_bad_steps: int = 10,
-        parallel: str | Distributed | None = "auto",
-        model: nn.Module | None = None,
-        rule_defaults: dict[str, Any] | None = None,
-    ):
-        self.model = params if isinstance(params, nn.Module) else model
-        self.parallel = connect(parallel)
-        shards.settle(self.model)
-        self.perturb = choose_mode(self.model, perturb)
-        self.lazy_logits = lazy_logits
-        self.backend = backend
-        self.max_bad_steps = max_bad_steps
-        self.projected_gradients: list[float] = []
-        self.timing = StepTiming()
-        self.bad_steps = 0
-        self._last_stream = -1
-        self._numbers: dict[int, int] = {}
-        self._perturbers: dict[tuple[int, ...], InPlace | OnEntry] = {}
-        self._prefix: Prefix | None = None
-        # L(θ) on the step's batch, until a weight changes.
-        self._base_loss: float | None = None
-        if self.model is not None:
-            self._numbers = {id(p): i for i, p in enumerate(self.model.parameters())}
-        if isinstance(params, nn.Module):
-            params = [p for p in params.parameters() if p.requires_grad]
-            if not params:
-                raise ValueError(
-                    "The module has no trainable parameter: every one has requires_grad=False; "
-                    "unfreeze some."
-                )
-        defaults = dict(
-            lr=lr,
-            eps=eps,
-            num_queries=num_queries,
-            two_sided=two_sided,
-            dist=dist,
-            mask=mask,
-            sparsity=sparsity,
-            resample_every=resample_every,
-            threshold=None,
-            blocks=blocks,
-            block_order=block_order,
-            rounding=rounding,
-            weight_decay=weight_decay,
-            maximize=maximize,
-            seed=seed,
-            step=0,
-            **(rule_defaults or {}),
-        )
-        super().__init__(params, defaults)
-        if sparsity is not None:
-            sparse.install(self.param_groups)
-
-    def add_param_group(self, param_group: dict) -> None:
-        """Add parameters; their streams continue the count, or are their places in the module."""
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            check_group(group)
-            self._check_rule(group)
-            if self.param_groups[0]["threshold"] is not None:
-                sparse.refuse_masks([group])
-            if not isinstance(group["mask"], dict):
-                mask_types.resolve(group["mask"], group["params"])
-                group["mask"] = mask_types.to_plain(group["mask"])
-            if group["blocks"] is not None:
-                group["blocks"] = partitions.number(group["blocks"], self.model, group["params"])
-        except Exception:
-            self.param_groups.pop()
-            raise
-        streams = []
-        for p in group["params"]:
-            self._last_stream = self._numbers.get(id(p), self._last_stream + 1)
-            streams.append(self._last_stream)
-        if self._numbers:
-            self._last_stream = max(self._last_stream, len(self._numbers) - 1)
-        group["streams"] = streams
-        join_run(group, self.param_groups[0])
-        if group["threshold"] is not None:
-            sparse.mask_group(group)
-        self._perturbers.clear()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; a state keeps the type it was saved in."""
-        own = own_states(self)
-        super().load_state_dict(state_dict)
-        restore_states(self, state_dict, own)
-        # What another rule or an older version did not save.
-        for group in self.param_groups:
-            for name, value in self.defaults.items():
-                group.setdefault(name, value)
-
-    def sparsity_report(self) -> sparse.SparsityReport:
-        """What ``sparsity`` came to: the shares asked for, expected, and pruned by this mask.
-
-        Raises:
-            ValueError: If the optimizer has no ``sparsity``.
-        """
-        return sparse.report(self.param_groups, self.backend)
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
@@ -255,7 +129,8 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         """Every block's estimate, and its update: at once, or when all of them are known."""
         blocks, found = self._blocks(), []
         at_once = self.param_groups[0]["block_order"] == "sequential"
-        with self._get_prefix().step(forward) if blocks != [None] else contextlib.nullcontext():
+        whole = contextlib.nullcontext()
+        with whole if blocks == [None] else self._perturbers.prefix.step(forward):
             for block in blocks:
                 found.append(self._estimate(forward, block))
                 # What is not finite ends the step: this block and those after it stay.
@@ -315,9 +190,9 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         def run(perturbed: list[nn.Parameter]) -> torch.Tensor | float:
             if block is None:
                 return forward()
-            return self._get_prefix().run(forward, perturbed)
+            return self._perturbers.prefix.run(forward, perturbed)
 
-        perturber = self._get_perturber(params)
+        perturber = self._perturbers.of(params)
         with perturber.session():
             losses = Losses(run, directions, perturber, self.timing, self._base_loss, block is None)
             yield losses
@@ -345,7 +220,7 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
                 self._update(group, chosen, found.seeds, gradients)
             self._base_loss = None
             if block is not None:
-                self._get_prefix().forget([group["params"][i] for i in chosen])
+                self._perturbers.prefix.forget([group["params"][i] for i in chosen])
         self.timing.update += time.perf_counter() - before
 
     def _update(
@@ -354,15 +229,12 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         """Apply the rule to the chosen parameters of a group."""
         raise NotImplementedError
 
-    def _check_rule(self, group: dict) -> None:
-        """Raise unless the rule's own numbers of a group are in range."""
-
     def _pass_options(self, group: dict, chosen: list[int]) -> dict[str, Any]:
         """Keywords of the pass that updates the chosen parameters: the same for every rule."""
         return dict(
             streams=[group["streams"][i] for i in chosen],
             dist=group["dist"],
-            mask=mask_types.take(mask_types.from_plain(group["mask"]), chosen),
+            mask=masks.take(masks.from_plain(group["mask"]), chosen),
             decay=1.0 - float(group["lr"]) * group["weight_decay"],
             rounding=group["rounding"],
             rounding_seed=self._rounding_seed(),
@@ -383,18 +255,3 @@ class ZOOptimizer(Recorded, torch.optim.Optimizer):
         """The groups with trainable parameters in a block, and the positions of these."""
         found = [(g, trainable(g, block)) for g in self.param_groups]
         return [(g, chosen) for g, chosen in found if chosen]
-
-    def _get_prefix(self) -> Prefix:
-        if self._prefix is None:
-            self._prefix = Prefix(self.model)
-        return self._prefix
-
-    def _get_perturber(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
-        key = tuple(map(id, params))
-        if key not in self._perturbers:
-            if self.perturb == "in_place" or self.model is None:
-                self._perturbers[key] = InPlace(params)
-            else:
-                kind = Paired if self.perturb == "paired" else OnEntry
-                self._perturbers[key] = kind(self.model, params, self.lazy_logits)
-        return self._perturbers[key]

@@ -132,7 +132,7 @@ class ForwardGrad(ZOSGD):
                 if block is None:
                     loss: Any = forward()
                 else:
-                    loss = self._get_prefix().run(forward, params)
+                    loss = self._perturbers.prefix.run(forward, params)
             except (RuntimeError, NotImplementedError) as error:
                 raise _explained(error) from error
             if not isinstance(loss, torch.Tensor):

@@ -139,7 +139,7 @@ class HybridZO(ZOSGD):
         found = super()._estimate(forward, block)
         if found.is_finite:
             # The backward needs the memory.
-            for perturber in self._perturbers.values():
+            for perturber in self._perturbers.all():
                 perturber.release()
             # A loss that is not finite makes a bad step, in which neither part moves.
             found.losses.append(self._backward(forward))
