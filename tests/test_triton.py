@@ -159,7 +159,7 @@ def test_an_old_triton_is_refused(monkeypatch):
     _why_no_triton.cache_clear()
     try:
         with pytest.raises(RuntimeError, match=r"3\.6 or newer, and 3\.4\.0"):
-            select([torch.zeros(3)], "triton")
+            select([torch.zeros(3)], "triton", 0)
     finally:
         monkeypatch.undo()
         _why_no_triton.cache_clear()

@@ -106,6 +106,10 @@ def uniform16(
     return halves.reshape(-1)[lead : lead + numel]
 
 
+# What draws each distribution's elements.
+DRAWS = {GAUSSIAN: gaussian, RADEMACHER: rademacher}
+
+
 def philox4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Philox4x32-10: four 32-bit words for each counter.
 

@@ -184,7 +184,7 @@ def _checked(
 def _run(plan: Pass, how: Any) -> None:
     """Run a pass, each arithmetic's part by its backend."""
     # All of them are found before one writes.
-    runs = [(select(part.params, how["backend"]), part) for part in _by_arithmetic(plan)]
+    runs = [(select(part.params, how["backend"], part.kind), part) for part in _by_arithmetic(plan)]
     for run, part in runs:
         if isinstance(part, AddNoise):
             trimmed = _trim(part)

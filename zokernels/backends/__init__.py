@@ -41,12 +41,13 @@ def backends() -> dict[str, Backend]:
     return {"reference": plain, "native": described, "triton": kernels}
 
 
-def select(params: Sequence[torch.Tensor], name: str | None) -> ModuleType:
+def select(params: Sequence[torch.Tensor], name: str | None, kind: int) -> ModuleType:
     """The module that runs a pass over these tensors.
 
     Args:
         params: The tensors of the call, all of one device.
         name: A backend's name, or None for the best one for the device.
+        kind: The distribution's number, of `zokernels.noise.KINDS`.
 
     Raises:
         ValueError: If the name is unknown, or the backend cannot take these tensors.
@@ -62,6 +63,8 @@ def select(params: Sequence[torch.Tensor], name: str | None) -> ModuleType:
     else:
         missing, module = _why_no_triton(), _triton
         refusal = None if missing else _why_not_triton(params, name)
+    if missing is None and refusal is None and kind not in module().KINDS:
+        refusal = "it does not draw this distribution; use backend=None or 'reference'."
     if missing is None and refusal is None:
         return module()
     if name is None:

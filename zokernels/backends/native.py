@@ -12,9 +12,12 @@ from typing import Any
 
 import torch
 
+from zokernels import noise
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
+# The distributions that it draws.
+KINDS = (noise.GAUSSIAN, noise.RADEMACHER)
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_ERROR = Path(__file__).with_name("_build_error.txt")
 

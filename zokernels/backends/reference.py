@@ -15,6 +15,8 @@ from zokernels import noise
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
+KINDS = noise.DRAWS
+
 # Bounds the int64 and float64 temporaries of a chunk to about 100 MB.
 _CHUNK = 1 << 20
 
@@ -130,8 +132,7 @@ def _where(keep: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> t
 
 
 def _draw(kind: int, numel: int, seed: int, at: dict[str, Any]) -> torch.Tensor:
-    draw = noise.gaussian if kind == noise.GAUSSIAN else noise.rademacher
-    return draw(numel, seed=seed, **at)
+    return noise.DRAWS[kind](numel, seed=seed, **at)
 
 
 def _keep(

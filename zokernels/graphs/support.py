@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_leaves
 
+from zokernels import noise
 from zokernels.backends import select, shards
 from zokernels.optim import (
     ZOSGD,
@@ -108,7 +109,8 @@ def _check_device(optimizer: ZOOptimizer, params: list[torch.Tensor], capture: b
             f"The weights are on {params[0].device}, but a graph is captured on CUDA; move the "
             "model there, or use capture=False, which runs the same step without a graph."
         )
-    backend = select(params, optimizer.backend).__name__.rpartition(".")[2]
+    kind = noise.KINDS[optimizer.param_groups[0]["dist"]]
+    backend = select(params, optimizer.backend, kind).__name__.rpartition(".")[2]
     if backend != "triton":
         raise ValueError(
             f"The passes are run by {backend!r}, but only those of 'triton' can be captured; see "

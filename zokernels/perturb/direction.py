@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
 
-from zokernels import masks, ops
+from zokernels import masks, noise, ops
+from zokernels.backends import select
 
 
 class Move(NamedTuple):
@@ -47,6 +49,11 @@ class Direction:
     mask: masks.Mask | None = None
     backend: str | None = None
     rounding_seed: int = 0
+
+    @property
+    def runs_by(self) -> ModuleType:
+        """The backend that runs its passes."""
+        return select(self.params, self.backend, noise.KINDS[self.dist])
 
     def fill(
         self,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zokernels import masks
-from zokernels.backends import checks, native, select
+from zokernels.backends import checks, native
 from zokernels.backends.plan import AddNoise
 from zokernels.perturb.deferred import DeferredDirection, Prepared
 from zokernels.perturb.direction import Direction, is_mirror
@@ -347,7 +347,7 @@ class Filler:
     def _takes_native(self, lane: Direction) -> bool:
         if lane.is_deferred or lane.mask is not None:
             return False
-        if select(self.params, lane.backend) is not native:
+        if lane.runs_by is not native:
             return False
         moves = set(lane.moves)
         for move in moves:
