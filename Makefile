@@ -42,18 +42,18 @@ test-slow: $(STAMP)  ## Run the tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow
 
 sanitize: $(STAMP)  ## Run the native code under AddressSanitizer and UBSan
-	$(BIN)/python tests/sanitize.py
+	$(BIN)/python tests/engine/backends/sanitize.py
 
 lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h tests/engine/backends/*.cpp)
 
 format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h tests/*.cpp)
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h tests/engine/backends/*.cpp)
 
 bench: $(STAMP)  ## Time the passes and a step with pytest-benchmark, in two minutes
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=median,iqr,rounds

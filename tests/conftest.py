@@ -10,7 +10,7 @@ from tiny import build
 
 from zokernels.backends import native
 
-# `pytest --hypothesis-profile deep tests/test_fuzz_*.py` searches 20 times as long. Where the
+# `pytest --hypothesis-profile deep tests/engine tests/lab -k fuzz` searches 20 times as long. Where the
 # variable CI is set hypothesis takes its own profile "ci": ours stands in for it, so that a test
 # is held to the same rules everywhere, and there the examples are the same in every run.
 _COMMON = dict(
@@ -22,7 +22,9 @@ settings.register_profile("ci", max_examples=50, derandomize=True, **_COMMON)
 settings.register_profile("deep", max_examples=1000, **_COMMON)
 
 # Triton decides when it is imported whether kernels are interpreted.
-collect_ignore = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["interpreted"]
+collect_ignore = (
+    [] if os.environ.get("TRITON_INTERPRET") == "1" else ["engine/backends/interpreted"]
+)
 
 
 def bits(t: torch.Tensor) -> torch.Tensor:

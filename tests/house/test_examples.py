@@ -10,7 +10,7 @@ from tiny import build
 from zokernels.lab.cli import main
 
 pytestmark = pytest.mark.hf
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def load(name):

@@ -11,7 +11,7 @@ from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.report.tables import quickstart as table
 from zokernels.lab.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 
 def test_bench_codegen_writes_what_it_counts(tmp_path, capsys):

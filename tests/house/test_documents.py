@@ -20,7 +20,7 @@ from tiny import SPECIAL, WORDS, models
 from zokernels.lab.cli import main
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 LANGUAGES = {"python", "bash", "yaml", "text"}
 SKIPPED = 0

@@ -16,7 +16,8 @@ from zokernels import backends as backends_function
 from zokernels.backends import select
 
 HERE = Path(__file__).parent
-RESULTS = HERE.parent / "bench" / "results" / "codegen.csv"
+ROOT = HERE.parents[2]
+RESULTS = ROOT / "bench" / "results" / "codegen.csv"
 
 triton = pytest.importorskip("triton", reason="needs triton: pip install triton (Linux)")
 
@@ -28,7 +29,7 @@ def run_interpreted(*options: str) -> str:
     done = subprocess.run(
         [*command, str(HERE / "interpreted")],
         env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        cwd=HERE.parent, capture_output=True, text=True,
+        cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     return done.stdout

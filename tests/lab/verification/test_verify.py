@@ -218,7 +218,7 @@ def test_the_instruction_set_of_the_user_comes_back():
 
 
 def test_the_packaged_golden_vectors_are_those_of_the_tests():
-    here = Path(__file__).parent / "golden" / "noise_v1.json"
+    here = Path(__file__).parents[2] / "engine" / "golden" / "noise_v1.json"
     packaged = Path(zk.__file__).parent / "lab" / "data" / "noise_v1.json"
     assert here.read_bytes() == packaged.read_bytes()
 

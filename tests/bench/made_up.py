@@ -8,7 +8,7 @@ import pytest
 from zokernels.lab.benchmarks import peers, results
 from zokernels.lab.benchmarks.report.figures import gpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def whole_study():

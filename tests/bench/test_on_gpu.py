@@ -24,7 +24,7 @@ from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks import step as steps
 from zokernels.lab.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "bench" / "on_gpu.sh"
 PARTS = {"check": check, "ops": ops, "step": step, "memory": memory}
 pytestmark = [
@@ -282,7 +282,7 @@ def test_tests_after_the_deadline_are_left_and_all_outcomes_counted(tmp_path):
 
 
 def test_a_bit_that_differs_is_told_with_its_place(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent / "gpu"))
+    monkeypatch.syspath_prepend(str(ROOT / "tests" / "gpu"))
     from device import assert_same
 
     right = varied(100, torch.bfloat16)

@@ -12,7 +12,7 @@ from zokernels.lab.tasks import get_task, optimizers
 from zokernels.lab.tasks.presets import get
 from zokernels.lab.tasks.settings import Settings
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 # What the system or another package has; the names after them are not ours to check.
 FOREIGN = ("cd", "git", "source", "nvidia-smi")
 PLACEHOLDER = re.compile(r"[A-Z]+(\.yaml)?|\$\w+")

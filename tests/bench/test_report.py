@@ -22,7 +22,7 @@ from zokernels.lab.benchmarks.report.tables import ops as passes
 from zokernels.lab.benchmarks.report.tables import study as tables
 from zokernels.lab.cli import main
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # One of rows that nobody has measured yet is not there.
 FIGURES = [
     part

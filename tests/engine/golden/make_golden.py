@@ -1,4 +1,4 @@
-"""Write the golden vectors of noise version 1: python tests/golden/make_golden.py, from the root.
+"""Write the golden vectors of noise version 1: python tests/engine/golden/make_golden.py, from the root.
 
 Cases may be added. A case that is already in the file must come out as it stands there, or nothing
 is written: recorded runs are replayed by these bits.
@@ -8,7 +8,7 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 import zokernels
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"```python\n# (zokernels/\S+)\n(.*?)```", re.S)
 
 TRY_BOTH = """

@@ -9,7 +9,7 @@ import pytest
 
 import zokernels as zk
 
-REFERENCE = Path(__file__).resolve().parent.parent / "docs/reference"
+REFERENCE = Path(__file__).resolve().parents[2] / "docs/reference"
 MODULES = ["zokernels", "zokernels.ops", "zokernels.noise", "zokernels.masks"]
 try:
     import transformers  # noqa: F401

@@ -11,7 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[3]
 CHECKS = "-fsanitize=address,undefined -fno-sanitize-recover=all".split()
 COMMON = [*CHECKS, "-fno-omit-frame-pointer", "-g1", "-O1"]
 
