@@ -10,9 +10,9 @@ from tiny import build
 
 from zokernels.backends import native
 
-# `pytest --hypothesis-profile deep tests/engine tests/lab -k fuzz` searches 20 times as long. Where the
-# variable CI is set hypothesis takes its own profile "ci": ours stands in for it, so that a test
-# is held to the same rules everywhere, and there the examples are the same in every run.
+# `pytest --hypothesis-profile deep -k fuzz` searches 20 times as long. Where the variable CI is set
+# hypothesis takes its own profile "ci": ours stands in for it, so that a test is held to the same
+# rules everywhere, and there the examples are the same in every run.
 _COMMON = dict(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],

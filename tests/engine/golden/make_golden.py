@@ -1,4 +1,4 @@
-"""Write the golden vectors of noise version 1: python tests/engine/golden/make_golden.py, from the root.
+"""Write the golden vectors of noise version 1; run it from anywhere.
 
 Cases may be added. A case that is already in the file must come out as it stands there, or nothing
 is written: recorded runs are replayed by these bits.

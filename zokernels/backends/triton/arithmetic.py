@@ -38,7 +38,7 @@ def fma(a, b, c):
 def fma_of_noise(a, b, c):
     """`fma` for the operands of the Gaussian transform, where rounding twice changes no result."""
     if _INTERPRETED:
-        # Checked for all of them (tests/engine/test_noise.py); a fifth of the interpreter's operations.
+        # Checked for all of them (test_noise.py); a fifth of the interpreter's operations.
         return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     else:
         return tl.fma(a, b, c)

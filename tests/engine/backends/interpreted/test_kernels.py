@@ -1,7 +1,7 @@
 """The Triton kernels against the reference, bit for bit, in Triton's interpreter.
 
-Collected only where TRITON_INTERPRET=1 was set before the program began; tests/engine/backends/test_triton.py runs
-it in a process of its own.
+Collected only where TRITON_INTERPRET=1 was set before the program began; test_triton.py runs it in
+a process of its own.
 """
 
 import itertools
