@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,9 +119,8 @@ class Pool:
     def _one(self, number: int, run: Run) -> Outcome:
         process = self._worker(number)
         assert process.stdin is not None and process.stdout is not None
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(run.settings).items()}
         try:
-            print(json.dumps(plain), file=process.stdin, flush=True)
+            print(json.dumps(run.settings.plain()), file=process.stdin, flush=True)
         except (OSError, ValueError):
             if self._stopping:
                 return Outcome("interrupted")

@@ -12,10 +12,9 @@ from typing import Any
 import torch
 
 import zokernels as zk
-from zokernels.lab.tasks import folder, optimizers
+from zokernels.lab.tasks import folder, learner, optimizers
 from zokernels.lab.tasks.errors import InputError, RunError
-from zokernels.lab.tasks.resume import read_settings, to_settings
-from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.resume import read_settings
 from zokernels.lab.tasks.settings import Settings
 
 
@@ -54,9 +53,8 @@ def rebuild(
     try:
         trajectory = zk.Trajectory(path)
         until = trajectory.until(_saved_step(run) if until is None else until)
-        finetune = Finetune(_settings(trajectory, base, device))
-        finetune.load()
-        zk.replay(finetune.model, path, until, backend=backend)
+        made = learner.load(_settings(trajectory, base, device))
+        zk.replay(made.model, path, until, backend=backend)
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
     replayed = trajectory.steps[: until - trajectory.header["first"]]
@@ -69,19 +67,19 @@ def rebuild(
         "skipped_steps": sum(s.passes is None for s in replayed),
         "torn_bytes": trajectory.torn,
         "bytes": path.stat().st_size,
-        "weights": finetune.trained.weights,
+        "weights": made.trained.weights,
         "out": str(out) if out else None,
         "verified": None,
     }
     if out is not None:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            folder.write_folder(out, finetune.save)
+            folder.write_folder(out, made.save)
         except OSError as error:
             raise RunError(f"--out {out} could not be written: {error.strerror}.") from None
     if verify:
         with tempfile.TemporaryDirectory() as scratch:
-            finetune.save(Path(scratch))
+            made.save(Path(scratch))
             _compare(Path(scratch), saved, until)
         found["verified"] = True
     found["seconds"] = round(time.perf_counter() - began, 3)
@@ -124,7 +122,7 @@ def _settings(trajectory: zk.Trajectory, base: str, device: str) -> Settings:
     nowhere = Path("unused")
     about = trajectory.header["about"].get("settings")
     if about is not None:
-        settings = to_settings(about, trajectory.path, nowhere)
+        settings = Settings.of(about, trajectory.path, nowhere)
         settings.model, settings.device = base, device
         return settings
     # Recorded by an optimizer in someone's own script: a plain model, in the type it had.
