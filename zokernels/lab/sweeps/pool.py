@@ -13,9 +13,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zokernels
 from zokernels.lab.sweeps.plan import Run
@@ -172,9 +173,6 @@ def _wait(ends: Sequence[threading.Event]) -> None:
 
 
 def _close(process: subprocess.Popen[str]) -> None:
-    pipe: IO[str] | None = process.stdin
-    if pipe is not None:
-        try:
-            pipe.close()
-        except OSError:
-            pass
+    with suppress(OSError):
+        if process.stdin is not None:
+            process.stdin.close()

@@ -7,22 +7,13 @@ not finite changes no weight. Dropout is off, since the models here are in evalu
 import math
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-
-@dataclass
-class Timing:
-    """Seconds of the last step, by the names of the other optimizers; no noise is made here."""
-
-    forwards: float = 0.0
-    backward: float = 0.0
-    noise: float = 0.0
-    update: float = 0.0
-    total: float = 0.0
+from zokernels.lab.tasks.history import PARTS
 
 
 class Backprop(torch.optim.Optimizer):
@@ -48,7 +39,7 @@ class Backprop(torch.optim.Optimizer):
     ):
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
-        self.timing = Timing()
+        self.timing = _timing()
         self.projected_gradients: list[float] = []
         params: Iterable[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         super().__init__(params, lr=lr, weight_decay=weight_decay)  # type: ignore[call-arg]
@@ -68,7 +59,7 @@ class Backprop(torch.optim.Optimizer):
                 of the last good step.
         """
         started = time.perf_counter()
-        self.timing = Timing()
+        self.timing = _timing()
         # What a backward left that ran out of memory.
         self.zero_grad()
         params = [p for group in self.param_groups for p in group["params"]]
@@ -106,9 +97,13 @@ class Backprop(torch.optim.Optimizer):
         self.timing.backward = time.perf_counter() - began
 
 
+def _timing() -> SimpleNamespace:
+    return SimpleNamespace(total=0.0, **dict.fromkeys(PARTS, 0.0))
+
+
 def _finite(params: Iterable[nn.Parameter]) -> bool:
     # The largest: no temporary of a tensor's size is made.
-    found = [p.grad for p in params if p.grad is not None]
+    found = [p.grad for p in params if p.grad is not None and p.grad.numel()]
     return math.isfinite(float(nn.utils.get_total_norm(found, math.inf)))
 
 

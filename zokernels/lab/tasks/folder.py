@@ -53,6 +53,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a file holds; None if it is not there, or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Writes a folder whole or not at all: ``fill`` gets a new one, which then takes its place.
 
@@ -99,10 +107,7 @@ def write_answer(path: Path, value: dict[str, Any]) -> None:
 
 def is_run(path: Path) -> bool:
     """Whether a run has begun in this folder."""
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    config = read_json(path / CONFIG)
     return isinstance(config, dict) and MARK in config
 
 

@@ -98,18 +98,12 @@ def _step(
     total = sum(map(len, parts))
 
     def closure() -> torch.Tensor:
-        loss = forward()
-        seen(loss)
-        return loss
-
-    def forward() -> torch.Tensor:
-        if len(parts) == 1:
-            return scorer.loss(batches[0])
-        means = [
-            len(part) / total * scorer.loss(batch).double()
-            for part, batch in zip(parts, batches, strict=True)
-        ]
-        return torch.stack(means).sum()
+        losses = [scorer.loss(batch) for batch in batches]
+        if len(parts) > 1:
+            shares = [len(part) / total * x.double() for part, x in zip(parts, losses, strict=True)]
+            losses = [torch.stack(shares).sum()]
+        seen(losses[0])
+        return losses[0]
 
     return optimizer.step(closure)
 

@@ -51,11 +51,6 @@ def find(name: str) -> Any:
     return OPTIMIZERS[key(name)]
 
 
-def replayable(name: str) -> bool:
-    """Whether a log of scalars is all that the weights can be made of again."""
-    return bool(find(name).replayable)
-
-
 def check(s: Settings) -> None:
     """Refuses settings that do not go together.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -52,7 +51,10 @@ def rebuild(
     began = time.perf_counter()
     try:
         trajectory = zk.Trajectory(path)
-        until = trajectory.until(_saved_step(run) if until is None else until)
+        if until is None:
+            # Of a finished run the step whose weights it saved.
+            until = (folder.read_json(run / folder.METRICS) or {}).get("weights_of_step")
+        until = trajectory.until(until)
         made = learner.load(_settings(trajectory, base, device))
         zk.replay(made.model, path, until, backend=backend)
     except (ValueError, RuntimeError) as error:
@@ -91,7 +93,7 @@ def _check(run: Path, out: Path | None, verify: bool) -> None:
         raise InputError(f"There is no run {run}; name a run folder or a trajectory file.")
     if run.is_dir() and folder.is_run(run):
         used = read_settings(run).optimizer
-        if not optimizers.replayable(used):
+        if not optimizers.find(used).replayable:
             raise InputError(
                 f"{run} went by {used}, whose gradients by backpropagation no log of scalars can "
                 f"make again; its weights are in {run / folder.WEIGHTS}."
@@ -107,14 +109,6 @@ def _check(run: Path, out: Path | None, verify: bool) -> None:
         raise InputError("--out is missing: name a new folder for the model, or pass --verify.")
     if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} exists and is not empty; name a new folder.")
-
-
-def _saved_step(run: Path) -> int | None:
-    """The step whose weights a finished run saved."""
-    try:
-        return json.loads((run / folder.METRICS).read_text(encoding="utf-8"))["weights_of_step"]
-    except (OSError, ValueError, KeyError):
-        return None
 
 
 def _settings(trajectory: zk.Trajectory, base: str, device: str) -> Settings:

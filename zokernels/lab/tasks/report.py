@@ -45,7 +45,7 @@ def processor() -> str:
 def write(run: Run) -> dict[str, Any]:
     """Writes plot, report and metrics into the run's folder; returns the metrics."""
     found = metrics(run)
-    plot(run, run.out.path / folder.PLOT)
+    plot(run)
     folder.write_text(run.out.path / folder.REPORT, text(run, found))
     # Last, since a run with metrics is finished.
     folder.write_json(run.out.path / folder.METRICS, found)
@@ -100,7 +100,7 @@ def metrics(run: Run) -> dict[str, Any]:
     }
 
 
-def plot(run: Run, path: Path) -> None:
+def plot(run: Run) -> None:
     """Draws loss and accuracy against the step."""
     history = run.history
     # Figure and its Agg canvas directly: pyplot would choose a backend for the whole process.
@@ -131,7 +131,7 @@ def plot(run: Run, path: Path) -> None:
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(run.out.path / folder.PLOT, dpi=150)
 
 
 def smoothed(losses: list[float], weight: float = 0.98) -> list[float]:
@@ -180,7 +180,7 @@ def text(run: Run, m: dict[str, Any]) -> str:
         f" of dev |",
         f"| Prompts | {_prompts(s)} |",
         f"| Result | {picked} |",
-        f"| Method | {optimizers.find(s.optimizer).__name__}, {m['steps']:,} steps of "
+        f"| Method | {m['optimizer']}, {m['steps']:,} steps of "
         f"{s.batch_size} examples"
         f"{' with equal class counts' if s.balanced else ''}, lr {s.lr:g} {s.schedule}, "
         f"{_method(s)}weight decay {s.weight_decay:g} |",

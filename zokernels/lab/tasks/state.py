@@ -51,12 +51,12 @@ class Run:
     watcher: Watcher = field(default_factory=Watcher)
     command: str = ""
     resume: bool = False
-    history: History = field(default_factory=History, init=False)
-    stopped: threading.Event = field(default_factory=threading.Event, init=False)
-    started: float = field(default_factory=time.perf_counter, init=False)
-    done: int = field(default=0, init=False)
-    failure: str | None = field(default=None, init=False)
-    best: tuple[float, int, list[torch.Tensor]] | None = field(default=None, init=False)
+    history: History = field(default_factory=History)
+    stopped: threading.Event = field(default_factory=threading.Event)
+    started: float = field(default_factory=time.perf_counter)
+    done: int = 0
+    failure: str | None = None
+    best: tuple[float, int, list[torch.Tensor]] | None = None
     task: Task = field(init=False)
     splits: Splits = field(init=False)
     pool: Sequence[Example] = field(init=False)
