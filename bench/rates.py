@@ -16,9 +16,8 @@ import torch
 
 import zokernels as zk
 from zokernels.lab.benchmarks import results
-from zokernels.lab.tasks import batches, data, get_task
+from zokernels.lab.tasks import batches, data, get_task, learner
 from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.run import Finetune
 from zokernels.lab.tasks.scoring import SCORERS
 from zokernels.lab.tasks.settings import Settings
 
@@ -35,10 +34,9 @@ EPS = {"full": 1e-3, "bitfit": 1e-3, "lora": 1e-2, "prefix": 1e-2, "prompt": 1e-
 
 @torch.no_grad()
 def measure(settings: Settings, directions: int) -> list[dict]:
-    run = Finetune(settings)
-    run.load()
-    scorer = SCORERS[run.loaded.kind](
-        run.model, run.loaded.tokenizer, get_task("sst2"), settings.max_length
+    made = learner.load(settings)
+    scorer = SCORERS[made.loaded.kind](
+        made.model, made.loaded.tokenizer, get_task("sst2"), settings.max_length
     )
     splits = data.load(get_task("sst2"), settings.data)
     pool = data.by_words(splits.train, settings.min_words, settings.max_words)
@@ -50,7 +48,7 @@ def measure(settings: Settings, directions: int) -> list[dict]:
         batch = scorer.collate(next(order))
 
         def loss(scale: float, dist: str, seed: int = k, batch: dict = batch) -> float:
-            with zk.perturbed(run.model, seed, scale, dist=dist):
+            with zk.perturbed(made.model, seed, scale, dist=dist):
                 return float(scorer.loss(batch))
 
         start = float(scorer.loss(batch))
@@ -67,7 +65,7 @@ def measure(settings: Settings, directions: int) -> list[dict]:
             {
                 "model": settings.title,
                 "scheme": settings.scheme,
-                "trained_weights": run.trained.weights,
+                "trained_weights": made.trained.weights,
                 "rule": rule,
                 "eps": eps,
                 "lr": lr,

@@ -13,7 +13,7 @@ import sys
 from zokernels import ops
 from zokernels.lab.cli import main
 from zokernels.lab.tasks import evaluate, folder, report
-from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.learner import Learner
 from zokernels.lab.tasks.scoring import Scorer
 from zokernels.optim.base import ZOOptimizer
 from zokernels.trajectory import writer
@@ -64,7 +64,7 @@ def arm(point, count):
         "log": lambda: before(folder.RunFolder, "log"),
         "evaluation": lambda: before(evaluate, "accuracy"),
         # The weights are in a draft that has not taken its place; have taken it; all but the end.
-        "saving": lambda: after(Finetune, "save"),
+        "saving": lambda: after(Learner, "save"),
         "saved": lambda: before(report, "plot"),
         "metrics": lambda: setattr(os, "replace", replace),
     }[point]()

@@ -10,8 +10,9 @@ from zokernels.lab.cli import main
 from zokernels.lab.tasks import InputError, RunError, checkpoint, get_task, models
 from zokernels.lab.tasks.batches import batches
 from zokernels.lab.tasks.data import load
+from zokernels.lab.tasks.history import Watcher
 from zokernels.lab.tasks.resume import settings_of
-from zokernels.lab.tasks.run import Finetune, Watcher
+from zokernels.lab.tasks.run import Finetune
 from zokernels.lab.tasks.scoring import SCORERS, Scorer
 from zokernels.lab.tasks.settings import Settings
 

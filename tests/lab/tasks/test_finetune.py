@@ -12,7 +12,8 @@ import torch
 from tiny import environment
 
 from zokernels.lab.tasks import InputError, RunError, models
-from zokernels.lab.tasks.run import Finetune, Watcher
+from zokernels.lab.tasks.history import Watcher
+from zokernels.lab.tasks.run import Finetune
 from zokernels.lab.tasks.scoring import Scorer
 from zokernels.lab.tasks.settings import Settings
 
@@ -184,12 +185,12 @@ def test_dev_never_picks_the_checkpoint(places, tmp_path, monkeypatch):
     def accuracy(scorer, examples, **_):
         split = "valid" if len(examples) == len(run.splits.valid) else "dev"
         if split == "valid":
-            kept.append([p.detach().clone() for p in run.model.parameters()])
+            kept.append([p.detach().clone() for p in run.learner.model.parameters()])
         return evaluate.Accuracy(next(answers[split]), len(examples))
 
     monkeypatch.setattr(evaluate, "accuracy", accuracy)
     run.run()
-    now = list(run.model.parameters())
+    now = list(run.learner.model.parameters())
     assert all(torch.equal(a, b) for a, b in zip(kept[0], now, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(kept[1], now, strict=True))
     assert "step 2" in (tmp_path / "run/report.md").read_text()

@@ -8,7 +8,7 @@ from conftest import same_bits
 from test_finetune import lines, settings, weights
 
 import zokernels as zk
-from zokernels.lab.tasks import RunError, halves
+from zokernels.lab.tasks import RunError, learner, memory
 from zokernels.lab.tasks.run import Finetune
 from zokernels.lab.tasks.scoring import Scorer
 
@@ -29,9 +29,9 @@ def test_torchs_own_refusal_is_known():
     """What this version of torch says when the machine has no such memory."""
     with pytest.raises(RuntimeError) as raised:
         torch.empty(2**60, dtype=torch.uint8)
-    assert halves.is_out_of_memory(raised.value)
+    assert memory.is_out(raised.value)
     for other in (RuntimeError("shapes do not match"), ValueError("not enough memory"), KeyError()):
-        assert not halves.is_out_of_memory(other)
+        assert not memory.is_out(other)
 
 
 @pytest.fixture
@@ -91,11 +91,10 @@ def test_without_the_option_the_run_ends_with_a_sentence_and_whole_weights(place
         Finetune(settings(places, out)).run()
     assert json.loads((out / "metrics.json").read_text())["steps"] == 2
     assert zk.Trajectory(out / "trajectory.zk").end == 2
-    run = Finetune(settings(places, tmp_path / "twin"))
-    run.load()
-    zk.replay(run.model, out / "trajectory.zk")
+    twin = learner.load(settings(places, tmp_path / "twin"))
+    zk.replay(twin.model, out / "trajectory.zk")
     saved = weights(out / "final")
-    assert all(same_bits(p, saved[name]) for name, p in run.model.named_parameters())
+    assert all(same_bits(p, saved[name]) for name, p in twin.model.named_parameters())
 
 
 def test_halves_that_do_not_fit_either_end_the_run(places, tmp_path, small):

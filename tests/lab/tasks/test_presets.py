@@ -1,7 +1,6 @@
 """The benchmark paper's settings by name."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ def test_every_preset_makes_a_run_and_lies_on_its_grid():
         settings = Settings(out=Path("unused"), **preset.settings)
         settings.check()
         get_task(settings.task)
-        optimizers.check(settings.optimizer, asdict(settings))
+        optimizers.check(settings)
         assert all(preset.settings[key] in grid for key, grid in preset.grid.items()), name
 
 

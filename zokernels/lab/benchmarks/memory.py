@@ -26,7 +26,7 @@ import torch
 from zokernels.lab.benchmarks import footprint, high_water, machine, models
 from zokernels.lab.benchmarks.footprint import Cell, Footprint
 from zokernels.lab.tasks import optimizers
-from zokernels.lab.tasks.halves import says_out_of_memory
+from zokernels.lab.tasks.memory import says_out
 
 COLUMNS = (
     *machine.COLUMNS, "model", "optimizer", "perturb", "dtype", "rows", "length", "source",
@@ -95,7 +95,7 @@ def run(cell: Cell) -> dict[str, Any]:
         return {"source": MEASURED, **json.loads(done.stdout.splitlines()[-1])}
     said = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
     # The kernel kills with 9; allocators say it.
-    if done.returncode == -9 or said == "MemoryError" or says_out_of_memory(said):
+    if done.returncode == -9 or said == "MemoryError" or says_out(said):
         return {"source": KILLED}
     return {"source": FAILED + said}
 

@@ -121,7 +121,7 @@ def _run(part: Part, cell: dict[str, Any], given: dict[str, Any], out: Path, pat
         settings = Settings(out=out, **given)
         settings.check()
         get_task(settings.task)
-        optimizers.check(settings.optimizer, asdict(settings))
+        optimizers.check(settings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     settings.out = out / part.name / _folder(cell, settings)

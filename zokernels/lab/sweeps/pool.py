@@ -13,9 +13,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import zokernels
 from zokernels.lab.sweeps.plan import Run
@@ -119,9 +120,8 @@ class Pool:
     def _one(self, number: int, run: Run) -> Outcome:
         process = self._worker(number)
         assert process.stdin is not None and process.stdout is not None
-        plain = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(run.settings).items()}
         try:
-            print(json.dumps(plain), file=process.stdin, flush=True)
+            print(json.dumps(run.settings.plain()), file=process.stdin, flush=True)
         except (OSError, ValueError):
             if self._stopping:
                 return Outcome("interrupted")
@@ -173,9 +173,6 @@ def _wait(ends: Sequence[threading.Event]) -> None:
 
 
 def _close(process: subprocess.Popen[str]) -> None:
-    pipe: IO[str] | None = process.stdin
-    if pipe is not None:
-        try:
-            pipe.close()
-        except OSError:
-            pass
+    with suppress(OSError):
+        if process.stdin is not None:
+            process.stdin.close()

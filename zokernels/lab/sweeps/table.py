@@ -47,24 +47,21 @@ class Cell:
 
     part: str
     values: dict[str, Any]
-    seeds: int
-    before: float | None
-    after: float | None
-    spread: float | None
-    majority: float | None
-    forwards: float | None
-    backwards: float | None
-    seconds: float | None
-    note: str
+    seeds: int = 0
+    before: float | None = None
+    after: float | None = None
+    spread: float | None = None
+    majority: float | None = None
+    forwards: float | None = None
+    backwards: float | None = None
+    seconds: float | None = None
+    note: str = ""
 
 
 def metrics_of(run: Run) -> dict[str, Any] | None:
     """The metrics of a run that came to its end; None of any other."""
-    try:
-        found = json.loads((run.settings.out / folder.METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return None if found.get("interrupted") else found
+    found = folder.read_json(run.settings.out / folder.METRICS)
+    return None if found is None or found.get("interrupted") else found
 
 
 def rows(runs: Sequence[Run], outcomes: dict[Path, Outcome]) -> list[dict[str, Any]]:
@@ -92,10 +89,7 @@ def cells(
     for run in runs:
         groups.setdefault((run.part, json.dumps(run.cell)), []).append(run)
     found = [_cell(group, outcomes) for group in groups.values()]
-    found += [
-        Cell(s.part, s.cell, 0, None, None, None, None, None, None, None, f"left out: {s.reason}")
-        for s in skipped
-    ]
+    found += [Cell(s.part, s.cell, note=f"left out: {s.reason}") for s in skipped]
     order = list(dict.fromkeys(cell.part for cell in found))
     return sorted(found, key=lambda cell: order.index(cell.part))
 

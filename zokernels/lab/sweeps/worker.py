@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 from zokernels.lab.tasks import InputError, RunError, folder
+from zokernels.lab.tasks.history import Watcher
 from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.resume import to_settings
-from zokernels.lab.tasks.run import Finetune, Watcher
+from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.settings import Settings
 
 _EVERY = 0.2
 
@@ -78,7 +79,7 @@ def serve(orders: IO[str], answers: IO[str]) -> None:
 def _do(plain: dict[str, Any], teller: Teller) -> dict[str, Any]:
     out = Path(plain["out"])
     try:
-        settings = to_settings(plain, out, out)
+        settings = Settings.of(plain, out, out)
         teller.run = Finetune(settings, teller, resume=folder.is_run(out))
         if teller.closed:
             teller.run.stopped.set()

@@ -1,6 +1,7 @@
 """Tasks whose answer the model writes: SQuAD and DROP, measured by F1 over words."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from zokernels.lab.tasks.task import Hub, Prompts, Row, Task
 
@@ -15,27 +16,21 @@ def _texts(row: Row) -> Sequence[str]:
     return list(dict.fromkeys(str(a) for a in found or []))
 
 
-SQUAD = Task(
+def _asked(kind: str) -> Prompts:
+    return Prompts(
+        text=f"{kind}: {{context}}\nQuestion: {{question}}\nAnswer:",
+        plain="{context}\n{question}",
+    )
+
+
+_READ = partial(Task, fields=("context", "question"), answers=_texts)
+
+SQUAD = _READ(
     name="squad",
     folder="SQuAD",
     hub=Hub("rajpurkar/squad", "plain_text"),
-    fields=("context", "question"),
-    prompts=Prompts(
-        text="Context: {context}\nQuestion: {question}\nAnswer:",
-        plain="{context}\n{question}",
-    ),
-    answers=_texts,
+    prompts=_asked("Context"),
     cut=(300, 50),
 )
 
-DROP = Task(
-    name="drop",
-    folder="DROP",
-    hub=Hub("ucinlp/drop"),
-    fields=("context", "question"),
-    prompts=Prompts(
-        text="Passage: {context}\nQuestion: {question}\nAnswer:",
-        plain="{context}\n{question}",
-    ),
-    answers=_texts,
-)
+DROP = _READ(name="drop", folder="DROP", hub=Hub("ucinlp/drop"), prompts=_asked("Passage"))

@@ -1,21 +1,19 @@
 """The first-order baselines: torch's own optimizers by backpropagation, stepped like the others.
 
-A step takes the closure of a zeroth-order step and keeps its promises: dropout is off, and a loss
-or a gradient that is not finite changes no weight.
+A step takes the closure of a zeroth-order step and keeps its promise: a loss or a gradient that is
+not finite changes no weight. Dropout is off, since the models here are in evaluation mode.
 """
-
-from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 
-from zokernels.optim.forward import Closure, StepTiming, check_closure, same_randomness
-from zokernels.optim.hybrid import all_finite
+from zokernels.lab.tasks.history import PARTS
 
 
 class Backprop(torch.optim.Optimizer):
@@ -39,15 +37,14 @@ class Backprop(torch.optim.Optimizer):
     def __init__(
         self, model: nn.Module, lr: float, weight_decay: float = 0.0, max_bad_steps: int = 10
     ):
-        self.model = model
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
-        self.timing = StepTiming()
+        self.timing = _timing()
         self.projected_gradients: list[float] = []
         params: Iterable[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         super().__init__(params, lr=lr, weight_decay=weight_decay)  # type: ignore[call-arg]
 
-    def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
+    def step(self, closure: Any = None) -> torch.Tensor:  # type: ignore[override]
         """One forward, one backward, one update.
 
         Args:
@@ -61,19 +58,18 @@ class Backprop(torch.optim.Optimizer):
             FloatingPointError: After ``max_bad_steps`` bad steps in a row; the weights are those
                 of the last good step.
         """
-        closure = check_closure(closure)
         started = time.perf_counter()
-        self.timing = StepTiming()
+        self.timing = _timing()
         # What a backward left that ran out of memory.
         self.zero_grad()
         params = [p for group in self.param_groups for p in group["params"]]
-        with same_randomness(self.model, params), torch.enable_grad():
-            graph = torch.as_tensor(closure())
+        with torch.enable_grad():
+            graph = closure()
             self.timing.forwards = time.perf_counter() - started
             self._backward(graph)
         loss = graph.detach()
         began = time.perf_counter()
-        if math.isfinite(float(loss)) and all_finite(p.grad for p in params):
+        if math.isfinite(float(loss)) and _finite(params):
             self.bad_steps = 0
             super().step()
         else:
@@ -99,6 +95,16 @@ class Backprop(torch.optim.Optimizer):
         if math.isfinite(float(loss.detach())):
             loss.backward()
         self.timing.backward = time.perf_counter() - began
+
+
+def _timing() -> SimpleNamespace:
+    return SimpleNamespace(total=0.0, **dict.fromkeys(PARTS, 0.0))
+
+
+def _finite(params: Iterable[nn.Parameter]) -> bool:
+    # The largest: no temporary of a tensor's size is made.
+    found = [p.grad for p in params if p.grad is not None and p.grad.numel()]
+    return math.isfinite(float(nn.utils.get_total_norm(found, math.inf)))
 
 
 class FOSGD(Backprop, torch.optim.SGD):

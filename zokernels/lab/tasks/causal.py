@@ -8,6 +8,7 @@ the scores are those of a row for each candidate, at the cost of one row.
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -101,7 +102,7 @@ class CausalScorer(Scorer):
         encoded = iter(self.tokenizer(texts, verbose=False)["input_ids"])
         for head, own in zip(heads, tails, strict=True):
             options = [next(encoded) for _ in own]
-            common = _common_prefix([head, *options])
+            common = len(_shared([head, *options]))
             # With nothing before it, a candidate's first token has no probability.
             starts = [max(1, min(common, len(option) - 1)) for option in options]
             yield self._shortened(options, starts)
@@ -122,7 +123,7 @@ class CausalScorer(Scorer):
 
     def _read(self, rows: list[_Row]) -> Batch:
         """What the model reads: plain rows, or with branches a mask and positions of their own."""
-        batch = self._pad([sum(row.branches, row.shared) for row in rows])
+        batch = self.pad([sum(row.branches, row.shared) for row in rows])
         if max(len(row.branches) for row in rows) < 2:
             return batch
         seen = batch["attention_mask"]
@@ -246,10 +247,6 @@ def _arguments(model: Any) -> Any:
     return inspect.signature(inner.forward).parameters
 
 
-def _common_prefix(rows: list[list[int]]) -> int:
-    shared = 0
-    for column in zip(*rows, strict=False):
-        if len(set(column)) > 1:
-            break
-        shared += 1
-    return shared
+def _shared(rows: list[list[int]]) -> list[tuple[int, ...]]:
+    """The columns before the first in which the rows differ."""
+    return list(takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False)))

@@ -5,51 +5,40 @@ It is written at every evaluation during training and at an interruption; a kill
 the last of them, and does the steps behind it again, with the same bits.
 """
 
-from __future__ import annotations
-
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from zokernels.lab.tasks import folder, resume
+from zokernels.lab.tasks import folder
 from zokernels.lab.tasks.errors import InputError
-
-if TYPE_CHECKING:
-    from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.learner import Learner
+from zokernels.lab.tasks.state import Run
 
 FORM = 1
 
 
-def save(run: Finetune, optimizer: Any, path: Path, step: int, pool: int) -> None:
-    """Writes the checkpoint of a step, whole or not at all.
-
-    Args:
-        run: The run.
-        optimizer: Its optimizer.
-        path: The file, replaced.
-        step: Steps done.
-        pool: The fingerprint of the training examples.
+def save(run: Run) -> None:
+    """Writes the checkpoint of the last step, whole or not at all.
 
     Raises:
         OSError: If it could not be written; what was there before is there still.
     """
+    path = run.out.path / folder.CHECKPOINT
     draft = path.with_name(f".{path.name}.new")
     held = {
         "form": FORM,
-        "step": step,
-        "pool": pool,
-        "names": _names(run),
-        "weights": [p.detach() for p in run.trainable()],
-        "optimizer": optimizer.state_dict(),
-        "bad_steps": optimizer.bad_steps,
+        "step": run.done,
+        "pool": run.fingerprint,
+        "names": _names(run.learner),
+        "weights": [p.detach() for p in run.learner.parameters().values()],
+        "optimizer": run.optimizer.state_dict(),
+        "bad_steps": run.optimizer.bad_steps,
         "best": run.best,
     }
     try:
         torch.save(held, draft)
-        with draft.open("rb") as file:
-            os.fsync(file.fileno())
+        folder.sync(draft)
         os.replace(draft, path)
     except RuntimeError as error:
         # torch's writer has an error of its own for a full disk.
@@ -58,62 +47,49 @@ def save(run: Finetune, optimizer: Any, path: Path, step: int, pool: int) -> Non
         draft.unlink(missing_ok=True)
 
 
-def restore(run: Finetune, optimizer: Any, out: folder.RunFolder, pool: int) -> int:
-    """Brings a run to its checkpoint, and returns the step.
+def read(run: Run) -> dict[str, Any]:
+    """The run's checkpoint: its "step", the fingerprint of its "pool", and what `restore` wants.
 
     Raises:
-        InputError: If the checkpoint, the model or the data are not those of the run.
+        InputError: If it cannot be read.
     """
-    path = out.path / folder.CHECKPOINT
+    path = run.out.path / folder.CHECKPOINT
     try:
         held = torch.load(path, map_location=run.settings.device, weights_only=True)
         assert held["form"] == FORM
     except Exception as error:
         raise InputError(
-            f"--resume {out.path}: {path.name} cannot be read ({type(error).__name__}); remove it "
-            "and resume, to begin at step 1."
+            f"--resume {run.out.path}: {path.name} cannot be read ({type(error).__name__}); "
+            "remove it and resume, to begin at step 1."
         ) from None
-    if held["pool"] != pool:
-        raise InputError(resume.other_data(out.path))
-    if held["names"] != _names(run):
+    return held
+
+
+def restore(run: Run, held: dict[str, Any]) -> None:
+    """Brings weights and optimizer back to a checkpoint.
+
+    Raises:
+        InputError: If the model is not that of the run.
+    """
+    if held["names"] != _names(run.learner):
         raise InputError(
-            f"--resume {out.path}: the model's trainable parameters are not those of the run; "
+            f"--resume {run.out.path}: the model's trainable parameters are not those of the run; "
             "bring the model back, or start a new run."
         )
-    records, step = resume.whole_lines(out.path / folder.LOG), held["step"]
-    logged = [r for r in records if "loss" in r]
-    if len(logged) < step:
-        raise InputError(
-            f"--resume {out.path}: {folder.LOG} ends at step {len(logged)}, before the checkpoint "
-            f"of step {step}; remove {path.name} and resume, to begin at step 1."
-        )
-    kept = [r for r in records if r["step"] < step or ("loss" in r and r["step"] == step)]
-    rates = _rates(optimizer)
-    with torch.no_grad():
-        for p, saved in zip(run.trainable(), held["weights"], strict=True):
-            p.copy_(saved)
-    optimizer.load_state_dict(held["optimizer"])
-    optimizer.bad_steps, run.best = held["bad_steps"], held["best"]
+    rates = [group["lr"] for group in _groups(run.optimizer)]
+    run.learner.put(held["weights"])
+    run.optimizer.load_state_dict(held["optimizer"])
+    run.optimizer.bad_steps, run.best = held["bad_steps"], held["best"]
     # A schedule counts from the rate that it finds.
-    for group, rate in zip(_groups(optimizer), rates, strict=True):
+    for group, rate in zip(_groups(run.optimizer), rates, strict=True):
         group["lr"] = rate
         group.pop("initial_lr", None)
-    resume.restore_history(run, kept)
-    out.resume(kept)
-    run.watcher.say(f"Resumed after step {step}.")
-    return step
 
 
-def _names(run: Finetune) -> list[str]:
-    return [
-        f"{n} {list(p.shape)} {p.dtype}" for n, p in run.model.named_parameters() if p.requires_grad
-    ]
+def _names(learner: Learner) -> list[str]:
+    return [f"{n} {list(p.shape)} {p.dtype}" for n, p in learner.parameters().items()]
 
 
 def _groups(optimizer: Any) -> list[dict[str, Any]]:
     deep = getattr(optimizer, "fo_optimizer", None)
     return [*optimizer.param_groups, *(deep.param_groups if deep else ())]
-
-
-def _rates(optimizer: Any) -> list[float]:
-    return [group["lr"] for group in _groups(optimizer)]

@@ -151,9 +151,8 @@ def _read_splits(task: Task, place: Path, source: str, notes: list[str]) -> Spli
     picks = _file(
         place, "train_rest", *(("dev", "val", "validation") if dev.stem == "test" else ())
     )
-    if picks is not None:
-        return Splits(examples, rows.read(task, picks), reported, source, notes)
-    return Splits(*_hold_out(examples), reported, source, notes)
+    kept = _hold_out(examples) if picks is None else (examples, rows.read(task, picks))
+    return Splits(*kept, reported, source, notes)
 
 
 def _cut(task: Task, place: Path, source: str) -> Splits:
@@ -206,7 +205,6 @@ def _from_hub(task: Task) -> tuple[Splits | None, str]:
             reason = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
         else:
             source = f"{task.folder} from the hub's {place.repo}"
-            if valid is not None:
-                return Splits(train, valid, dev, source), ""
-            return Splits(*_hold_out(train), dev, source), ""
+            kept = _hold_out(train) if valid is None else (train, valid)
+            return Splits(*kept, dev, source), ""
     return None, reason

@@ -36,7 +36,7 @@ class MaskedScorer(Scorer):
         texts = [self.task.cloze(e, blank) for e in examples]
         rows: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
         # A text that holds the mask token itself would have two blanks; the last one counts.
-        batch = self._pad([self._cut(row, number) for row in rows])
+        batch = self.pad([self._cut(row, number) for row in rows])
         found = batch["input_ids"] == number
         if not bool(found.any(1).all()):
             raise InputError(f"--max-length {self.max_length} leaves no room for the prompt.")
@@ -69,7 +69,7 @@ class EncoderScorer(Scorer):
         rows: list[list[int]] = self.tokenizer(
             texts, truncation=True, max_length=self.max_length, verbose=False
         )["input_ids"]
-        batch = self._pad(rows)
+        batch = self.pad(rows)
         batch["labels"] = self._labels(examples)
         return batch
 

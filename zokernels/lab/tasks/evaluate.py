@@ -1,13 +1,14 @@
-"""Accuracy on a split, in batches of texts of like length."""
+"""Accuracy on a split, in batches of texts of like length, and when a run measures it."""
 
-import math
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 
-from zokernels.lab.tasks import generation, halves
+from zokernels.lab.tasks import data, generation, memory
+from zokernels.lab.tasks.history import Accuracy
 from zokernels.lab.tasks.scoring import Scorer
+from zokernels.lab.tasks.state import Run
 from zokernels.lab.tasks.task import Example, Task
 
 
@@ -15,23 +16,49 @@ class Interrupted(Exception):
     """An evaluation was asked to stop before it had seen every example."""
 
 
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of right answers, or a mean F1, and the number of examples it is over.
+def evaluate(run: Run, whole: bool) -> None:
+    """Measures dev, and on the way also valid if a checkpoint will be picked by it.
 
-    ``squares`` is the mean of the squares of the examples' own values, which for right and wrong
-    are the values themselves.
+    Args:
+        run: The run, at any of its steps.
+        whole: All of dev, at a run's beginning and end, and not the part that the settings name.
     """
+    s = run.settings
+    count = None if whole else s.eval_examples
+    try:
+        _measure(run, "dev", data.part(run.splits.dev, count))
+        if s.keep_best and not whole:
+            found = _measure(run, "valid", data.part(run.splits.valid, count))
+            if run.best is None or found.value > run.best[0]:
+                run.best = (found.value, run.done, run.learner.copy())
+    except Interrupted:
+        return
 
-    value: float
-    examples: int
-    squares: float | None = None
 
-    @property
-    def error(self) -> float:
-        """The standard error: for right and wrong the binomial one."""
-        squares = self.value if self.squares is None else self.squares
-        return math.sqrt(max(0.0, squares - self.value**2) / self.examples)
+def _measure(run: Run, split: str, examples: list[Example]) -> Accuracy:
+    s, began = run.settings, time.perf_counter()
+    found = accuracy(
+        run.scorer,
+        examples,
+        stop=run.stopped.is_set,
+        calibrate=s.calibrate,
+        retry_oom=s.retry_oom,
+    )
+    getattr(run.history, split).append((run.done, found))
+    record = {
+        "step": run.done,
+        "split": split,
+        "accuracy": found.value,
+        "standard_error": found.error,
+        "examples": found.examples,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    run.out.log(record)
+    run.watcher.say(
+        f"Step {run.done}: {split} {run.task.metric} {found.value:.1%} ± {found.error:.1%} "
+        f"({found.examples:,} {run.examples}, {record['seconds']:.1f} s)."
+    )
+    return found
 
 
 @torch.no_grad()
@@ -70,7 +97,7 @@ def accuracy(
         if stop():
             raise Interrupted
         batch = ordered[start : start + batch_size]
-        found += halves.in_parts(judge, batch) if retry_oom else judge(batch)
+        found += memory.in_parts(judge, batch) if retry_oom else judge(batch)
     squares = sum(v * v for v in found) / len(found) if scorer.task.generates else None
     return Accuracy(sum(found) / len(found), len(found), squares)
 

@@ -5,16 +5,25 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from zokernels.lab.tasks.errors import InputError, RunError
-from zokernels.trajectory.writer import sync_folder
 
 CONFIG, METRICS, LOG = "config.json", "metrics.json", "metrics.jsonl"
 PLOT, REPORT, WEIGHTS, TRAJECTORY = "plot.png", "report.md", "final", "trajectory.zk"
 CHECKPOINT = "checkpoint.pt"
 MARK = "zokernels_run"
+
+
+def sync(path: Path) -> None:
+    """Makes a file durable, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -44,6 +53,14 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a file holds; None if it is not there, or no JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
     """Writes a folder whole or not at all: ``fill`` gets a new one, which then takes its place.
 
@@ -62,12 +79,13 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
             raise error if isinstance(error, OSError) else OSError(0, str(error)) from error
         for file in draft.rglob("*"):
             if file.is_file():
-                with file.open("rb") as handle:
-                    os.fsync(handle.fileno())
+                sync(file)
         if path.exists():
             path.rename(old)
         draft.rename(path)
-        sync_folder(path.parent)
+        # Not every system can.
+        with suppress(OSError):
+            sync(path.parent)
     finally:
         shutil.rmtree(draft, ignore_errors=True)
         shutil.rmtree(old, ignore_errors=True)
@@ -89,10 +107,7 @@ def write_answer(path: Path, value: dict[str, Any]) -> None:
 
 def is_run(path: Path) -> bool:
     """Whether a run has begun in this folder."""
-    try:
-        config = json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    config = read_json(path / CONFIG)
     return isinstance(config, dict) and MARK in config
 
 

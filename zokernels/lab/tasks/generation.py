@@ -30,22 +30,16 @@ def answers(scorer: Scorer, examples: Sequence[Example]) -> list[str]:
         "input_ids"
     ]
     room = max(1, scorer.max_length - _NEW_TOKENS)
-    rows = [row[-room:] for row in rows]
-    width = max(map(len, rows))
     # Padding stands before the text, so that what is written follows it.
-    ids = torch.full((len(rows), width), tokenizer.pad_token_id, dtype=torch.long)
-    seen = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, width - len(row) :] = torch.tensor(row)
-        seen[i, width - len(row) :] = 1
+    batch = scorer.pad([row[-room:] for row in rows], before=True)
     written = scorer.model.generate(
-        input_ids=ids.to(scorer.device),
-        attention_mask=seen.to(scorer.device),
+        **batch,
         max_new_tokens=_NEW_TOKENS,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
-    texts = tokenizer.batch_decode(written[:, width:], skip_special_tokens=True)
+    read = batch["input_ids"].shape[1]
+    texts = tokenizer.batch_decode(written[:, read:], skip_special_tokens=True)
     return [text.strip().split("\n")[0] for text in texts]
 
 

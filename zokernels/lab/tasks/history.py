@@ -1,10 +1,12 @@
 """What a run measures, and whom it tells."""
 
+import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from zokernels.lab.tasks import evaluate
+PARTS = ("forwards", "backward", "noise", "update")
 
 
 class Watcher:
@@ -17,6 +19,25 @@ class Watcher:
         """After each step: its loss, its time, and the part of that outside the forwards."""
 
 
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of right answers, or a mean F1, and the number of examples it is over.
+
+    ``squares`` is the mean of the squares of the examples' own values, which for right and wrong
+    are the values themselves.
+    """
+
+    value: float
+    examples: int
+    squares: float | None = None
+
+    @property
+    def error(self) -> float:
+        """The standard error: for right and wrong the binomial one."""
+        squares = self.value if self.squares is None else self.squares
+        return math.sqrt(max(0.0, squares - self.value**2) / self.examples)
+
+
 @dataclass
 class History:
     """What was measured, for the plot and the report. Lost losses are NaN here."""
@@ -24,13 +45,9 @@ class History:
     losses: list[float] = field(default_factory=list)
     # Steps whose batch did not fit in memory whole.
     halved: int = 0
-    dev: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
-    valid: list[tuple[int, evaluate.Accuracy]] = field(default_factory=list)
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(
-            ("total", "forwards", "backward", "noise", "update"), 0.0
-        )
-    )
+    dev: list[tuple[int, Accuracy]] = field(default_factory=list)
+    valid: list[tuple[int, Accuracy]] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PARTS), 0.0))
     # How often training ran the model, and how often it went back through it.
     forwards: int = 0
     backwards: int = 0
@@ -40,3 +57,16 @@ class History:
         self.forwards += 1
         # A first-order optimizer, or part of one, goes back through whatever has a graph.
         self.backwards += loss.requires_grad
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Takes in a line of the run's log, be it of a step or of an evaluation."""
+        if "loss" not in record:
+            found = Accuracy(record["accuracy"], record["examples"])
+            getattr(self, record["split"]).append((record["step"], found))
+            return
+        self.losses.append(math.nan if record["loss"] is None else record["loss"])
+        self.halved += record.get("halved", False)
+        for part, seconds in {**record["parts"], "total": record["seconds"]}.items():
+            self.seconds[part] += seconds
+        self.forwards = record.get("forwards", 0)
+        self.backwards = record.get("backwards", 0)

@@ -12,6 +12,7 @@ from zokernels.lab.tasks import hub
 from zokernels.lab.tasks.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+KINDS = {"causal": "a causal LM", "masked": "a masked LM", "encoder": "a sentence encoder"}
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 

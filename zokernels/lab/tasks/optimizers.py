@@ -1,35 +1,32 @@
-"""The optimizers by name: all that `zokernels.optim` exports, and the first-order baselines."""
+"""The optimizers by name: all that `zokernels` has, and the first-order baselines."""
 
 import inspect
 from typing import Any
 
-from zokernels import optim
+import zokernels as zk
 from zokernels.lab.tasks.backprop import FIRST_ORDER
 from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.tasks.settings import Settings, option
 
 HYBRID = "hybridzo"
-OPTIMIZERS: dict[str, Any] = {
-    **{name.lower(): getattr(optim, name) for name in optim.__all__},
-    **FIRST_ORDER,
-}
+_ZEROTH_ORDER = (
+    zk.ZOSGD, zk.ZOAdam, zk.ZOSGDConservative, zk.ZOSGDMomentum, zk.ZOSGDSign, zk.ForwardGrad,
+    zk.HybridZO,
+)  # fmt: skip
+OPTIMIZERS: dict[str, Any] = {c.__name__.lower(): c for c in _ZEROTH_ORDER} | FIRST_ORDER
 # The names of the benchmark paper, where they are not the classes' own.
 _ALIASES = {
     "hybrid": HYBRID,
     "zosgdmmt": "zosgdmomentum",
     "zosgdcons": "zosgdconservative",
 }
-# What only a zeroth-order step has, and its value where it was not asked for.
-_ZEROTH_ORDER_ONLY: dict[str, Any] = {
-    "num_queries": 1,
-    "two_sided": True,
-    "dist": "gaussian",
-    "sparsity": None,
-    "resample_every": None,
-    "blocks": None,
-    "rounding": "nearest",
-    "perturb": None,
-    "backend": None,
+_HYBRID_ONLY = {
+    "hybrid_split": "the number of layers that go by zeroth order",
+    "fo_lr": "the learning rate of the other layers",
 }
+_ZEROTH_ORDER_ONLY = (
+    "num_queries two_sided dist sparsity resample_every blocks rounding perturb backend".split()
+)
 
 
 def key(name: str) -> str:
@@ -54,49 +51,37 @@ def find(name: str) -> Any:
     return OPTIMIZERS[key(name)]
 
 
-def replayable(name: str) -> bool:
-    """Whether a log of scalars is all that the weights can be made of again."""
-    return bool(find(name).replayable)
-
-
-def check(name: str, options: dict[str, Any]) -> None:
-    """Refuses options that do not go together.
-
-    Args:
-        name: The optimizer.
-        options: The settings of the run.
+def check(s: Settings) -> None:
+    """Refuses settings that do not go together.
 
     Raises:
         InputError: Naming the option and what to do.
     """
-    plain = key(name)
-    deep = {"--hybrid-split": options["hybrid_split"], "--fo-lr": options["fo_lr"]}
-    for option, value in deep.items():
+    plain = key(s.optimizer)
+    for name, what in _HYBRID_ONLY.items():
+        value = getattr(s, name)
         if plain == HYBRID and value is None:
-            raise InputError(
-                f"--optimizer {name} needs {option}: "
-                + ("the number of layers that go by zeroth order."
-                   if option == "--hybrid-split" else "the learning rate of the other layers.")
-            )  # fmt: skip
+            raise InputError(f"--optimizer {s.optimizer} needs {option(name)}: {what}.")
         if plain != HYBRID and value is not None:
-            raise InputError(f"{option} is for --optimizer hybrid; got --optimizer {name}.")
-    if key(options["fo_optimizer"]) not in FIRST_ORDER:
+            raise InputError(
+                f"{option(name)} is for --optimizer hybrid; got --optimizer {s.optimizer}."
+            )
+    if key(s.fo_optimizer) not in FIRST_ORDER:
         raise InputError(
-            f"--fo-optimizer must be one of {', '.join(FIRST_ORDER)}, got "
-            f"'{options['fo_optimizer']}'."
+            f"--fo-optimizer must be one of {', '.join(FIRST_ORDER)}, got '{s.fo_optimizer}'."
         )
     if plain not in (*FIRST_ORDER, HYBRID):
         return
-    if options["objective"] == "accuracy":
+    if s.objective == "accuracy":
         raise InputError(
-            f"--objective accuracy has no gradient, and --optimizer {name} needs one; use a "
+            f"--objective accuracy has no gradient, and --optimizer {s.optimizer} needs one; use a "
             "zeroth-order optimizer, or the objective candidates."
         )
-    for option, value in _ZEROTH_ORDER_ONLY.items():
-        if plain != HYBRID and options[option] != value:
+    for name in _ZEROTH_ORDER_ONLY:
+        if plain != HYBRID and getattr(s, name) != getattr(Settings, name):
             raise InputError(
-                f"{_option(option)} is for zeroth-order optimizers, and --optimizer "
-                f"{name} goes by backpropagation; leave it out."
+                f"{option(name)} is for zeroth-order optimizers, and --optimizer "
+                f"{s.optimizer} goes by backpropagation; leave it out."
             )
 
 
@@ -118,10 +103,6 @@ def build(name: str, model: Any, options: dict[str, Any]) -> Any:
         return cls(model, **{k: v for k, v in given.items() if k in has})
     except (ValueError, RuntimeError, ImportError) as error:
         raise InputError(str(error)) from error
-
-
-def _option(name: str) -> str:
-    return "--one-sided" if name == "two_sided" else f"--{name.replace('_', '-')}"
 
 
 def _keywords(cls: type) -> set[str]:

@@ -1,15 +1,14 @@
 """Tasks that ask yes or no (or maybe) about texts. Prompts: MeZO; clozes: LM-BFF."""
 
 from collections.abc import Iterator
+from functools import partial
 
 from zokernels.lab.tasks.task import Hub, Prompts, Row, Task, column_name
 
-_NO_YES = {"false": 0, "true": 1, "0": 0, "1": 1}
-_CLOZE = dict(cloze="{stem}? {mask}, {hypothesis}", plain_cloze="{premise} {mask} {hypothesis}")
 
-
-def _super_glue(config: str) -> Hub:
-    return Hub("aps/super_glue", config)
+def _labels(*names: str) -> dict[str, int]:
+    """The index of each, by its name or its number."""
+    return {n: i for i, n in enumerate(names)} | {str(i): i for i in range(len(names))}
 
 
 def _asked(text: str, plain: str) -> Prompts:
@@ -29,62 +28,58 @@ def _stemmed(row: Row) -> Iterator[Row]:
     yield {**row, "stem": premise.rstrip(" .?!")}
 
 
-def _inference(name: str, folder: str, hub: Hub, cut: tuple[int, int] | None = None) -> Task:
-    return Task(
-        name=name,
-        folder=folder,
-        hub=hub,
-        fields=("premise", "hypothesis"),
-        prompts=Prompts(
-            text='Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?',
-            plain="{premise}\n{hypothesis}",
-            joint="\n",
-            **_CLOZE,
-        ),
-        words=("Yes", "Maybe", "No"),
-        labels={"entailment": 0, "neutral": 1, "contradiction": 2, "0": 0, "1": 1, "2": 2}
-        | {"-": -1, "-1": -1},
-        unfold=_stemmed,
-        content=("stem",),
-        cut=cut,
+def _entailment(text: str) -> Prompts:
+    return Prompts(
+        text=text,
+        plain="{premise}\n{hypothesis}",
+        cloze="{stem}? {mask}, {hypothesis}",
+        plain_cloze="{premise} {mask} {hypothesis}",
+        joint="\n",
     )
 
 
-SNLI = _inference(
-    "snli",
-    "SNLI",
-    Hub("stanfordnlp/snli", "plain_text", valid="validation", dev="test"),
-    (400, 100),
+_INFERENCE = partial(
+    Task,
+    fields=("premise", "hypothesis"),
+    prompts=_entailment('Suppose {premise} Can we infer that "{hypothesis}"? Yes, No, or Maybe?'),
+    unfold=_stemmed,
+    content=("stem",),
 )
-MNLI = _inference("mnli", "MNLI", Hub("nyu-mll/glue", "mnli", dev="validation_matched"), (400, 100))
+_NLI = partial(
+    _INFERENCE,
+    words=("Yes", "Maybe", "No"),
+    labels=_labels("entailment", "neutral", "contradiction") | {"-": -1, "-1": -1},
+    cut=(400, 100),
+)
+_ASKED = partial(Task, words=("No", "Yes"), labels=_labels("false", "true"))
 
-RTE = Task(
+SNLI = _NLI(
+    name="snli",
+    folder="SNLI",
+    hub=Hub("stanfordnlp/snli", "plain_text", valid="validation", dev="test"),
+)
+
+MNLI = _NLI(
+    name="mnli",
+    folder="MNLI",
+    hub=Hub("nyu-mll/glue", "mnli", dev="validation_matched"),
+)
+
+RTE = _INFERENCE(
     name="rte",
     folder="SuperGLUE/RTE",
-    hub=_super_glue("rte"),
-    fields=("premise", "hypothesis"),
-    prompts=Prompts(
-        text='{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?',
-        plain="{premise}\n{hypothesis}",
-        joint="\n",
-        **_CLOZE,
-    ),
+    hub=Hub("aps/super_glue", "rte"),
+    prompts=_entailment('{premise}\nDoes this mean that "{hypothesis}" is true? Yes or No?'),
     words=("Yes", "No"),
-    labels={"entailment": 0, "not_entailment": 1, "0": 0, "1": 1},
-    unfold=_stemmed,
-    content=("stem",),
+    labels=_labels("entailment", "not_entailment"),
 )
 
-CB = Task(
+CB = _INFERENCE(
     name="cb",
     folder="SuperGLUE/CB",
-    hub=_super_glue("cb"),
-    fields=("premise", "hypothesis"),
-    prompts=SNLI.prompts,
+    hub=Hub("aps/super_glue", "cb"),
     words=("Yes", "No", "Maybe"),
-    labels={"entailment": 0, "contradiction": 1, "neutral": 2, "0": 0, "1": 1, "2": 2},
-    unfold=_stemmed,
-    content=("stem",),
+    labels=_labels("entailment", "contradiction", "neutral"),
 )
 
 
@@ -93,30 +88,26 @@ def _with_question_mark(row: Row) -> Iterator[Row]:
     yield {**row, "question": question[:1].upper() + question[1:] + "?" if question else ""}
 
 
-BOOLQ = Task(
+BOOLQ = _ASKED(
     name="boolq",
     folder="SuperGLUE/BoolQ",
-    hub=_super_glue("boolq"),
+    hub=Hub("aps/super_glue", "boolq"),
     fields=("passage", "question"),
     prompts=_asked("{passage} {question}", "{passage}\n{question}"),
-    words=("No", "Yes"),
-    labels=_NO_YES,
     unfold=_with_question_mark,
     cut=(1000, 500),
 )
 
-WIC = Task(
+WIC = _ASKED(
     name="wic",
     folder="SuperGLUE/WiC",
-    hub=_super_glue("wic"),
+    hub=Hub("aps/super_glue", "wic"),
     fields=("sentence1", "sentence2", "word"),
     prompts=_asked(
         'Does the word "{word}" have the same meaning in these two sentences? Yes or No?\n'
         "{sentence1}\n{sentence2}",
         "{word}\n{sentence1}\n{sentence2}",
     ),
-    words=("No", "Yes"),
-    labels=_NO_YES,
 )
 
 
@@ -126,18 +117,16 @@ def _spans(row: Row) -> Iterator[Row]:
     yield {**row, "noun": spans["span1_text"], "pronoun": spans["span2_text"]}
 
 
-WSC = Task(
+WSC = _ASKED(
     name="wsc",
     folder="SuperGLUE/WSC",
-    hub=_super_glue("wsc"),
+    hub=Hub("aps/super_glue", "wsc"),
     fields=("text", "noun", "pronoun"),
     prompts=_asked(
         '{text}\nIn the previous sentence, does the pronoun "{pronoun}" refer to {noun}? '
         "Yes or No?",
         "{text}\n{pronoun}\n{noun}",
     ),
-    words=("No", "Yes"),
-    labels=_NO_YES,
     unfold=_spans,
 )
 
@@ -157,10 +146,10 @@ def _each_answer(row: Row) -> Iterator[Row]:
             }
 
 
-MULTIRC = Task(
+MULTIRC = _ASKED(
     name="multirc",
     folder="SuperGLUE/MultiRC",
-    hub=_super_glue("multirc"),
+    hub=Hub("aps/super_glue", "multirc"),
     # Some published answers are empty, and count all the same.
     fields=("paragraph", "question"),
     content=("answer",),
@@ -169,7 +158,5 @@ MULTIRC = Task(
         "Yes or No?",
         "{paragraph}\n{question}\n{answer}",
     ),
-    words=("No", "Yes"),
-    labels=_NO_YES,
     unfold=_each_answer,
 )

@@ -8,7 +8,6 @@ Zeroth-Order Optimization for Memory-Efficient LLM Fine-Tuning: A Benchmark", IC
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,15 +169,11 @@ def get(name: str) -> Preset:
         **_OF_TASK[task],
         **(_OF_LARGE if model in _LARGE else {}),
         **_ENHANCED.get(optimizer, {}),
-        "lr": best or middle(rates),
+        # Grids fall.
+        "lr": best or rates[len(rates) // 2],
     }
     if rule in ("fo-sgd", "fo-adam"):
         settings.pop("rounding", None)
     if scales:
         settings["eps"] = 1e-3 if 1e-3 in scales else scales[0]
     return Preset(name, settings, {"lr": rates, **({"eps": scales} if scales else {})})
-
-
-def middle(grid: Sequence[float]) -> float:
-    """The middle of a grid that falls; of two in the middle the smaller."""
-    return grid[len(grid) // 2]

@@ -82,12 +82,11 @@ class ProbeScorer(Scorer):
             plain = self.task.with_template(False)
             texts = [plain.prompt(e) for e in examples]
         else:
-            texts = [self.task.prompt(e) for e in examples]
-            texts = [self.chat(text) for text in texts] if self.chat else texts
+            texts = [self.prompt(e) for e in examples]
         number = self.tokenizer.mask_token_id if blank is not None else None
         encoded: list[list[int]] = self.tokenizer(texts, verbose=False)["input_ids"]
         rows = [self._cut(row, number) for row in encoded]
-        batch = self._pad(rows)
+        batch = self.pad(rows)
         weights = torch.zeros(batch["input_ids"].shape, device=self.device)
         for i, row in enumerate(rows):
             if self.kind == "encoder":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 import time
 from collections.abc import Iterator
@@ -12,10 +11,9 @@ from typing import Any
 import torch
 
 import zokernels as zk
-from zokernels.lab.tasks import folder, optimizers
+from zokernels.lab.tasks import folder, learner, optimizers
 from zokernels.lab.tasks.errors import InputError, RunError
-from zokernels.lab.tasks.resume import read_settings, to_settings
-from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.resume import read_settings
 from zokernels.lab.tasks.settings import Settings
 
 
@@ -53,10 +51,12 @@ def rebuild(
     began = time.perf_counter()
     try:
         trajectory = zk.Trajectory(path)
-        until = trajectory.until(_saved_step(run) if until is None else until)
-        finetune = Finetune(_settings(trajectory, base, device))
-        finetune.load()
-        zk.replay(finetune.model, path, until, backend=backend)
+        if until is None:
+            # Of a finished run the step whose weights it saved.
+            until = (folder.read_json(run / folder.METRICS) or {}).get("weights_of_step")
+        until = trajectory.until(until)
+        made = learner.load(_settings(trajectory, base, device))
+        zk.replay(made.model, path, until, backend=backend)
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
     replayed = trajectory.steps[: until - trajectory.header["first"]]
@@ -69,19 +69,19 @@ def rebuild(
         "skipped_steps": sum(s.passes is None for s in replayed),
         "torn_bytes": trajectory.torn,
         "bytes": path.stat().st_size,
-        "weights": finetune.trained.weights,
+        "weights": made.trained.weights,
         "out": str(out) if out else None,
         "verified": None,
     }
     if out is not None:
         try:
             out.parent.mkdir(parents=True, exist_ok=True)
-            folder.write_folder(out, finetune.save)
+            folder.write_folder(out, made.save)
         except OSError as error:
             raise RunError(f"--out {out} could not be written: {error.strerror}.") from None
     if verify:
         with tempfile.TemporaryDirectory() as scratch:
-            finetune.save(Path(scratch))
+            made.save(Path(scratch))
             _compare(Path(scratch), saved, until)
         found["verified"] = True
     found["seconds"] = round(time.perf_counter() - began, 3)
@@ -93,7 +93,7 @@ def _check(run: Path, out: Path | None, verify: bool) -> None:
         raise InputError(f"There is no run {run}; name a run folder or a trajectory file.")
     if run.is_dir() and folder.is_run(run):
         used = read_settings(run).optimizer
-        if not optimizers.replayable(used):
+        if not optimizers.find(used).replayable:
             raise InputError(
                 f"{run} went by {used}, whose gradients by backpropagation no log of scalars can "
                 f"make again; its weights are in {run / folder.WEIGHTS}."
@@ -111,20 +111,12 @@ def _check(run: Path, out: Path | None, verify: bool) -> None:
         raise InputError(f"--out {out} exists and is not empty; name a new folder.")
 
 
-def _saved_step(run: Path) -> int | None:
-    """The step whose weights a finished run saved."""
-    try:
-        return json.loads((run / folder.METRICS).read_text(encoding="utf-8"))["weights_of_step"]
-    except (OSError, ValueError, KeyError):
-        return None
-
-
 def _settings(trajectory: zk.Trajectory, base: str, device: str) -> Settings:
     """The settings that load the model as the run did."""
     nowhere = Path("unused")
     about = trajectory.header["about"].get("settings")
     if about is not None:
-        settings = to_settings(about, trajectory.path, nowhere)
+        settings = Settings.of(about, trajectory.path, nowhere)
         settings.model, settings.device = base, device
         return settings
     # Recorded by an optimizer in someone's own script: a plain model, in the type it had.

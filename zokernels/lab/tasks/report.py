@@ -2,22 +2,21 @@
 
 import math
 import platform
+import time
 from collections import Counter
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from zokernels.lab.tasks import folder, get_task, optimizers
+from zokernels.lab.tasks import folder, optimizers
+from zokernels.lab.tasks.history import PARTS
+from zokernels.lab.tasks.models import KINDS
 from zokernels.lab.tasks.settings import Settings
-from zokernels.lab.tasks.task import Example
+from zokernels.lab.tasks.state import Run
 
-if TYPE_CHECKING:
-    from zokernels.lab.tasks.run import Finetune, History
-
-KINDS = {"causal": "a causal LM", "masked": "a masked LM", "encoder": "a sentence encoder"}
 _PACKAGES = ("zokernels", "torch", "transformers", "peft", "triton")
 
 
@@ -43,7 +42,17 @@ def processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> dict[str, Any]:
+def write(run: Run) -> dict[str, Any]:
+    """Writes plot, report and metrics into the run's folder; returns the metrics."""
+    found = metrics(run)
+    plot(run)
+    folder.write_text(run.out.path / folder.REPORT, text(run, found))
+    # Last, since a run with metrics is finished.
+    folder.write_json(run.out.path / folder.METRICS, found)
+    return found
+
+
+def metrics(run: Run) -> dict[str, Any]:
     """What ``metrics.json`` holds."""
     s, history = run.settings, run.history
     whole = {step: a for step, a in history.dev if a.examples == len(run.splits.dev)}
@@ -54,15 +63,15 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
     finite = [x for x in history.losses if math.isfinite(x)]
     return {
         "task": s.task,
-        "metric": get_task(s.task).metric,
+        "metric": run.task.metric,
         "optimizer": optimizers.find(s.optimizer).__name__,
         "scheme": s.scheme,
         "template": s.template,
         "model": s.model,
-        "kind": run.loaded.kind,
+        "kind": run.learner.loaded.kind,
         "data": run.splits.source,
-        "steps": done,
-        "seconds": round(seconds, 2),
+        "steps": run.done,
+        "seconds": round(time.perf_counter() - run.started, 2),
         "step_seconds": round(clock["total"], 3),
         "dev_accuracy_before": before.value if before else None,
         "dev_accuracy_after": after.value if after else None,
@@ -73,25 +82,27 @@ def metrics(run: "Finetune", done: int, failure: str | None, seconds: float) -> 
         "mean_loss_last_tenth": _mean(finite[-max(1, len(finite) // 10) :]),
         "forwards": history.forwards,
         "backwards": history.backwards,
-        "dev_majority": _majority(run.splits.dev, get_task(s.task).generates),
+        "dev_majority": _majority(run),
         "non_finite_steps": len(history.losses) - len(finite),
         "halved_steps": history.halved,
-        "trained_weights": run.trained.weights,
-        "all_weights": run.trained.of,
+        "trained_weights": run.learner.trained.weights,
+        "all_weights": run.learner.trained.of,
         "share_outside_forwards": _share(clock["total"] - clock["forwards"], clock["total"]),
         "share_noise": _share(clock["noise"], clock["total"]),
         "share_update": _share(clock["update"], clock["total"]),
         "interrupted": stopped,
-        "failure": failure,
+        "failure": run.failure,
         "seed": s.seed,
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "machine": processor(),
+        "weights_of_step": run.best[1] if run.best else run.done,
     }
 
 
-def plot(history: "History", path: Path, settings: Settings) -> None:
+def plot(run: Run) -> None:
     """Draws loss and accuracy against the step."""
+    history = run.history
     # Figure and its Agg canvas directly: pyplot would choose a backend for the whole process.
     from matplotlib.figure import Figure
 
@@ -102,7 +113,7 @@ def plot(history: "History", path: Path, settings: Settings) -> None:
     upper.plot(numbers, smoothed(history.losses), color="C0", label="smoothed")
     upper.set_ylabel("training loss")
     upper.legend(loc="upper right", frameon=False)
-    upper.set_title(f"{settings.title} on {settings.task}", fontsize=10)
+    upper.set_title(f"{run.settings.title} on {run.settings.task}", fontsize=10)
     for name, points in (("dev", history.dev), ("valid", history.valid)):
         if points:
             lower.errorbar(
@@ -120,7 +131,7 @@ def plot(history: "History", path: Path, settings: Settings) -> None:
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(run.out.path / folder.PLOT, dpi=150)
 
 
 def smoothed(losses: list[float], weight: float = 0.98) -> list[float]:
@@ -133,18 +144,13 @@ def smoothed(losses: list[float], weight: float = 0.98) -> list[float]:
     return out
 
 
-def text(run: "Finetune", m: dict[str, Any]) -> str:
+def text(run: Run, m: dict[str, Any]) -> str:
     """The report, in Markdown."""
     s, clock = run.settings, run.history.seconds
     per_step = 1000 / max(1, len(run.history.losses))
     split = " · ".join(
-        f"{name} {clock[part] * per_step:.1f} ms ({_percent(clock[part], clock['total'])})"
-        for name, part in (
-            ("forwards", "forwards"),
-            ("backward", "backward"),
-            ("noise", "noise"),
-            ("update", "update"),
-        )
+        f"{part} {clock[part] * per_step:.1f} ms ({_percent(clock[part], clock['total'])})"
+        for part in PARTS
         if clock[part] or part == "forwards"
     )
     known = ", ".join(f"{name} {v}" for name, v in m["versions"].items() if v)
@@ -174,7 +180,7 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
         f" of dev |",
         f"| Prompts | {_prompts(s)} |",
         f"| Result | {picked} |",
-        f"| Method | {optimizers.find(s.optimizer).__name__}, {m['steps']:,} steps of "
+        f"| Method | {m['optimizer']}, {m['steps']:,} steps of "
         f"{s.batch_size} examples"
         f"{' with equal class counts' if s.balanced else ''}, lr {s.lr:g} {s.schedule}, "
         f"{_method(s)}weight decay {s.weight_decay:g} |",
@@ -188,8 +194,8 @@ def text(run: "Finetune", m: dict[str, Any]) -> str:
         f"| Machine | {processor()}, {m['threads']} threads; {known} |",
         "",
     ]
-    if run.loaded.notes or run.splits.notes:
-        lines += [*(f"- {note}" for note in (*run.splits.notes, *run.loaded.notes)), ""]
+    if run.learner.loaded.notes or run.splits.notes:
+        lines += [*(f"- {note}" for note in (*run.splits.notes, *run.learner.loaded.notes)), ""]
     if run.command:
         lines += ["```", run.command, "```", ""]
     return "\n".join(lines)
@@ -211,9 +217,10 @@ def _method(s: Settings) -> str:
     return own
 
 
-def _majority(dev: Sequence[Example], generates: bool) -> float | None:
+def _majority(run: Run) -> float | None:
     """What always giving the most frequent answer of dev would reach."""
-    if generates or not dev:
+    dev = run.splits.dev
+    if run.task.generates or not dev:
         return None
     return max(Counter(e.label for e in dev).values()) / len(dev)
 

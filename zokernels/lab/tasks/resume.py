@@ -4,23 +4,15 @@ The trajectory brings back weights and optimizer, the log of metrics brings back
 one holds more steps than the other, those are done again, with the same bits.
 """
 
-from __future__ import annotations
-
 import json
-import math
-import zlib
-from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import zokernels as zk
-from zokernels.lab.tasks import evaluate, folder
+from zokernels.lab.tasks import checkpoint, folder
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.settings import Settings
-
-if TYPE_CHECKING:
-    from zokernels.lab.tasks.run import Finetune
+from zokernels.lab.tasks.state import Run
 
 
 def settings_of(path: Path) -> Settings:
@@ -34,10 +26,7 @@ def settings_of(path: Path) -> Settings:
             f"--resume {path} is not a run folder, or the run ended before it wrote anything; "
             "name the --out of a run, or start it again."
         )
-    try:
-        metrics = json.loads((path / folder.METRICS).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        metrics = {"interrupted": True}
+    metrics = folder.read_json(path / folder.METRICS) or {"interrupted": True}
     if not (metrics.get("interrupted") or metrics.get("failure")):
         raise InputError(f"--resume {path}: that run is finished; see {path / folder.REPORT}.")
     return read_settings(path)
@@ -50,76 +39,71 @@ def read_settings(path: Path) -> Settings:
         InputError: If it is of another version of this package.
     """
     config = json.loads((path / folder.CONFIG).read_text(encoding="utf-8"))
-    return to_settings({k: v for k, v in config.items() if k != folder.MARK}, path, path)
+    return Settings.of({k: v for k, v in config.items() if k != folder.MARK}, path, path)
 
 
-def to_settings(plain: dict[str, Any], source: Path, out: Path) -> Settings:
-    """Settings from the plain values that a run keeps, with another ``out``.
-
-    Raises:
-        InputError: If they are of another version of this package.
-    """
-    if unknown := set(plain) - {f.name for f in fields(Settings)}:
-        raise InputError(
-            f"{source} has a setting {min(unknown)!r} that this version of zokernels does not "
-            "have; use the version that began the run."
-        )
-    return Settings(**{**plain, "out": out})
-
-
-def other_data(path: Path) -> str:
-    """The sentence for a run whose training examples are not what they were."""
-    return (
-        f"--resume {path}: the training examples are not those that the run began with; bring the "
-        "data back, or start a new run."
-    )
-
-
-def fingerprint(pool: Sequence[Any]) -> int:
-    """A checksum of the training examples, in their order."""
-    return zlib.crc32("\n".join(map(repr, pool)).encode())
-
-
-def restore(run: Finetune, optimizer: Any, out: folder.RunFolder, about: dict[str, Any]) -> int:
-    """Brings a run to its last step that is whole in both logs, and returns its number.
-
-    Args:
-        run: The run, with the base model loaded.
-        optimizer: Its new optimizer.
-        out: The run's folder.
-        about: What the trajectory's header must say about the run.
+def begin(run: Run) -> None:
+    """Starts the logs, or goes on with them from the last step that is whole in all of them.
 
     Raises:
-        InputError: If the model, the data or the trajectory are not those of the run.
+        InputError: If the model, the data or what was written are not those of the run.
     """
-    path = out.path / folder.TRAJECTORY
+    replayable, about = run.optimizer.replayable, run.settings.plain()
+    path = run.out.path / (folder.TRAJECTORY if replayable else folder.CHECKPOINT)
+    if not (run.resume and path.exists()):
+        run.out.begin(about)
+        if replayable:
+            run.optimizer.record(path, about={"settings": about, "pool": run.fingerprint})
+        return
     try:
-        trajectory = zk.Trajectory(path)
-        if trajectory.header["about"].get("pool") != about["pool"]:
-            raise InputError(other_data(out.path))
-        lines = whole_lines(out.path / folder.LOG)
-        logged = [r for r in lines if "loss" in r]
-        step = min(trajectory.end, len(logged))
-        # What was measured at this very step is measured again, since it may be incomplete.
-        kept = [r for r in lines if r["step"] < step or ("loss" in r and r["step"] == step)]
-        restore_history(run, kept)
-        _restore_best(run, kept, path)
-        optimizer.resume(path, until=step)
+        kept = _by_trajectory(run, path) if replayable else _by_checkpoint(run, path)
     except zk.TrajectoryError as error:
-        raise InputError(f"--resume {out.path}: {error}") from None
-    out.resume(kept)
-    run.watcher.say(f"Resumed after step {step}.")
-    return step
+        raise InputError(f"--resume {run.out.path}: {error}") from None
+    run.out.resume(kept)
+    run.watcher.say(f"Resumed after step {run.done}.")
 
 
-def whole_lines(path: Path) -> list[dict[str, Any]]:
-    """The log's records, up to the first that a kill cut short or that is out of turn."""
+def _by_trajectory(run: Run, path: Path) -> list[dict[str, Any]]:
+    trajectory = zk.Trajectory(path)
+    _same_pool(run, trajectory.header["about"].get("pool"))
+    records, logged = _records(run)
+    kept = _rewind(run, records, min(trajectory.end, logged))
+    if run.settings.keep_best and run.history.valid:
+        _replay_best(run, path)
+    run.optimizer.resume(path, until=run.done)
+    return kept
+
+
+def _by_checkpoint(run: Run, path: Path) -> list[dict[str, Any]]:
+    held = checkpoint.read(run)
+    _same_pool(run, held["pool"])
+    records, logged = _records(run)
+    if logged < held["step"]:
+        raise InputError(
+            f"--resume {run.out.path}: {folder.LOG} ends at step {logged}, before the checkpoint "
+            f"of step {held['step']}; remove {path.name} and resume, to begin at step 1."
+        )
+    kept = _rewind(run, records, held["step"])
+    checkpoint.restore(run, held)
+    return kept
+
+
+def _same_pool(run: Run, pool: int | None) -> None:
+    if pool != run.fingerprint:
+        raise InputError(
+            f"--resume {run.out.path}: the training examples are not those that the run began "
+            "with; bring the data back, or start a new run."
+        )
+
+
+def _records(run: Run) -> tuple[list[dict[str, Any]], int]:
+    """The log up to the first record that a kill cut short or that is out of turn; its steps."""
     found: list[dict[str, Any]] = []
     steps = 0
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        text = (run.out.path / folder.LOG).read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return found
+        return found, steps
     for line in text.split("\n")[:-1]:
         try:
             record = json.loads(line)
@@ -130,34 +114,24 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
             found.append(record)
         except (ValueError, TypeError, KeyError):
             break
-    return found
+    return found, steps
 
 
-def restore_history(run: Finetune, records: list[dict[str, Any]]) -> None:
-    """Brings back what was measured, for the plot and the report."""
-    history = run.history
-    for r in records:
-        if "loss" in r:
-            history.losses.append(math.nan if r["loss"] is None else r["loss"])
-            history.halved += r.get("halved", False)
-            for part, seconds in r["parts"].items():
-                history.seconds[part] += seconds
-            history.seconds["total"] += r["seconds"]
-            history.forwards = r.get("forwards", 0)
-            history.backwards = r.get("backwards", 0)
-        else:
-            found = evaluate.Accuracy(r["accuracy"], r["examples"])
-            getattr(history, r["split"]).append((r["step"], found))
-    run.earlier = history.seconds["total"]
+def _rewind(run: Run, records: list[dict[str, Any]], step: int) -> list[dict[str, Any]]:
+    """Brings the history back to a step; the records of it."""
+    # What was measured at this very step is measured again, since it may be incomplete.
+    kept = [r for r in records if r["step"] < step or ("loss" in r and r["step"] == step)]
+    for record in kept:
+        run.history.add(record)
+    run.started -= run.history.seconds["total"]
+    run.done = step
+    return kept
 
 
-def _restore_best(run: Finetune, records: list[dict[str, Any]], path: Path) -> None:
+def _replay_best(run: Run, path: Path) -> None:
     """The weights of the step that was the best on valid, from a replay until there."""
-    if not run.settings.keep_best or not run.history.valid:
-        return
     step, found = max(run.history.valid, key=lambda point: point[1].value)
-    base = [p.detach().clone() for p in run.trainable()]
-    zk.replay(run.model, path, until=step)
-    run.best = (found.value, step, [p.detach().clone() for p in run.trainable()])
-    for p, start in zip(run.trainable(), base, strict=True):
-        p.data.copy_(start)
+    base = run.learner.copy()
+    zk.replay(run.learner.model, path, until=step)
+    run.best = (found.value, step, run.learner.copy())
+    run.learner.put(base)

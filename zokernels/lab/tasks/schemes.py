@@ -18,9 +18,8 @@ _LORA_RANK, _LORA_ALPHA = 8, 16
 
 @dataclass(frozen=True)
 class Trained:
-    """What a scheme trains: tensors and weights, and of how many weights."""
+    """How many weights a scheme trains, and of how many."""
 
-    tensors: int
     weights: int
     of: int
 
@@ -64,23 +63,19 @@ def apply(
         _keep(model, pattern)
     trained = [p for p in model.parameters() if p.requires_grad]
     if not trained:
+        names = [name for name, _ in model.named_parameters()]
         raise InputError(
             f"--train-only '{train_only}' matches none of the parameters that the scheme "
-            f"'{scheme}' trains; their names look like {_sample_name(model)}."
+            f"'{scheme}' trains; their names look like {names[len(names) // 2]}."
         )
     count = sum(p.numel() for p in trained)
-    return model, Trained(len(trained), count, sum(p.numel() for p in model.parameters()))
+    return model, Trained(count, sum(p.numel() for p in model.parameters()))
 
 
 def _keep(model: torch.nn.Module, pattern: re.Pattern[str]) -> None:
     for name, parameter in model.named_parameters():
         if not pattern.search(name):
             parameter.requires_grad_(False)
-
-
-def _sample_name(model: torch.nn.Module) -> str:
-    names = [name for name, _ in model.named_parameters()]
-    return names[len(names) // 2]
 
 
 def _bitfit(model: Any) -> Any:

@@ -121,13 +121,15 @@ class Scorer:
             return row[: len(row) - over - tail] + row[len(row) - tail :]
         return row[:lead] + row[lead + over :]
 
-    def _pad(self, rows: list[list[int]]) -> Batch:
-        width = max(len(row) for row in rows)
+    def pad(self, rows: list[list[int]], before: bool = False) -> Batch:
+        """The rows at the width of the longest; padding stands behind them, or ``before`` them."""
+        width = max(map(len, rows))
         ids = torch.full((len(rows), width), self.tokenizer.pad_token_id, dtype=torch.long)
         seen = torch.zeros((len(rows), width), dtype=torch.long)
         for i, row in enumerate(rows):
-            ids[i, : len(row)] = torch.tensor(row)
-            seen[i, : len(row)] = 1
+            start = width - len(row) if before else 0
+            ids[i, start : start + len(row)] = torch.tensor(row)
+            seen[i, start : start + len(row)] = 1
         return {"input_ids": ids.to(self.device), "attention_mask": seen.to(self.device)}
 
     def _labels(self, examples: Sequence[Example]) -> torch.Tensor:

@@ -1,21 +1,21 @@
 """What a run is told, and which of it is refused."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, Self
 
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import DTYPES
 from zokernels.lab.tasks.schemes import SCHEMES
 from zokernels.lab.tasks.scoring import OBJECTIVES
-from zokernels.optim.blocks import ORDERS
 
 SCHEDULES = ("constant", "linear", "cosine")
 CHOICES = {
     "schedule": SCHEDULES,
     "dist": ("gaussian", "rademacher"),
     "blocks": (None, "layer", "module"),
-    "block_order": ORDERS,
+    "block_order": ("sequential", "simultaneous"),
     "scheme": SCHEMES,
     "objective": (None, *OBJECTIVES),
     "dtype": tuple(DTYPES),
@@ -90,6 +90,24 @@ class Settings:
     device: str = "cpu"
     name: str | None = None
 
+    @classmethod
+    def of(cls, plain: dict[str, Any], source: Path, out: Path) -> Self:
+        """Settings from the plain values that a run keeps, with another ``out``.
+
+        Raises:
+            InputError: If they are of another version of this package.
+        """
+        if unknown := set(plain) - {f.name for f in fields(cls)}:
+            raise InputError(
+                f"{source} has a setting {min(unknown)!r} that this version of zokernels does not "
+                "have; use the version that began the run."
+            )
+        return cls(**{**plain, "out": out})
+
+    def plain(self) -> dict[str, Any]:
+        """All of them as JSON can hold them."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
     @property
     def title(self) -> str:
         """The model's name in reports: ``name``, or the end of where it came from."""
@@ -104,16 +122,16 @@ class Settings:
         for name, least in _AT_LEAST.items():
             value = getattr(self, name)
             if value is not None and value < least:
-                raise InputError(f"{_option(name)} must be at least {least}, got {value}.")
+                raise InputError(f"{option(name)} must be at least {least}, got {value}.")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 known = ", ".join(a for a in allowed if a is not None)
-                raise InputError(f"{_option(name)} must be one of {known}, got '{value}'.")
+                raise InputError(f"{option(name)} must be one of {known}, got '{value}'.")
         for name, low in (("lr", 0.0), ("fo_lr", 0.0), ("weight_decay", 0.0)):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= low):
-                raise InputError(f"{_option(name)} must be a number from {low:g} up, got {value}.")
+                raise InputError(f"{option(name)} must be a number from {low:g} up, got {value}.")
         if not (math.isfinite(self.eps) and self.eps > 0):
             raise InputError(f"--eps must be a number above 0, got {self.eps}.")
         if self.sparsity is not None and not 0 < self.sparsity < 1:
@@ -129,6 +147,10 @@ class Settings:
         if self.keep_best and not self.eval_every:
             raise InputError("--keep-best needs --eval-every, which says how often to look.")
 
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a step during training is followed by an evaluation."""
+        return self.eval_every > 0 and step % self.eval_every == 0 and step < self.steps
+
     def factor(self, step: int) -> float:
         """The share of the learning rate in use at a step, counted from 0."""
         if self.schedule == "linear":
@@ -138,5 +160,6 @@ class Settings:
         return 1.0
 
 
-def _option(name: str) -> str:
-    return "--" + name.replace("_", "-")
+def option(name: str) -> str:
+    """The command's option for a setting."""
+    return "--one-sided" if name == "two_sided" else f"--{name.replace('_', '-')}"

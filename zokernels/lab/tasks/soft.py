@@ -42,9 +42,7 @@ def prefix(model: Any) -> Any:
         task_type=_task_type(model), num_virtual_tokens=PREFIX_TOKENS, prefix_projection=False
     )
     rows = _activations(model, text)
-    adapted = peft.get_peft_model(model, config).eval()
-    _start(adapted, rows)
-    return adapted
+    return _adapted(peft.get_peft_model(model, config), rows)
 
 
 def prompt(model: Any) -> Any:
@@ -57,9 +55,7 @@ def prompt(model: Any) -> Any:
         num_virtual_tokens=PROMPT_TOKENS,
         token_dim=embed.embedding_dim,
     )
-    adapted = peft.get_peft_model(model, config).eval()
-    _start(adapted, rows)
-    return adapted
+    return _adapted(peft.get_peft_model(model, config), rows)
 
 
 def _task_type(model: Any) -> str:
@@ -107,6 +103,8 @@ def _activations(model: Any, tokens: torch.Tensor) -> torch.Tensor:
 
 
 @torch.no_grad()
-def _start(adapted: Any, rows: torch.Tensor) -> None:
+def _adapted(adapted: Any, rows: torch.Tensor) -> Any:
+    """The adapter in evaluation mode, with a row for each of its tokens to start from."""
     weight = adapted.prompt_encoder["default"].embedding.weight
     weight.data = rows.to(weight.dtype).clone()
+    return adapted.eval()

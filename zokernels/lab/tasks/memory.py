@@ -1,16 +1,12 @@
 """A batch that does not fit in memory, in two halves: one step, with the same mean for its loss."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
+from zokernels.lab.tasks.scorer import Scorer
 from zokernels.lab.tasks.task import Example
-
-if TYPE_CHECKING:
-    from zokernels.lab.tasks.scoring import Scorer
 
 T = TypeVar("T")
 
@@ -18,16 +14,21 @@ T = TypeVar("T")
 _SENTENCES = ("not enough memory", "can't allocate memory", "bad_alloc", "out of memory")
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out(error: BaseException) -> bool:
     """Whether an exception says that memory, of the device or the machine, did not suffice."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and says_out_of_memory(str(error))
+    return isinstance(error, RuntimeError) and says_out(str(error))
 
 
-def says_out_of_memory(text: str) -> bool:
+def says_out(text: str) -> bool:
     """Whether an error's text is an allocator's that had no more."""
     return any(sentence in text.lower() for sentence in _SENTENCES)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its name."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def take_step(
@@ -55,14 +56,14 @@ def take_step(
     try:
         return float(_step(optimizer, scorer, [examples], seen)), False
     except (RuntimeError, MemoryError) as error:
-        if not (retry and len(examples) > 1 and is_out_of_memory(error)):
+        if not (retry and len(examples) > 1 and is_out(error)):
             raise
         # A block-wise step that has updated a block can't be taken again.
         if optimizer.projected_gradients:
             raise
     # Out here the traceback is gone, and with it what its frames held.
     _free()
-    return float(_step(optimizer, scorer, halves(examples), seen)), True
+    return float(_step(optimizer, scorer, _halves(examples), seen)), True
 
 
 def in_parts(run: Callable[[Sequence[Example]], list[T]], examples: Sequence[Example]) -> list[T]:
@@ -75,13 +76,13 @@ def in_parts(run: Callable[[Sequence[Example]], list[T]], examples: Sequence[Exa
     try:
         return run(examples)
     except (RuntimeError, MemoryError) as error:
-        if len(examples) == 1 or not is_out_of_memory(error):
+        if len(examples) == 1 or not is_out(error):
             raise
     _free()
-    return [value for half in halves(examples) for value in in_parts(run, half)]
+    return [value for half in _halves(examples) for value in in_parts(run, half)]
 
 
-def halves(examples: Sequence[Example]) -> list[Sequence[Example]]:
+def _halves(examples: Sequence[Example]) -> list[Sequence[Example]]:
     """The examples in two, the larger half first."""
     middle = (len(examples) + 1) // 2
     return [examples[:middle], examples[middle:]]
@@ -97,18 +98,12 @@ def _step(
     total = sum(map(len, parts))
 
     def closure() -> torch.Tensor:
-        loss = forward()
-        seen(loss)
-        return loss
-
-    def forward() -> torch.Tensor:
-        if len(parts) == 1:
-            return scorer.loss(batches[0])
-        means = [
-            len(part) / total * scorer.loss(batch).double()
-            for part, batch in zip(parts, batches, strict=True)
-        ]
-        return torch.stack(means).sum()
+        losses = [scorer.loss(batch) for batch in batches]
+        if len(parts) > 1:
+            shares = [len(part) / total * x.double() for part, x in zip(parts, losses, strict=True)]
+            losses = [torch.stack(shares).sum()]
+        seen(losses[0])
+        return losses[0]
 
     return optimizer.step(closure)
 

@@ -1,0 +1,87 @@
+"""The steps of a run."""
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from zokernels.lab.tasks import checkpoint, evaluate, memory
+from zokernels.lab.tasks.history import PARTS
+from zokernels.lab.tasks.state import Run
+from zokernels.lab.tasks.task import Example
+
+
+def train(run: Run, order: Iterator[list[Example]]) -> None:
+    """Steps until all are done, the run is stopped, or a step fails.
+
+    Args:
+        run: The run, at any of its steps.
+        order: Its batches from the first on.
+    """
+    s, before, optimizer = run.settings, run.done, run.optimizer
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda n: s.factor(n + before))
+        for o in (optimizer, getattr(optimizer, "fo_optimizer", None))
+        if o is not None
+    ]
+    for step, batch in enumerate(islice(order, before, s.steps), before + 1):
+        if run.stopped.is_set():
+            return
+        lr = float(schedules[0].get_last_lr()[0])
+        try:
+            loss, halved = memory.take_step(
+                optimizer, run.scorer, batch, s.retry_oom, run.history.count
+            )
+        except (RuntimeError, FloatingPointError, MemoryError) as error:
+            run.failure = _why(run, error)
+            return
+        if halved and not run.history.halved:
+            run.watcher.say(
+                f"Step {step}: a batch of {len(batch)} did not fit in memory, so its forwards "
+                "ran as two halves; further such steps are marked in the log."
+            )
+        for schedule in schedules:
+            schedule.step()
+        run.done = step
+        record = _record(run, loss, lr, halved)
+        run.history.add(record)
+        run.out.log(record)
+        timing = optimizer.timing
+        run.watcher.step(step, loss, timing.total, timing.total - timing.forwards)
+        if s.evaluates_after(step):
+            if not optimizer.trajectory:
+                checkpoint.save(run)
+            evaluate.evaluate(run, whole=False)
+
+
+def _why(run: Run, error: BaseException) -> str:
+    if not memory.is_out(error):
+        return str(error)
+    s, lower = run.settings, "lower --batch-size or --max-length"
+    tried = f"a batch of {s.batch_size}"
+    if s.retry_oom:
+        tried += ", and with halves of it, too"
+    else:
+        lower += ", or pass --retry-oom, which halves a batch that does not fit"
+    reason = memory.first_line(error)
+    return f"Step {run.done + 1} ran out of memory with {tried} ({reason}); {lower}."
+
+
+def _record(run: Run, loss: float, lr: float, halved: bool) -> dict[str, Any]:
+    timing = run.optimizer.timing
+    slopes = [d if math.isfinite(d) else None for d in run.optimizer.projected_gradients]
+    return {
+        "step": run.done,
+        "loss": loss if math.isfinite(loss) else None,
+        "finite": math.isfinite(loss) and None not in slopes,
+        "lr": lr,
+        "halved": halved,
+        "projected_gradients": slopes,
+        "seconds": round(timing.total, 6),
+        "outside_forwards": round(1 - timing.forwards / timing.total, 4),
+        "parts": {part: round(getattr(timing, part), 6) for part in PARTS},
+        "forwards": run.history.forwards,
+        "backwards": run.history.backwards,
+    }
