@@ -1,6 +1,6 @@
 """Counts what a step of each optimizer costs: ``python -m bench.optimizers``, into optimizers.csv.
 
-`zokernels bench report` makes the tables of docs/optimizers.md from it. Nothing is timed.
+`make report` makes the tables of docs/optimizers.md from it. Nothing is timed.
 """
 
 from __future__ import annotations

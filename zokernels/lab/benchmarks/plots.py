@@ -6,9 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zokernels.lab.benchmarks import peers, results
-from zokernels.lab.benchmarks.report import style
-from zokernels.lab.benchmarks.report.figures import memory as report
+from zokernels.lab.benchmarks import peaks, peers, results, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +82,8 @@ def step(rows: Sequence[Row]) -> Figure:
 
 
 def memory(rows: Sequence[Row]) -> Figure:
-    """Peak memory against length, as in the report."""
-    with style.drawn(report.draw, [[{k: str(v) for k, v in row.items()} for row in rows]]) as found:
+    """Peak memory against length, as in the documents."""
+    with style.drawn(peaks.draw, [[{k: str(v) for k, v in row.items()} for row in rows]]) as found:
         return found
 
 

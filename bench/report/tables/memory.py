@@ -4,15 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.report import document
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document, style
+from zokernels.lab.benchmarks.peaks import GPU, NAMES
 from zokernels.lab.benchmarks.results import Row
-
-NAMES = {name: title for name, (title, _, _) in style.OPTIMIZERS.items()} | {
-    "inference": "two forwards",
-    "hybrid": "Hybrid",
-}
-GPU = 80  # GiB of one A100 or H100
 
 
 def measured(rows: Sequence[Row]) -> str:

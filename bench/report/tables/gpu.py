@@ -9,10 +9,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+from bench.report.document import table
+from bench.report.tables import ops as passes
 from zokernels.lab.benchmarks import peers, results
 from zokernels.lab.benchmarks.ops import share
-from zokernels.lab.benchmarks.report.document import table
-from zokernels.lab.benchmarks.report.tables import ops as passes
 from zokernels.lab.benchmarks.results import Row
 
 NOTHING = "No row of this project was measured on a GPU yet."
