@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from zokernels.lab.benchmarks import machine, rows, tested
+from zokernels.lab.benchmarks import machine, results, tested
 from zokernels.lab.tasks import folder
 from zokernels.lab.tasks.errors import InputError, RunError
 
@@ -50,7 +50,7 @@ class Output:
     def __post_init__(self) -> None:
         folder.check_json(self.json)
         if self.csv is not None:
-            rows.check(self.csv, self.columns, self.later)
+            results.check(self.csv, self.columns, self.later)
         if self.plot is not None:
             _check_plot(self.plot)
 
@@ -68,7 +68,7 @@ class Output:
             RunError: If a file cannot be written; the others are.
         """
         jobs: list[tuple[str, Path | None, Callable[[Path], None]]] = [
-            ("--csv", self.csv, lambda path: rows.append(path, self.columns, found)),
+            ("--csv", self.csv, lambda path: results.append(path, self.columns, found)),
             ("--json", self.json, lambda path: folder.write_json(path, {name: list(found)})),
             ("--plot", self.plot, lambda path: _save(draw(), path)),
         ]
