@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from zokernels.lab.benchmarks import costs, results
-from zokernels.lab.benchmarks.entries import ENTRIES, Entry
+from bench import costs
+from bench.entries import ENTRIES, Entry
+from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
 
 RESULTS = results.FOLDER / "optimizers.csv"

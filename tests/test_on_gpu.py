@@ -363,4 +363,4 @@ def test_the_documents_show_the_rows_of_a_gpu_and_without_any_what_they_say_now(
     assert "| `add_noise_` gaussian bfloat16, of a copy | ≥ 85 % | 0 % | no |" in performance
     assert "figures/gpu-step.png" in performance
     assert (root / "docs/figures/gpu-step.png").read_bytes().startswith(b"\x89PNG")
-    assert "| fo-adam | " in peaks
+    assert "**opt-tiny, bfloat16**; NVIDIA H200; " in peaks

@@ -36,8 +36,7 @@ def _optimizer(row: Row) -> str:
 def tables(rows: Sequence[Row]) -> str:
     """A table a part: optimizers down, schemes across."""
     found, parts = cells(rows), []
-    for part in results.distinct(rows, "part"):
-        here = [row for row in rows if row["part"] == part]
+    for (part,), here in results.grouped(rows, "part").items():
         columns = [
             (shots, scheme)
             for shots in results.distinct(here, "shots")

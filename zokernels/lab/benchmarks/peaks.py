@@ -28,10 +28,8 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     """
     from matplotlib.lines import Line2D
 
-    panels: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row["perturb"] in ("", "on_entry"):
-            panels.setdefault((row["model"], row["dtype"], row["rows"]), []).append(row)
+    usual = [row for row in rows if row["perturb"] in ("", "on_entry")]
+    panels = results.grouped(usual, "model", "dtype", "rows")
     kept = {key: own for key, own in panels.items() if len({row["length"] for row in own}) > 1}
     if not kept:
         raise ValueError("no batch has rows of two lengths")

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zokernels.lab.benchmarks import peaks, peers, results, style
+from zokernels.lab.benchmarks import passes, peaks, peers, results, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,8 +105,8 @@ def codegen(rows: Sequence[Row]) -> Figure:
 
 def _pass(row: Row) -> str:
     name = row["op"] if row["op"].startswith("add_noise") else f"update {row['op']}"
-    words = [name, row["dist"] if row["dist"] != "gaussian" else "", row["variant"], row["shape"]]
-    return f"{', '.join(filter(None, words))}: {row['case']}"
+    what = passes.words(name, row["dist"], row["variant"], row["shape"])
+    return f"{what}: {row['case']}"
 
 
 def _canvas(lines: int) -> tuple[Figure, Axes]:

@@ -7,13 +7,14 @@ import io
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from zokernels.lab.benchmarks import machine
 from zokernels.lab.tasks import folder
 from zokernels.lab.tasks.errors import InputError
 
 Row = dict[str, str]
+R = TypeVar("R", bound=Mapping[str, Any])
 
 PLACE = Path("bench", "results")
 # Of the checkout that this file lies in, for the scripts that measure.
@@ -123,6 +124,14 @@ def total(rows: Sequence[Mapping[str, Any]], column: str) -> int:
 def distinct(rows: Sequence[Mapping[str, Any]], column: str) -> list[str]:
     """The values of a column, each once, in their order."""
     return list(dict.fromkeys(str(row[column]) for row in rows))
+
+
+def grouped(rows: Sequence[R], *columns: str) -> dict[tuple[str, ...], list[R]]:
+    """The rows of each value of some columns, in the values' order."""
+    found: dict[tuple[str, ...], list[R]] = {}
+    for row in rows:
+        found.setdefault(tuple(str(row[column]) for column in columns), []).append(row)
+    return found
 
 
 def caption(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,9 @@ from zokernels.lab.tasks.errors import InputError, RunError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MODEL = Annotated[str, typer.Option(help="A configuration by name; its weights are random.")]
+DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DEVICE = Annotated[str, typer.Option(help="cpu, or cuda.")]
 CSV = Annotated[Path | None, typer.Option("--csv", help="Append the rows to this file.")]
 JSON = Annotated[Path | None, typer.Option("--json", help="Also write them to this file.")]
 PLOT = Annotated[Path | None, typer.Option("--plot", help="Draw them: a .png, .svg or .pdf file.")]
@@ -83,7 +86,24 @@ class Output:
             raise RunError("; ".join(failed) + ".")
 
 
-def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
+def lacks(package: str) -> str:
+    """How to install a package that is not there; empty where it is."""
+    named = {"transformers": "'.[hf]'", "matplotlib": "'matplotlib>=3.8'"}
+    there = importlib.util.find_spec(package) is not None
+    return "" if there else f"pip install {named.get(package, package)}"
+
+
+def check_needs(what: str, package: str) -> None:
+    """Raise unless a package is there that something can't do without.
+
+    Raises:
+        InputError: Saying how to install it.
+    """
+    if how := lacks(package):
+        raise InputError(f"{what} needs {package}: {how}.")
+
+
+def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
     """Raise unless an option's value is one of those allowed.
 
     Raises:
@@ -122,8 +142,7 @@ def say(sentence: str) -> None:
 
 
 def _check_plot(path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'matplotlib>=3.8'.")
+    check_needs("--plot", "matplotlib")
     if path.suffix.lower() not in _FORMS:
         raise InputError(f"--plot {path} must end in {', '.join(_FORMS[:-1])} or {_FORMS[-1]}.")
     if path.is_dir() or (path.exists() and not path.is_file()):
