@@ -70,6 +70,11 @@ def test_the_committed_documents_are_up_to_date(capsys):
     assert report("--root", str(ROOT), "--check") == 0, capsys.readouterr().err
 
 
+def test_the_package_imports_nothing_of_the_checkouts_bench():
+    for path in (ROOT / "zokernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) bench\b", path.read_text("utf-8"), re.M), path
+
+
 def test_every_marker_has_a_part_and_every_figure_a_place():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     texts = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in pages}
