@@ -62,10 +62,10 @@ bench-compare: $(STAMP)  ## Compare the speed of commit BASE with the working tr
 	$(BIN)/zokernels bench compare $(or $(BASE),$(error BASE is not set; name a commit: make bench-compare BASE=main))
 
 report: $(STAMP)  ## Make the documents' tables and figures from bench/results
-	$(BIN)/zokernels bench report
+	$(BIN)/python -m bench.report
 
 report-check: $(STAMP)  ## Find tables and figures that are not those of bench/results
-	$(BIN)/zokernels bench report --check
+	$(BIN)/python -m bench.report --check
 
 $(DOCS): $(STAMP)
 	$(BIN)/python -m pip install --quiet -e '.[docs]'

@@ -1,7 +1,7 @@
 """What a hybrid step stores for its backward, by how many layers go by zeroth order.
 
 ``python -m bench.hybrid`` counts it anew on an OPT configuration of 24 layers with random weights,
-into bench/results/hybrid.csv. `zokernels bench report` makes the table of docs/optimizers.md from
+into bench/results/hybrid.csv. `make report` makes the table of docs/optimizers.md from
 it. Nothing is timed.
 """
 

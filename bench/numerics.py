@@ -1,7 +1,7 @@
 """What 16-bit weights do to an estimate and to an update, measured: ``python -m bench.numerics``.
 
 On a small network, trained first and then rounded to the type, so that float32 and 16 bits start
-from the same numbers. Writes bench/results/numerics.csv; `zokernels bench report` makes the tables
+from the same numbers. Writes bench/results/numerics.csv; `make report` makes the tables
 of docs/numerics.md from it.
 """
 

@@ -24,8 +24,8 @@
 #
 # In --out DIR (runs/gpu) come check.csv, ops.csv, step.csv, memory.csv, summary.txt, check.log,
 # errors.log and gpu.txt. To publish them: copy the CSV files to bench/results/gpu, and run
-# `zokernels bench report`. Where the checkout has no history, or an older one, COMMIT=abc1234 in the
-# environment goes into the rows.
+# `make report`. Where the checkout has no history, or an older one, COMMIT=abc1234 in the environment
+# goes into the rows.
 #
 # --dry runs the same code on the CPU, on tiny sizes and with interpreted kernels: two minutes.
 #

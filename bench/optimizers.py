@@ -1,6 +1,6 @@
 """Counts what a step of each optimizer costs: ``python -m bench.optimizers``, into optimizers.csv.
 
-`zokernels bench report` makes the tables of docs/optimizers.md from it. Nothing is timed.
+`make report` makes the tables of docs/optimizers.md from it. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from zokernels.lab.benchmarks import costs, results
-from zokernels.lab.benchmarks.entries import ENTRIES, Entry
+from bench import costs
+from bench.entries import ENTRIES, Entry
+from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
 
 RESULTS = results.FOLDER / "optimizers.csv"

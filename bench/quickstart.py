@@ -1,7 +1,7 @@
 """The quickstart over several seeds: ``python -m bench.quickstart --seeds 5``.
 
 Each run is the quickstart's own, whole dev set before and after, into bench/results/quickstart.csv;
-``--settings`` picks what it is compared with. `zokernels bench report` makes the table of
+``--settings`` picks what it is compared with. `make report` makes the table of
 docs/finetune.md. The seconds are only as good as the machine was quiet; CPU seconds are of all
 threads, and depend less on the neighbours.
 """

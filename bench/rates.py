@@ -34,6 +34,7 @@ EPS = {"full": 1e-3, "bitfit": 1e-3, "lora": 1e-2, "prefix": 1e-2, "prompt": 1e-
 
 @torch.no_grad()
 def measure(settings: Settings, directions: int) -> list[dict]:
+    """A row for each rule and rate: the mean gain of a step."""
     made = learner.load(settings)
     scorer = SCORERS[made.loaded.kind](
         made.model, made.loaded.tokenizer, get_task("sst2"), settings.max_length
@@ -78,6 +79,7 @@ def measure(settings: Settings, directions: int) -> list[dict]:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Measure and write, for each model and scheme."""
     parser = argparse.ArgumentParser(prog="python -m bench.rates", description=__doc__)
     parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER:SCHEME,…")
     parser.add_argument("--directions", type=int, default=16)

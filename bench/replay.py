@@ -8,7 +8,6 @@ every time. All run in turn within the same moments, and the medians are compare
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import statistics
 import tempfile
@@ -20,11 +19,11 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from zokernels.lab.benchmarks import machine
+from zokernels.lab.benchmarks import machine, results, timing
 from zokernels.lab.benchmarks.passes import Tensors
 from zokernels.trajectory.playback import CHUNK
 
-RESULTS = machine.ROOT / "bench" / "results" / "replay.csv"
+RESULTS = results.FOLDER / "replay.csv"
 STEPS = CHUNK
 # On a disk and not in memory, so that syncs cost what they do.
 SCRATCH = os.environ.get("ZOKERNELS_BENCH_DIR", ".")
@@ -42,11 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         {**about, **measure(dtype, options.numel, options.repeats)}
         for dtype in ("float32", "bfloat16")
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    with options.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    results.write(options.out, list(rows[0]), rows)
     print(options.out.read_text(), end="")
 
 
@@ -83,7 +78,7 @@ def measure(dtype: str, numel: int, repeats: int) -> dict[str, str | int]:
             # Replay begins by comparing the weights with their checksum, which is in its time.
             weight.copy_(base)
             for name, run in (("replay", replay), ("floor", floor), ("by_step", by_step)):
-                times[name].append(clock(run))
+                times[name].append(timing.clock(run))
     each = {name: statistics.median(t) / numel / STEPS * 1e9 for name, t in times.items()}
     return {
         "dtype": dtype,
@@ -104,7 +99,7 @@ def sync_seconds(syncs: int = 100) -> float:
     with tempfile.TemporaryFile(dir=SCRATCH) as file:
         for _ in range(syncs):
             os.write(file.fileno(), b"x" * 36)
-            spent.append(clock(lambda: os.fsync(file.fileno())))
+            spent.append(timing.clock(lambda: os.fsync(file.fileno())))
     return statistics.median(spent)
 
 
@@ -131,13 +126,6 @@ def record_seconds(steps: int = 5000) -> float:
             opt.step(lambda step=step: float(step % 7))
         recorder.close()
     return spent / steps
-
-
-def clock(run: Callable[[], object]) -> float:
-    """Seconds of one call."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Reads what `zokernels sweep bench/study.yaml` left, of the runs that came to their end, and writes
 `results/study.csv` (with ``--into`` another, as for `bench/study_rates.yaml`).
-`zokernels bench report` makes the tables and figures of docs/study.md from it.
+`make report` makes the tables and figures of docs/study.md from it.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def keep(folder: Path, into: str) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Take the rows of the folder that is named."""
     parser = argparse.ArgumentParser(prog="python -m bench.study", description=__doc__)
     parser.add_argument("folder", type=Path, help="the sweep's folder")
     parser.add_argument("--into", default="study.csv", help="file under bench/results, replaced")

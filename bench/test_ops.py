@@ -1,4 +1,4 @@
-"""The passes of `zokernels bench ops`, for pytest-benchmark: ``make bench``.
+"""The passes and updates of `zokernels bench ops`, for pytest-benchmark: ``make bench``.
 
 ZOKERNELS_BENCH_NUMEL sets the number of weights. Times of one case after the other tell less than
 the command's alternation; what they are for is pytest-benchmark's own history and comparison.
@@ -58,3 +58,30 @@ def test_the_pass_timed_adds_the_noise(case):
     p = next(p for p in (tensors.weights(case.dtype, r) for r in (False, True)) if p.any())
     assert p.double().std().item() == pytest.approx(passes.EPS, rel=0.02)
     assert abs(p.double().mean().item()) < 5 * passes.EPS / 100_000**0.5
+
+
+@pytest.mark.parametrize("case", [c for c in found(False) if c.op != "add_noise_"], ids=str)
+def test_apply_update_(benchmark, case, tensors):
+    benchmark.group = f"apply_update_ {case.op} {case.dtype}, {NUMEL:,} weights"
+    benchmark.pedantic(built(case, tensors), rounds=5, iterations=1, warmup_rounds=1)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        c
+        for c in found(True)
+        if not (c.op.startswith("add_noise") or c.name == passes.FLOOR or c.peer)
+    ],
+    ids=str,
+)
+def test_the_pass_timed_updates_all_that_its_floor_moves(case):
+    tensors = passes.Tensors(20_000)
+    before = tensors.weights(case.dtype).clone()
+    built(case, tensors)()
+    state = "bfloat16" if case.variant == passes.NARROW else "float32"
+    for held in tensors.states(passes.STATES[case.op], state):
+        assert held.any()
+    # A step of 1e-9, as momentum's here, rounds to nothing in 16 bits.
+    if case.dtype == "float32" and case.op != "momentum":
+        assert not tensors.weights(case.dtype).equal(before)

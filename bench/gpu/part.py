@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zokernels.lab.benchmarks import results, rows
+from zokernels.lab.benchmarks import results
 
 SUMMARY, CHECKED = "summary.txt", "check.csv"
 
@@ -117,8 +117,8 @@ class Part:
     ) -> None:
         """Append rows to the part's file; their column ``tests`` says what the check found."""
         path = self.out / f"{self.name}.csv"
-        rows.check(path, columns, later)
-        rows.append(path, columns, [{**row, "tests": self._checked()} for row in found])
+        results.check(path, columns, later)
+        results.append(path, columns, [{**row, "tests": self._checked()} for row in found])
 
     def run(self, jobs: Sequence[Job]) -> int:
         """Do the jobs in turn for as long as there is time; the exit code.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from bench.report.figures import gpu
 from zokernels.lab.benchmarks import peers, results
-from zokernels.lab.benchmarks.report.figures import gpu
 
 ROOT = Path(__file__).parents[2]
 

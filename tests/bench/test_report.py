@@ -1,4 +1,4 @@
-"""`zokernels bench report`: documents are those of the rows, and what is out of date is named."""
+"""`python -m bench.report`: documents are those of the rows, and what is out of date is named."""
 
 import builtins
 import csv
@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 from made_up import steps_on_a_gpu, whole_study
 
-from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import catalog, document, png, renewal, style
-from zokernels.lab.benchmarks.report.parts import Figure
-from zokernels.lab.benchmarks.report.tables import ops as passes
-from zokernels.lab.benchmarks.report.tables import study as tables
-from zokernels.lab.cli import main
+from bench.report import catalog, document, png, renewal
+from bench.report.__main__ import main
+from bench.report.parts import Figure
+from bench.report.tables import ops as passes
+from bench.report.tables import study as tables
+from zokernels.lab.benchmarks import results, style
 
 ROOT = Path(__file__).parents[2]
 # One of rows that nobody has measured yet is not there.
@@ -43,7 +43,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 def report(*options):
-    return main(["bench", "report", *options])
+    return main(options)
 
 
 def contents(folder):
@@ -70,6 +70,11 @@ def test_the_committed_documents_are_up_to_date(capsys):
     assert report("--root", str(ROOT), "--check") == 0, capsys.readouterr().err
 
 
+def test_the_package_imports_nothing_of_the_checkouts_bench():
+    for path in (ROOT / "zokernels").rglob("*.py"):
+        assert not re.search(r"^\s*(from|import) bench\b", path.read_text("utf-8"), re.M), path
+
+
 def test_every_marker_has_a_part_and_every_figure_a_place():
     pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
     texts = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in pages}
@@ -92,7 +97,7 @@ def test_a_changed_row_is_told_by_every_part_made_of_it_and_then_written(checkou
         "quickstart (docs/finetune.md)", "replay (docs/reliability.md)",
         "accuracy (docs/figures/accuracy.png)",
     ]  # fmt: skip
-    assert told == [f"{what} is out of date; run `zokernels bench report`." for what in stale]
+    assert told == [f"{what} is out of date; run `make report`." for what in stale]
     found = json.loads(out.read_text())["report"]
     assert [p["name"] for p in found if p["state"] == "stale"] == [w.split()[0] for w in stale]
 
@@ -251,7 +256,7 @@ def test_another_process_draws_the_same_bytes_opaque_and_with_their_digest(check
     shutil.rmtree(checkout / "docs/figures")
     # Sets of names have another order there.
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "zokernels.lab.cli", "bench", "report"]
+    command = [sys.executable, "-m", "bench.report"]
     subprocess.run(command, env=environment, check=True, capture_output=True)
     assert contents(checkout / "docs/figures") == drawn
     for part in FIGURES:

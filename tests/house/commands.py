@@ -104,6 +104,8 @@ def _python(words):
             return check([module, *rest])
         found = importlib.util.find_spec(module)
         assert found, f"there is no module {module}"
+        if found.submodule_search_locations:
+            found = importlib.util.find_spec(f"{module}.__main__")
         source = Path(found.origin).read_text(encoding="utf-8")
         for word in rest:
             assert not word.startswith("--") or f'"{word}"' in source, f"{module} has no {word}"

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bench import quickstart, stories
+from bench.report.tables import quickstart as table
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report.tables import quickstart as table
 from zokernels.lab.cli import main
 
 ROOT = Path(__file__).parents[3]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import needs_native
 
-from zokernels.lab.benchmarks import machine, ops, passes, rows, timing
+from zokernels.lab.benchmarks import machine, ops, passes, results, timing
 from zokernels.lab.cli import main
 from zokernels.lab.cli.bench import output
 from zokernels.lab.tasks.errors import InputError
@@ -162,14 +162,14 @@ def test_rows_are_appended_to_a_file_from_before_a_column(tmp_path):
     path, columns = tmp_path / "old.csv", ("date", "tests", "case")
     path.write_text("date,case\n2026-11-24,floor\n")
     with pytest.raises(InputError, match="other columns"):
-        rows.check(path, columns)
-    rows.check(path, columns, machine.LATER)
-    rows.append(path, columns, [{"date": "2026-11-25", "tests": "passed", "case": "mezo"}])
+        results.check(path, columns)
+    results.check(path, columns, machine.LATER)
+    results.append(path, columns, [{"date": "2026-11-25", "tests": "passed", "case": "mezo"}])
     assert path.read_text() == "date,tests,case\n2026-11-24,,floor\n2026-11-25,passed,mezo\n"
-    rows.check(path, columns)
+    results.check(path, columns)
     # An editor may have taken the last line's end.
     path.write_text(path.read_text().rstrip("\n"))
-    rows.append(path, columns, [{"date": "2026-11-26", "tests": "", "case": "floor"}])
+    results.append(path, columns, [{"date": "2026-11-26", "tests": "", "case": "floor"}])
     assert path.read_text().endswith("\n2026-11-25,passed,mezo\n2026-11-26,,floor\n")
 
 
@@ -183,12 +183,14 @@ def test_the_committed_rows_can_be_appended_to(name):
         "step": (step.COLUMNS, machine.LATER),
         "codegen": (codegen.COLUMNS, codegen._ABOUT),
     }[name]
-    rows.check(machine.ROOT / "bench" / "results" / f"{name}.csv", columns, later)
+    results.check(machine.ROOT / "bench" / "results" / f"{name}.csv", columns, later)
 
 
 def test_a_file_that_cannot_be_written_does_not_keep_the_others_from_it(tmp_path, monkeypatch):
     out = output.Output(tmp_path / "a.csv", tmp_path / "a.json", None, ("x",))
-    monkeypatch.setattr(rows, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
+    monkeypatch.setattr(
+        results, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full"))
+    )
     with pytest.raises(Exception, match="--csv .* could not be written: disk full"):
         out.write("it", [{"x": 1}], lambda: None)
     assert json.loads((tmp_path / "a.json").read_text()) == {"it": [{"x": 1}]}

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bench import hybrid, optimizers
-from zokernels.lab.benchmarks import costs, results
-from zokernels.lab.benchmarks.entries import ENTRIES
+from bench import costs, hybrid, optimizers
+from bench.entries import ENTRIES
+from zokernels.lab.benchmarks import results
 
 
 @pytest.mark.parametrize("two_sided", [True, False], ids=["two_sided", "one_sided"])

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from zokernels.lab.benchmarks import footprint, high_water, machine, models
+from zokernels.lab.benchmarks import footprint, high_water, machine, models, timing
 from zokernels.lab.benchmarks.footprint import Cell, Footprint
 from zokernels.lab.tasks import optimizers
 from zokernels.lab.tasks.memory import says_out
@@ -147,8 +147,7 @@ def _measure(cell: Cell) -> dict[str, Any]:
     for _ in range(_STEPS):
         began = time.perf_counter()
         step()
-        if cell.device.startswith("cuda"):
-            torch.cuda.synchronize()
+        timing.synchronize(cell.device)
         seconds = time.perf_counter() - began
     return {"peak": high_water.mark(cell.device) - before, "seconds": seconds}
 

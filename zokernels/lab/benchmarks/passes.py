@@ -124,6 +124,11 @@ class Case:
         return 2 * (DTYPES[self.dtype].itemsize + state * STATES[self.op])
 
 
+def words(op: str, dist: str, *others: str) -> str:
+    """A pass to be read: Gaussian noise goes without saying, and so does what is empty."""
+    return ", ".join(filter(None, (op, dist if dist != "gaussian" else "", *others)))
+
+
 def floors(dtype: str, device: str, full: bool) -> list[Case]:
     """The floor of each sum of bytes."""
     kinds = [("add_noise_", ""), ("momentum", ""), ("adam", "")]

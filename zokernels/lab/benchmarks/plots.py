@@ -6,9 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from zokernels.lab.benchmarks import peers, results
-from zokernels.lab.benchmarks.report import style
-from zokernels.lab.benchmarks.report.figures import memory as report
+from zokernels.lab.benchmarks import passes, peaks, peers, results, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -84,8 +82,8 @@ def step(rows: Sequence[Row]) -> Figure:
 
 
 def memory(rows: Sequence[Row]) -> Figure:
-    """Peak memory against length, as in the report."""
-    with style.drawn(report.draw, [[{k: str(v) for k, v in row.items()} for row in rows]]) as found:
+    """Peak memory against length, as in the documents."""
+    with style.drawn(peaks.draw, [[{k: str(v) for k, v in row.items()} for row in rows]]) as found:
         return found
 
 
@@ -107,8 +105,8 @@ def codegen(rows: Sequence[Row]) -> Figure:
 
 def _pass(row: Row) -> str:
     name = row["op"] if row["op"].startswith("add_noise") else f"update {row['op']}"
-    words = [name, row["dist"] if row["dist"] != "gaussian" else "", row["variant"], row["shape"]]
-    return f"{', '.join(filter(None, words))}: {row['case']}"
+    what = passes.words(name, row["dist"], row["variant"], row["shape"])
+    return f"{what}: {row['case']}"
 
 
 def _canvas(lines: int) -> tuple[Figure, Axes]:

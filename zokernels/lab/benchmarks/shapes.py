@@ -6,11 +6,11 @@ A CSV with the columns ``op``, ``dist``, ``rows``, ``warps`` and ``registers``, 
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 
 from zokernels import noise
+from zokernels.lab.benchmarks import results
 from zokernels.lab.tasks.errors import InputError
 
 COLUMNS = ("op", "dist", "rows", "warps", "registers")
@@ -43,13 +43,8 @@ def read(path: Path) -> list[Shaped]:
     Raises:
         InputError: If it can't be read, or a line is no shape.
     """
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
-            lines, head = list(reader), tuple(reader.fieldnames or ())
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"--shapes {path} cannot be read: {error}; name another file.") from None
-    if head != COLUMNS or not lines:
+    head, lines = results.given("--shapes", path)
+    if head != list(COLUMNS) or not lines:
         raise InputError(
             f"--shapes {path} must be a CSV with the columns {', '.join(COLUMNS)} and a shape a "
             f"line; its head is '{','.join(head)}', with {len(lines)} lines below it."

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from zokernels.graphs import GraphedStep
-from zokernels.lab.benchmarks import high_water, machine, models, peers
+from zokernels.lab.benchmarks import high_water, machine, models, peers, timing
 from zokernels.lab.tasks import optimizers, schemes
 from zokernels.lab.tasks.scoring import candidate_scores
 
@@ -218,9 +218,9 @@ def _repeat(
             runs["step"]()
         for name, run in runs.items():
             taken[name].append(_clock(run, device))
-        base, timing = taken["forwards"][-1], opt.timing
-        known = {k: getattr(timing, k) / base for k in PARTS if k != "rest"}
-        for k, v in (known | {"rest": timing.total / base - sum(known.values())}).items():
+        base, of_step = taken["forwards"][-1], opt.timing
+        known = {k: getattr(of_step, k) / base for k in PARTS if k != "rest"}
+        for k, v in (known | {"rest": of_step.total / base - sum(known.values())}).items():
             parts[k].append(v)
         # What takes ten times as long is timed less often.
         moved = bool(rivals) and repetition % 4 == 0
@@ -283,10 +283,10 @@ def _candidates(model: Any, inputs: dict[str, torch.Tensor]) -> Callable[[], tor
 
 
 def _clock(run: Callable[[], Any], device: str) -> float:
-    _synchronize(device)
+    timing.synchronize(device)
     begin = time.perf_counter()
     run()
-    _synchronize(device)
+    timing.synchronize(device)
     return time.perf_counter() - begin
 
 
@@ -294,8 +294,3 @@ def _peak_mb(device: str, run: Callable[[], Any]) -> float:
     high_water.reset(device)
     run()
     return high_water.mark(device) / 2**20 if high_water.can_reset(device) else float("nan")
-
-
-def _synchronize(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()

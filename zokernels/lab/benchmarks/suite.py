@@ -22,14 +22,14 @@ class Run:
         options: Its others.
         minutes: What it takes on two cores.
         name: Of its files and its line in the summary; rows of one command share a CSV file.
-        needs: The package that it can't do without, and how to install it; or None.
+        needs: The package that it can't do without, if there is one.
     """
 
     command: str
     options: tuple[str, ...]
     minutes: float
     name: str
-    needs: tuple[str, str] | None = None
+    needs: str = ""
 
     @property
     def limit(self) -> float:
@@ -39,8 +39,7 @@ class Run:
 
 def runs(full: bool) -> list[Run]:
     """The commands, with settings that suit this machine."""
-    hf = ("transformers", "pip install '.[hf]'")
-    triton = ("triton", "pip install triton")
+    hf = "transformers"
     on_gpu = torch.cuda.is_available()
     device = "cuda" if on_gpu else "cpu"
     shape = ("--rows", "16", "--length", "64") if on_gpu else ("--rows", "2", "--length", "64")
@@ -66,7 +65,7 @@ def runs(full: bool) -> list[Run]:
     found.append(
         Run("memory", (*chosen, *named, "--device", device), 10 if full else 2, "memory", hf)
     )
-    found.append(Run("codegen", () if full else here, 3 if full else 1, "codegen", triton))
+    found.append(Run("codegen", () if full else here, 3 if full else 1, "codegen", "triton"))
     return found
 
 

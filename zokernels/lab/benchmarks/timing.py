@@ -41,6 +41,12 @@ def clock(run: Callable[[], Any], device: str = "cpu") -> float:
     return start.elapsed_time(end) / 1e3
 
 
+def synchronize(device: str) -> None:
+    """Wait until a CUDA device has done what it was told to do."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
 @dataclass(frozen=True)
 class Spread:
     """A median and the quartiles around it."""

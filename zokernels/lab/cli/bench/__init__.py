@@ -3,7 +3,7 @@
 import typer
 
 from zokernels.lab.cli.bench import all as everything
-from zokernels.lab.cli.bench import codegen, compare, memory, ops, report, step
+from zokernels.lab.cli.bench import codegen, compare, memory, ops, step
 
 app = typer.Typer(help="Measure on this machine.", no_args_is_help=True)
 app.command("ops")(ops.command)
@@ -12,4 +12,3 @@ app.command("memory")(memory.command)
 app.command("codegen")(codegen.command)
 app.command("all")(everything.command)
 app.command("compare")(compare.command)
-app.command("report")(report.command)

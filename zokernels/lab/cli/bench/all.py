@@ -1,6 +1,5 @@
 """``zokernels bench all``: every benchmark with settings for this machine, into one folder."""
 
-import importlib.util
 import json as json_module
 import subprocess
 import sys
@@ -36,16 +35,15 @@ def command(
         f"{most:.0f}, into {out}. Let nothing else run."
     )
     output.say_tests()
-    plots = importlib.util.find_spec("matplotlib") is not None
-    if not plots:
-        output.say("No pictures: they need matplotlib, pip install 'matplotlib>=3.8'.")
+    if how := output.lacks("matplotlib"):
+        output.say(f"No pictures: they need matplotlib, {how}.")
     out.mkdir(parents=True, exist_ok=True)
     about = machine.about("cuda" if torch.cuda.is_available() else "cpu")
     results: list[dict[str, Any]] = []
     code = 0
     try:
         for run in runs:
-            results.append(_run(run, out, plots))
+            results.append(_run(run, out))
     except KeyboardInterrupt:
         output.say("Interrupted; what was done before is kept.")
         code = 130
@@ -65,24 +63,17 @@ def _check_folder(out: Path) -> None:
         raise InputError(f"--out {out} is not empty; name a new folder.")
 
 
-def _run(run: suite.Run, out: Path, plots: bool) -> dict[str, Any]:
+def _run(run: suite.Run, out: Path) -> dict[str, Any]:
     """One command in a process of its own, so that none finds the memory of another."""
     result: dict[str, Any] = {"name": run.name, "outcome": "left out", "seconds": 0.0}
-    if run.needs is not None and importlib.util.find_spec(run.needs[0]) is None:
-        return result | {"why": f"it needs {run.needs[0]}: {run.needs[1]}"}
+    if run.needs and (how := output.lacks(run.needs)):
+        return result | {"why": f"it needs {run.needs}: {how}"}
     files = {"--csv": f"{run.command}.csv", "--json": f"{run.name}.json"}
-    if plots:
+    if not output.lacks("matplotlib"):
         files["--plot"] = f"{run.name}.png"
     named = [part for option, name in files.items() for part in (option, str(out / name))]
-    command = [
-        sys.executable,
-        "-m",
-        "zokernels.lab.cli",
-        "bench",
-        run.command,
-        *run.options,
-        *named,
-    ]
+    program = [sys.executable, "-m", "zokernels.lab.cli", "bench"]
+    command = [*program, run.command, *run.options, *named]
     Console(stderr=True).rule(f"bench {run.command} {' '.join(run.options)}")
     started = time.perf_counter()
     try:

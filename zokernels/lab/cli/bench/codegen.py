@@ -29,12 +29,11 @@ def command(
 ) -> None:
     """Compile the Triton kernels, without a GPU, and count their machine instructions."""
     out = output.Output(csv_file, json, plot, COLUMNS, _ABOUT)
-    try:
-        import triton
+    output.check_needs("bench codegen", "triton")
+    import triton
 
-        from zokernels.backends.triton import codegen as compiler
-    except ImportError as error:
-        raise InputError(f"bench codegen needs triton: {error}; pip install triton.") from None
+    from zokernels.backends.triton import codegen as compiler
+
     if compiler.INTERPRETED:
         raise InputError("TRITON_INTERPRET is set, so nothing is compiled; unset it.")
     about = {name: machine.about()[name] for name in _ABOUT}

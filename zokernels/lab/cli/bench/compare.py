@@ -28,7 +28,7 @@ def command(
     folder.check_json(json)
     dtypes = tuple(dict.fromkeys(dtype or ("float32", "bfloat16")))
     for name in dtypes:
-        output.check_choice("--dtype", name, tuple(passes.DTYPES))
+        output.check_choice("--dtype", name, passes.DTYPES)
     commit = compare.resolve(base)
     plan = ops.Plan(numel=numel, dtypes=dtypes, peers=False, repeats=repeats)
     try:
@@ -70,10 +70,9 @@ def table(found: list[compare.Difference], base: str, here: str) -> Table:
         made.add_column(head, justify="right" if head else "left", no_wrap=True)
     for f in found:
         dtype, op, dist, variant, case = f.key
-        dist = dist if dist != "gaussian" else ""
-        what = f"{dtype} {', '.join(filter(None, (op, dist, variant)))}"
         made.add_row(
-            f"{what}, {case.removeprefix('native-')}", f"{f.base:.3g}", f"{f.here:.3g}",
+            f"{dtype} {passes.words(op, dist, variant)}, {case.removeprefix('native-')}",
+            f"{f.base:.3g}", f"{f.here:.3g}",
             f"{f.ratio:.3f} ({f.low:.3f}–{f.high:.3f})", f.verdict,
         )  # fmt: skip
     return made

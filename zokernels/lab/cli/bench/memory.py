@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from zokernels.lab.benchmarks import plots
+from zokernels.lab.benchmarks import passes, plots
 from zokernels.lab.cli.bench import output
 from zokernels.lab.tasks.errors import InputError
 
@@ -18,17 +18,15 @@ _OPTIMIZERS = [
 
 
 def command(
-    model: Annotated[
-        str, typer.Option(help="A configuration by name; its weights are random.")
-    ] = "opt-125m",
+    model: output.MODEL = "opt-125m",
     optimizer: Annotated[
         list[str] | None, typer.Option(help="As for finetune, or inference; may be repeated.")
     ] = None,
     rows: Annotated[list[int] | None, typer.Option(help="Rows of the batch.")] = None,
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a row.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    dtype: output.DTYPE = "float32",
     perturb: Annotated[str, typer.Option(help="on_entry, paired or in_place.")] = "on_entry",
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    device: output.DEVICE = "cpu",
     measure: Annotated[
         bool, typer.Option(help="Measure what fits here, or only by arithmetic.")
     ] = True,
@@ -43,21 +41,16 @@ def command(
 
     What this machine does not hold is by arithmetic alone, and marked so.
     """
-    try:
-        import transformers  # noqa: F401
+    output.check_needs("bench memory", "transformers")
+    from zokernels.lab.benchmarks import footprint, memory, models
 
-        from zokernels.lab.benchmarks import footprint, memory, models
-    except ImportError as error:
-        raise InputError(
-            f"bench memory needs transformers: {error}; pip install '.[hf]'."
-        ) from None
     out = output.Output(csv_file, json, plot, memory.COLUMNS)
     output.check_choice("--model", model, models.NAMES)
-    output.check_choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    output.check_choice("--dtype", dtype, passes.DTYPES)
     output.check_choice("--perturb", perturb, ("on_entry", "paired", "in_place"))
     wanted = optimizer or _OPTIMIZERS
     for name in wanted:
-        output.check_choice("--optimizer", name, tuple(footprint.KINDS))
+        output.check_choice("--optimizer", name, footprint.KINDS)
     batches, lengths = rows or [4], length or [64, 256, 1024]
     for option, values in (("--rows", batches), ("--length", lengths)):
         if min(values) < 1:

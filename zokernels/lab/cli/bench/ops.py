@@ -52,7 +52,7 @@ def command(
     """Time the passes over the weights in alternation with their memory floors and peers."""
     out = output.Output(csv_file, json, plot, ops.COLUMNS, ops.LATER)
     for name in dtype or ():
-        output.check_choice("--dtype", name, tuple(passes.DTYPES))
+        output.check_choice("--dtype", name, passes.DTYPES)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)
@@ -109,8 +109,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Table]:
         for head in ("ns", "× floor", "× MeZO", "× best"):
             table.add_column(head, justify="right", no_wrap=True)
         for row in (row for row in rows if row["dtype"] == dtype):
-            dist = row["dist"] if row["dist"] != "gaussian" else ""
-            what = ", ".join(filter(None, (row["op"], dist, row["variant"], row["shape"])))
+            what = passes.words(row["op"], row["dist"], row["variant"], row["shape"])
             middle, low, high = (
                 _short(row[name]) for name in ("ratio_to_floor_median", "low", "high")
             )

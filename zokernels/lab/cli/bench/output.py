@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,13 +12,16 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from zokernels.lab.benchmarks import machine, rows, tested
+from zokernels.lab.benchmarks import machine, results, tested
 from zokernels.lab.tasks import folder
 from zokernels.lab.tasks.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MODEL = Annotated[str, typer.Option(help="A configuration by name; its weights are random.")]
+DTYPE = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
+DEVICE = Annotated[str, typer.Option(help="cpu, or cuda.")]
 CSV = Annotated[Path | None, typer.Option("--csv", help="Append the rows to this file.")]
 JSON = Annotated[Path | None, typer.Option("--json", help="Also write them to this file.")]
 PLOT = Annotated[Path | None, typer.Option("--plot", help="Draw them: a .png, .svg or .pdf file.")]
@@ -50,7 +53,7 @@ class Output:
     def __post_init__(self) -> None:
         folder.check_json(self.json)
         if self.csv is not None:
-            rows.check(self.csv, self.columns, self.later)
+            results.check(self.csv, self.columns, self.later)
         if self.plot is not None:
             _check_plot(self.plot)
 
@@ -68,7 +71,7 @@ class Output:
             RunError: If a file cannot be written; the others are.
         """
         jobs: list[tuple[str, Path | None, Callable[[Path], None]]] = [
-            ("--csv", self.csv, lambda path: rows.append(path, self.columns, found)),
+            ("--csv", self.csv, lambda path: results.append(path, self.columns, found)),
             ("--json", self.json, lambda path: folder.write_json(path, {name: list(found)})),
             ("--plot", self.plot, lambda path: _save(draw(), path)),
         ]
@@ -83,7 +86,24 @@ class Output:
             raise RunError("; ".join(failed) + ".")
 
 
-def check_choice(option: str, value: str, allowed: Sequence[str]) -> None:
+def lacks(package: str) -> str:
+    """How to install a package that is not there; empty where it is."""
+    named = {"transformers": "'.[hf]'", "matplotlib": "'matplotlib>=3.8'"}
+    there = importlib.util.find_spec(package) is not None
+    return "" if there else f"pip install {named.get(package, package)}"
+
+
+def check_needs(what: str, package: str) -> None:
+    """Raise unless a package is there that something can't do without.
+
+    Raises:
+        InputError: Saying how to install it.
+    """
+    if how := lacks(package):
+        raise InputError(f"{what} needs {package}: {how}.")
+
+
+def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
     """Raise unless an option's value is one of those allowed.
 
     Raises:
@@ -122,8 +142,7 @@ def say(sentence: str) -> None:
 
 
 def _check_plot(path: Path) -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("--plot needs matplotlib: pip install 'matplotlib>=3.8'.")
+    check_needs("--plot", "matplotlib")
     if path.suffix.lower() not in _FORMS:
         raise InputError(f"--plot {path} must end in {', '.join(_FORMS[:-1])} or {_FORMS[-1]}.")
     if path.is_dir() or (path.exists() and not path.is_file()):

@@ -8,20 +8,18 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zokernels.lab.benchmarks import passes, plots
 from zokernels.lab.benchmarks import peers as others
-from zokernels.lab.benchmarks import plots
 from zokernels.lab.cli.bench import output
 from zokernels.lab.tasks import InputError
 
 
 def command(
-    model: Annotated[
-        str, typer.Option(help="A configuration by name; its weights are random.")
-    ] = "opt-125m",
+    model: output.MODEL = "opt-125m",
     rows: Annotated[int, typer.Option(min=1, help="Rows of the batch.")] = 2,
     length: Annotated[int, typer.Option(min=2, help="Tokens of a row.")] = 64,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu, or cuda.")] = "cpu",
+    dtype: output.DTYPE = "float32",
+    device: output.DEVICE = "cpu",
     optimizer: Annotated[str, typer.Option(help="As for finetune.")] = "zo-sgd",
     queries: Annotated[int, typer.Option(min=1, help="Directions a step.")] = 1,
     dist: Annotated[str, typer.Option(help="gaussian or rademacher.")] = "gaussian",
@@ -46,16 +44,13 @@ def command(
     plot: output.PLOT = None,
 ) -> None:
     """Time a step against the two forwards it is made of, with random weights and tokens."""
-    try:
-        import transformers  # noqa: F401
+    output.check_needs("bench step", "transformers")
+    from zokernels.lab.benchmarks import models, step
 
-        from zokernels.lab.benchmarks import models, step
-    except ImportError as error:
-        raise InputError(f"bench step needs transformers: {error}; pip install '.[hf]'.") from None
     out = output.Output(csv_file, json, plot, step.COLUMNS)
     modes = perturb or ["on_entry", "paired"]
     output.check_choice("--model", model, models.NAMES)
-    output.check_choice("--dtype", dtype, ("float32", "bfloat16", "float16"))
+    output.check_choice("--dtype", dtype, passes.DTYPES)
     output.check_choice("--dist", dist, ("gaussian", "rademacher"))
     output.check_choice("--loss", loss, step.LOSSES)
     for mode in modes:

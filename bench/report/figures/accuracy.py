@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import style
-from zokernels.lab.benchmarks.report.tables.study import SCHEMES, TASKS, task
+from bench.report.tables.study import SCHEMES, TASKS, task
+from zokernels.lab.benchmarks import results, style
 from zokernels.lab.benchmarks.results import Row
 
 if TYPE_CHECKING:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.report import document
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document
 from zokernels.lab.benchmarks.results import Row
 
 FLOOR, ADD = "floor", "add_noise_"
@@ -31,8 +31,7 @@ def tables(rows: Sequence[Row]) -> str:
 def machines(rows: Sequence[Row]) -> list[list[Row]]:
     """The rows of each machine's largest tensors; of a pass measured again, the last one."""
     found = []
-    for machine in results.distinct(rows, "machine"):
-        here = [row for row in rows if row["machine"] == machine]
+    for here in results.grouped(rows, "machine").values():
         largest = max(int(row["numel"]) for row in here)
         latest = {(which(row), row["dtype"]): row for row in here if int(row["numel"]) == largest}
         found.append(list(latest.values()))

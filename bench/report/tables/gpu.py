@@ -9,10 +9,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 
+from bench.report.document import table
+from bench.report.tables import memory as peaks
+from bench.report.tables import ops as passes
 from zokernels.lab.benchmarks import peers, results
 from zokernels.lab.benchmarks.ops import share
-from zokernels.lab.benchmarks.report.document import table
-from zokernels.lab.benchmarks.report.tables import ops as passes
 from zokernels.lab.benchmarks.results import Row
 
 NOTHING = "No row of this project was measured on a GPU yet."
@@ -80,24 +81,7 @@ def tables(checks: Sequence[Row], ops: Sequence[Row], steps: Sequence[Row]) -> s
 
 def memory(rows: Sequence[Row]) -> str:
     """Peaks of the allocator by length, with their multiples of the arithmetic."""
-    if not rows:
-        return NOTHING
-    parts = []
-    for machine in results.distinct(rows, "machine"):
-        mine = [row for row in rows if row["machine"] == machine]
-        first = mine[0]
-        lengths = sorted({int(row["length"]) for row in mine})
-        lines = []
-        for optimizer in results.distinct(mine, "optimizer"):
-            cells = {int(row["length"]): row for row in mine if row["optimizer"] == optimizer}
-            lines.append([optimizer, *(_gib(cells.get(length)) for length in lengths)])
-        head = ["optimizer", *(f"{first['rows']} × {length}" for length in lengths)]
-        parts += [
-            f"**{first['model']}, {first['dtype']}**; {results.caption(mine)}. GiB at the "
-            "allocator's peak, in brackets the multiple of the arithmetic.",
-            table(head, lines, "l" + "r" * len(lengths)),
-        ]
-    return "\n\n".join(parts)
+    return peaks.measured(rows) if rows else NOTHING
 
 
 def _machine(
@@ -143,9 +127,8 @@ def _of(rows: Sequence[Row], machine: str) -> list[Row]:
 
 def _by_commit(checks: Sequence[Row], machine: str) -> list[list[Row]]:
     """A machine's checks of each commit, of which a run may have had time for a part."""
-    mine = [row for row in checks if row["machine"] == machine]
-    commits = results.distinct(mine, "commit")
-    return [_of([r for r in mine if r["commit"] == c], machine) for c in commits]
+    commits = results.grouped(checks, "machine", "commit")
+    return [_of(rows, machine) for (of, _), rows in commits.items() if of == machine]
 
 
 def _checked(checks: Sequence[Row]) -> str:
@@ -267,10 +250,3 @@ def _peers(rows: Sequence[Row]) -> str:
     ]
     head = ("peer", "size", "two forwards", "times on_entry's step")
     return table(head, lines, "llrr")
-
-
-def _gib(row: Row | None) -> str:
-    if row is None or not row["peak_mb"]:
-        return "–" if row is None else row["source"]
-    peak, theory = float(row["peak_mb"]), float(row["theory_mb"])
-    return f"{peak / 1024:.2f} ({peak / theory:.2f})"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from bench.report import document
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document
 from zokernels.lab.benchmarks.results import Row
 
 _COLUMNS = (

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zokernels.lab.benchmarks.entries import ENTRIES, Entry
-from zokernels.lab.benchmarks.report import document
+from bench.entries import ENTRIES, Entry
+from bench.report import document
 from zokernels.lab.benchmarks.results import Row
 
 

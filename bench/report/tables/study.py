@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from bench.report import document
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document
 from zokernels.lab.benchmarks.results import Row
 
 TASKS = {"sst2": "SST-2", "trec": "TREC"}
@@ -36,8 +36,7 @@ def _optimizer(row: Row) -> str:
 def tables(rows: Sequence[Row]) -> str:
     """A table a part: optimizers down, schemes across."""
     found, parts = cells(rows), []
-    for part in results.distinct(rows, "part"):
-        here = [row for row in rows if row["part"] == part]
+    for (part,), here in results.grouped(rows, "part").items():
         columns = [
             (shots, scheme)
             for shots in results.distinct(here, "shots")

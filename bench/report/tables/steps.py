@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.report.document import table
 from zokernels.lab.benchmarks import peers, results
-from zokernels.lab.benchmarks.report.document import table
 from zokernels.lab.benchmarks.results import Row
 
 MODES = ("on_entry", "paired", "in_place")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from zokernels.lab.benchmarks.report.figures import accuracy, memory, roofline, step
-from zokernels.lab.benchmarks.report.figures import gpu as gpu_steps
-from zokernels.lab.benchmarks.report.figures import ops as passes
-from zokernels.lab.benchmarks.report.figures import study as all_cells
-from zokernels.lab.benchmarks.report.parts import Figure, Part, Table
-from zokernels.lab.benchmarks.report.tables import (
+from bench.report.figures import accuracy, roofline, step
+from bench.report.figures import gpu as gpu_steps
+from bench.report.figures import ops as passes
+from bench.report.figures import study as all_cells
+from bench.report.parts import Figure, Part, Table
+from bench.report.tables import (
     codegen,
     gpu,
     hybrid,
@@ -19,7 +19,8 @@ from zokernels.lab.benchmarks.report.tables import (
     steps,
     study,
 )
-from zokernels.lab.benchmarks.report.tables import memory as memories
+from bench.report.tables import memory as memories
+from zokernels.lab.benchmarks import peaks
 
 README, PERFORMANCE = "README.md", "docs/performance.md"
 OPTIMIZERS, NUMERICS = "docs/optimizers.md", "docs/numerics.md"
@@ -54,7 +55,7 @@ PARTS: tuple[Part, ...] = (
     Figure("ops", ("ops.csv",), passes.draw, version=1),
     Figure("gpu-step", ("gpu/step.csv",), gpu_steps.draw, version=1, optional=True),
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
-    Figure("memory", ("memory.csv",), memory.draw, version=2),
+    Figure("memory", ("memory.csv",), peaks.draw, version=2),
     Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
     Figure("study", ("study.csv",), all_cells.draw, version=1),
 )

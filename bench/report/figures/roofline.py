@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import style
-from zokernels.lab.benchmarks.report.tables import codegen
+from bench.report.tables import codegen
+from zokernels.lab.benchmarks import results, style
 from zokernels.lab.benchmarks.results import Row
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from zokernels.lab.benchmarks.report import document
+from bench.report import document
 from zokernels.lab.benchmarks.results import Row
 
 

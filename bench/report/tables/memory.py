@@ -4,33 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.report import document
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document, style
+from zokernels.lab.benchmarks.peaks import GPU, NAMES
 from zokernels.lab.benchmarks.results import Row
-
-NAMES = {name: title for name, (title, _, _) in style.OPTIMIZERS.items()} | {
-    "inference": "two forwards",
-    "hybrid": "Hybrid",
-}
-GPU = 80  # GiB of one A100 or H100
 
 
 def measured(rows: Sequence[Row]) -> str:
-    """What was measured, in MiB, with its multiple of what arithmetic says."""
-    here = [row for row in rows if row["source"] == "measured"]
+    """What was measured on each machine, in MiB, with its multiple of what arithmetic says."""
     parts = []
-    for model, dtype in dict.fromkeys((row["model"], row["dtype"]) for row in here):
-        mine = [row for row in here if (row["model"], row["dtype"]) == (model, dtype)]
+    for (_, model, dtype), mine in results.grouped(rows, "machine", "model", "dtype").items():
+        if all(row["source"] == "arithmetic" for row in mine):
+            continue
         shapes = sorted({_shape(row) for row in mine})
         lines = []
-        for name, perturb in dict.fromkeys((row["optimizer"], row["perturb"]) for row in mine):
-            cells = {
-                _shape(row): row
-                for row in mine
-                if (row["optimizer"], row["perturb"]) == (name, perturb)
-            }
+        for (name, perturb), own in results.grouped(mine, "optimizer", "perturb").items():
+            cells = {_shape(row): _cell(row) for row in own}
             way = "" if perturb in ("", "on_entry") else f", `{perturb}`"
-            lines.append([f"{NAMES[name]}{way}", *(_cell(cells.get(shape)) for shape in shapes)])
+            lines.append([f"{NAMES[name]}{way}", *(cells.get(shape, "–") for shape in shapes)])
         head = ["optimizer", *(f"{batch} × {length}" for batch, length in shapes)]
         parts += [
             f"**{model}, {dtype}**; {results.caption(mine)}. MiB, in brackets the multiple of the "
@@ -46,8 +37,8 @@ def arithmetic(rows: Sequence[Row]) -> str:
     first = here[0]
     lengths = sorted({int(row["length"]) for row in here})
     lines = []
-    for name in results.distinct(here, "optimizer"):
-        cells = {int(row["length"]): row for row in here if row["optimizer"] == name}
+    for (name,), own in results.grouped(here, "optimizer").items():
+        cells = {int(row["length"]): row for row in own}
         gib = [float(cells[length]["theory_mb"]) / 1024 for length in lengths]
         state = float(cells[lengths[0]]["state_mb"]) / 1024
         gpus = " / ".join(str(-int(-value // GPU)) for value in gib)
@@ -65,8 +56,8 @@ def _shape(row: Row) -> tuple[int, int]:
     return int(row["rows"]), int(row["length"])
 
 
-def _cell(row: Row | None) -> str:
-    if row is None:
-        return "–"
+def _cell(row: Row) -> str:
+    if not row["peak_mb"]:
+        return row["source"]
     peak, theory = float(row["peak_mb"]), float(row["theory_mb"])
     return f"{peak:,.0f} ({peak / theory:.2f})"

@@ -1,19 +1,22 @@
-"""Peak memory against the length of a row, from memory.csv."""
+"""The picture of peak memory against the length of a row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import style
-from zokernels.lab.benchmarks.report.tables.memory import GPU, NAMES
+from zokernels.lab.benchmarks import results, style
 from zokernels.lab.benchmarks.results import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+NAMES = {name: title for name, (title, _, _) in style.OPTIMIZERS.items()} | {
+    "inference": "two forwards",
+    "hybrid": "Hybrid",
+}
+GPU = 80  # GiB of one A100 or H100
 _OWN = {"inference": (style.FAINT, "x"), "hybrid": ("#8C510A", "X")}
 
 
@@ -25,10 +28,8 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     """
     from matplotlib.lines import Line2D
 
-    panels: dict[tuple[str, str, str], list[Row]] = {}
-    for row in rows:
-        if row["perturb"] in ("", "on_entry"):
-            panels.setdefault((row["model"], row["dtype"], row["rows"]), []).append(row)
+    usual = [row for row in rows if row["perturb"] in ("", "on_entry")]
+    panels = results.grouped(usual, "model", "dtype", "rows")
     kept = {key: own for key, own in panels.items() if len({row["length"] for row in own}) > 1}
     if not kept:
         raise ValueError("no batch has rows of two lengths")

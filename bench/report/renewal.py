@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document, png, style
-from zokernels.lab.benchmarks.report.parts import Figure, Part, Table
+from bench.report import document, png
+from bench.report.parts import Figure, Part, Table
+from zokernels.lab.benchmarks import results, style
 from zokernels.lab.tasks import folder
 
 CURRENT, WRITTEN, STALE, REFUSED = "current", "written", "stale", "refused"

@@ -7,9 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import style
-from zokernels.lab.benchmarks.report.tables.study import SCHEMES, cells, task
+from bench.report.tables.study import SCHEMES, cells, task
+from zokernels.lab.benchmarks import results, style
 from zokernels.lab.benchmarks.results import Row
 
 if TYPE_CHECKING:
@@ -29,8 +28,8 @@ Key = tuple[str, str, str, str]
 def draw(figure: Figure, rows: Sequence[Row]) -> None:
     """Accuracy to the right, where it began as a bar; filled: several seeds, open: one."""
     found = cells(rows)
-    models = results.distinct(rows, "model")
-    parts = [results.distinct([r for r in rows if r["model"] == m], "part") for m in models]
+    models = results.grouped(rows, "model")
+    parts = [results.distinct(own, "part") for own in models.values()]
     keys = {part: _ordered(found, part) for column in parts for part in column}
     heights = [sum(LINE * len(keys[p]) + PANEL for p in column) for column in parts]
     # One scale, so that a point more or less does not look like a difference.

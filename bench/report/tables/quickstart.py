@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from bench.report import document
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document
 from zokernels.lab.benchmarks.results import Row
 
 
@@ -17,8 +17,7 @@ def table(rows: Sequence[Row]) -> str:
         "standard deviation",
     )  # fmt: skip
     lines = []
-    for name in results.distinct(rows, "settings"):
-        here = [row for row in rows if row["settings"] == name]
+    for (name,), here in results.grouped(rows, "settings").items():
         after = [100 * float(row["dev_after"]) for row in here]
         spread = f"{statistics.stdev(after):.1f}" if len(after) > 1 else "–"
         one = here[0]

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import zokernels as zk
-from zokernels.lab.benchmarks import costs
+from bench import costs
 
 WINDOW, HYBRID = 32, 4
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from bench.report import document
 from zokernels.lab.benchmarks import results
-from zokernels.lab.benchmarks.report import document
 from zokernels.lab.benchmarks.results import Row
 
 # An H200: multiprocessors × lanes × clock, and the copy bandwidth measured on one.
