@@ -10,7 +10,7 @@ from functools import partial
 
 from bench.gpu.part import Job, Part
 from zokernels.lab.benchmarks import memory
-from zokernels.lab.benchmarks.footprint import Cell
+from zokernels.lab.benchmarks.instruments.footprint import Cell
 
 MODEL, ROWS = "opt-1.3b", 8
 OPTIMIZERS = ("zo-sgd", "fo-sgd", "fo-adam")

@@ -6,6 +6,7 @@ import functools
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -20,21 +21,33 @@ _OLDEST_TRITON = (3, 6)
 
 @dataclass(frozen=True)
 class Backend:
-    """One backend: whether it can be used here, and a sentence that says what or why not."""
+    """One backend: whether it can be used here, and a sentence that says what or why not.
+
+    Attributes:
+        name: As the ops take it.
+        available: Whether it can run a pass here.
+        reason: What it is, or why it can't.
+        instruction_sets: Of "native" those of this CPU and build, slowest first; the environment's
+            ``ZOKERNELS_ISA`` names the one to use.
+        library: Of "native" the file, if it was built.
+        built_with: The compiler that made it.
+    """
 
     name: str
     available: bool
     reason: str
+    instruction_sets: tuple[str, ...] = ()
+    library: Path | None = None
+    built_with: str | None = None
 
 
 def backends() -> dict[str, Backend]:
     """Every backend by name, with the reason for one that is not available."""
     missing = native.why_missing()
-    if missing is None:
-        sets = ", ".join(native.instruction_sets())
-        described = Backend("native", True, f"C++ for CPU tensors; instruction sets here: {sets}.")
-    else:
-        described = Backend("native", False, missing)
+    library = native.LIBRARY if native.LIBRARY.exists() else None
+    sets = native.instruction_sets() if missing is None else ()
+    what = missing or f"C++ for CPU tensors; instruction sets here: {', '.join(sets)}."
+    described = Backend("native", missing is None, what, sets, library, native.built_with())
     plain = Backend("reference", True, "Plain PyTorch on any device: the specification, slow.")
     no_triton = _why_no_triton() or _why_no_device()
     kernels = Backend("triton", no_triton is None, no_triton or _what_triton_is())

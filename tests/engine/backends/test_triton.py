@@ -61,7 +61,7 @@ CODE = {
 
 @pytest.mark.parametrize("case", CODE, ids="-".join)
 def test_instructions_a_weight_on_sm_90(case):
-    from zokernels.backends.triton import codegen
+    from zokernels.lab.benchmarks.instruments import codegen
 
     code = codegen.count_case(codegen.Case(*case), 90)
     most, most_of_a_seed = CODE[case]
@@ -82,7 +82,7 @@ def test_instructions_a_weight_on_sm_90(case):
     ids="-".join,
 )
 def test_a_kernel_that_a_graph_replays_reads_its_numbers_and_its_guard(case):
-    from zokernels.backends.triton import codegen
+    from zokernels.lab.benchmarks.instruments import codegen
 
     plain = codegen.count_case(codegen.Case(*case, "gaussian"), 90)
     code = codegen.count_case(codegen.Case(*case, "gaussian", deferred=True), 90)
@@ -104,7 +104,7 @@ def test_a_kernel_that_a_graph_replays_reads_its_numbers_and_its_guard(case):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("case", [k for k in CODE if k[1] == "bfloat16"], ids="-".join)
 def test_no_product_and_sum_is_fused_that_the_specification_keeps_apart(case, capability):
-    from zokernels.backends.triton import codegen
+    from zokernels.lab.benchmarks.instruments import codegen
 
     code = codegen.count_case(codegen.Case(*case), capability)
     # A block's transform has 24, and its eight elements' sums 8; with Adam each element has three
@@ -117,7 +117,7 @@ def test_no_product_and_sum_is_fused_that_the_specification_keeps_apart(case, ca
 
 
 def test_the_committed_counts_are_those_of_this_code():
-    from zokernels.backends.triton import codegen
+    from zokernels.lab.benchmarks.instruments import codegen
 
     with RESULTS.open(newline="", encoding="utf-8") as file:
         rows = [r for r in csv.DictReader(file) if r["triton"] == triton.__version__]

@@ -9,8 +9,9 @@ import torch
 
 pytest.importorskip("transformers", reason="pip install 'zokernels[hf]'")
 
-from zokernels.lab.benchmarks import footprint, memory, models
-from zokernels.lab.benchmarks.footprint import Cell
+from zokernels.lab.benchmarks import memory, models
+from zokernels.lab.benchmarks.instruments import footprint
+from zokernels.lab.benchmarks.instruments.footprint import Cell
 from zokernels.lab.cli import main
 from zokernels.lab.tasks.errors import InputError
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from zokernels.backends import native
+import zokernels as zk
 from zokernels.lab.benchmarks import tested
 
 ROOT = tested.ROOT
@@ -54,7 +54,8 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     sources = [*(ROOT / "csrc").iterdir(), ROOT / "setup.py"]
-    built = native.LIBRARY.stat().st_mtime if native.LIBRARY.exists() else float("inf")
+    library = zk.backends()["native"].library
+    built = library.stat().st_mtime if library else float("inf")
     if max(s.stat().st_mtime for s in sources) > built:
         print("The native library is older than its sources; build it again.", file=sys.stderr)
         dirty = "stale build"
@@ -79,9 +80,10 @@ def cpu() -> str:
 
 def gcc() -> str:
     """The gcc that compiled the native library, as written in the library itself."""
-    if not native.LIBRARY.exists():
+    native = zk.backends()["native"]
+    if native.library is None:
         return ""
-    found = re.search(r"GCC: \([^)]*\) ([\w.]+)", native.built_with() or "")
+    found = re.search(r"GCC: \([^)]*\) ([\w.]+)", native.built_with or "")
     return found[1] if found else "unknown"
 
 

@@ -23,8 +23,9 @@ from typing import Any
 
 import torch
 
-from zokernels.lab.benchmarks import footprint, high_water, machine, models, timing
-from zokernels.lab.benchmarks.footprint import Cell, Footprint
+from zokernels.lab.benchmarks import high_water, machine, models, timing
+from zokernels.lab.benchmarks.instruments import footprint
+from zokernels.lab.benchmarks.instruments.footprint import Cell, Footprint
 from zokernels.lab.tasks import optimizers
 from zokernels.lab.tasks.memory import says_out
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from zokernels.backends import backends, native
+import zokernels as zk
 from zokernels.lab.benchmarks import expressions, machine, passes, timing
 from zokernels.lab.benchmarks.passes import FLOOR, Case, Pass, Tensors, Unavailable
 from zokernels.lab.benchmarks.shapes import Shaped
@@ -87,9 +87,10 @@ def cases(plan: Plan) -> list[Case]:
         Unavailable: If the device has no kernels of ours.
     """
     backend = plan.kernels
-    if not backends()[backend].available:
-        raise Unavailable(f"Nothing to measure: {backends()[backend].reason}")
-    isas = [""] if backend == "triton" else list(reversed(native.instruction_sets()))
+    state = zk.backends()[backend]
+    if not state.available:
+        raise Unavailable(f"Nothing to measure: {state.reason}")
+    isas = [""] if backend == "triton" else list(reversed(state.instruction_sets))
     found = []
     for dtype in plan.dtypes:
         found += passes.floors(dtype, plan.device, plan.full)

@@ -171,12 +171,12 @@ def shaped(dtype: str, shapes: Sequence[Shaped]) -> list[Case]:
 
 
 def _in_groups(build: Callable[[Tensors], Pass], shape: Shaped, tensors: Tensors) -> Pass:
-    from zokernels.backends.triton import launch
+    from zokernels.lab.benchmarks.instruments import groups
 
-    run, wanted = build(tensors), launch.Shape(shape.rows, shape.warps, shape.registers)
+    run = build(tensors)
 
     def shaped_run() -> None:
-        with launch.shaped(wanted):
+        with groups.of(shape):
             run()
 
     try:

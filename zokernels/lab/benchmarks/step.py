@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from zokernels.graphs import GraphedStep
+import zokernels as zk
 from zokernels.lab.benchmarks import high_water, machine, models, peers, timing
 from zokernels.lab.tasks import optimizers, schemes
 from zokernels.lab.tasks.scoring import candidate_scores
@@ -183,12 +183,14 @@ def _first_step(case: Case, model: Any, inputs: dict[str, Any]) -> tuple[Any, Ru
         closure = {"tokens": _tokens, "candidates": _candidates}[case.loss](model, inputs)
         step = partial(opt.step, closure)
         return opt, step, _peak_mb(case.device, step)
-    graphs: list[GraphedStep] = []
+    graphs: list[zk.GraphedStep] = []
 
     def capture() -> None:
         # It computes whole logits. On a CPU the same step runs without a graph.
         on_gpu = case.device.startswith("cuda")
-        graphs.append(GraphedStep(opt, lambda batch: model(**batch).loss, inputs, capture=on_gpu))
+        graphs.append(
+            zk.GraphedStep(opt, lambda batch: model(**batch).loss, inputs, capture=on_gpu)
+        )
 
     # A replay allocates nothing: what it needs, the warm-up has taken.
     peak = _peak_mb(case.device, capture)

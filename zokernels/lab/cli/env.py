@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 import zokernels as zk
-from zokernels.backends import native
 from zokernels.lab.tasks import folder, report
 
 _PACKAGES = ("accelerate", "datasets", "safetensors", "tokenizers", "trl", "matplotlib")
@@ -48,7 +47,7 @@ def command(
 
 def collect() -> dict[str, Any]:
     """The environment as plain values."""
-    missing = native.why_missing()
+    native = zk.backends()["native"]
     return {
         # Torch's own word has the kind of build too, +cpu or +cu130.
         "versions": {
@@ -59,8 +58,8 @@ def collect() -> dict[str, Any]:
         "commit": _commit(),
         "system": platform.platform(),
         "processor": report.processor(),
-        "instruction_sets": [] if missing else list(native.instruction_sets()),
-        "native_built_with": native.built_with(),
+        "instruction_sets": list(native.instruction_sets),
+        "native_built_with": native.built_with,
         "compiler": _compiler(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),

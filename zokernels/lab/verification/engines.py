@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zokernels.backends import backends, native
+import zokernels as zk
 
 _ISA = "ZOKERNELS_ISA"
 
@@ -56,9 +56,11 @@ REFERENCE = Engine("reference", "reference")
 def engines() -> tuple[list[Engine], dict[str, str]]:
     """The engines that are held against the reference, and for what isn't there, why not."""
     found, missing = [], {}
-    states = backends()
+    states = zk.backends()
     if states["native"].available:
-        found += [Engine(f"native.{isa}", "native", isa=isa) for isa in native.instruction_sets()]
+        found += [
+            Engine(f"native.{isa}", "native", isa=isa) for isa in states["native"].instruction_sets
+        ]
     else:
         missing["native"] = states["native"].reason
     cuda = torch.cuda.is_available()

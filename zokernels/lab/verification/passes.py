@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from zokernels import masks, noise, ops
-from zokernels.backends import rules
 from zokernels.lab.verification.case import Case, Failed
 from zokernels.lab.verification.difference import first_difference
 from zokernels.lab.verification.engines import REFERENCE, Engine
@@ -27,6 +26,8 @@ RULES: dict[str, dict[str, Any]] = {
     "adam_corrected": dict(rule="adam", betas=(0.85, 0.97), adam_eps=1e-6, step=3),
     "amsgrad": dict(rule="adam", betas=(0.85, 0.97), adam_eps=1e-6, amsgrad=True),
 }
+# The states that `zk.ops.apply_update_` takes for each.
+_STATES = {"sign": (), "momentum": ("m",), "adam": ("m", "v"), "amsgrad": ("m", "v", "v_max")}
 LR, LRS = 0.02, [0.01, 0.03]
 OPS = ("add_noise_", "add_noise", *RULES)
 
@@ -208,7 +209,7 @@ def make_states(spec: Spec, params: Sequence[torch.Tensor]) -> list[dict[str, to
     made = []
     for i, p in enumerate(params):
         state = {}
-        for k, name in enumerate(rules.state_names(rule["rule"], rule.get("amsgrad", False))):
+        for k, name in enumerate(_STATES["amsgrad" if rule.get("amsgrad") else rule["rule"]]):
             u = noise.uniform16(p.numel(), noise.MASK, 100 + k, i, 0, p.device)
             t = u.float() / 65536 - (0.5 if name == "m" else 0.0)
             state[name] = (t if name == "m" else 0.1 * t * t).to(dtype)

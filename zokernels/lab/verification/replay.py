@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
+import zokernels as zk
 from zokernels.lab.verification import model as models
 from zokernels.lab.verification.case import Case
 from zokernels.lab.verification.engines import REFERENCE, Engine
 from zokernels.lab.verification.training import compare, make, weights_of
-from zokernels.trajectory import replay
 
 _RUNS = {
     "ZOSGD": ("float32", "bfloat16"),
@@ -54,7 +54,7 @@ def _replays(rule: str, dtype: str, engine: Engine) -> str:
         path = Path(folder) / "run.zk"
         path.write_bytes(log)
         # Chunks that do not divide the steps.
-        replay(model, path, backend=engine.backend, chunk=5)
+        zk.replay(model, path, backend=engine.backend, chunk=5)
     got = weights_of(model)[1]
     compare(names, expected, got, "the replayed weights are not the trained ones")
     return f"{_STEPS} steps, {len(log):,} bytes"

@@ -32,7 +32,7 @@ def command(
     output.check_needs("bench codegen", "triton")
     import triton
 
-    from zokernels.backends.triton import codegen as compiler
+    from zokernels.lab.benchmarks.instruments import codegen as compiler
 
     if compiler.INTERPRETED:
         raise InputError("TRITON_INTERPRET is set, so nothing is compiled; unset it.")

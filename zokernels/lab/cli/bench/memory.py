@@ -42,7 +42,8 @@ def command(
     What this machine does not hold is by arithmetic alone, and marked so.
     """
     output.check_needs("bench memory", "transformers")
-    from zokernels.lab.benchmarks import footprint, memory, models
+    from zokernels.lab.benchmarks import memory, models
+    from zokernels.lab.benchmarks.instruments import footprint
 
     out = output.Output(csv_file, json, plot, memory.COLUMNS)
     output.check_choice("--model", model, models.NAMES)

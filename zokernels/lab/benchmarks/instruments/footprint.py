@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zokernels.lab.benchmarks import models
-from zokernels.optim import blocks
 from zokernels.perturb import filling
 from zokernels.perturb import logits as lazy
+from zokernels.perturb.layers import layers_of
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def split(layers: int) -> int:
 
 
 def _deep(model: nn.Module) -> list[nn.Module]:
-    layers = blocks.layers_of(model)
+    layers = layers_of(model)
     return layers[split(len(layers)) :]
 
 
