@@ -20,16 +20,14 @@ from zokernels.backends import checks, native
 from zokernels.backends.plan import AddNoise
 from zokernels.perturb.deferred import DeferredDirection, Prepared
 from zokernels.perturb.direction import Direction, is_mirror
-from zokernels.perturb.windows import Windows
+from zokernels.perturb.windows import Windows, aligned, group_small
 
 # The point of a lane; None is θ itself.
 Lane = Direction | None
 Values = list[torch.Tensor]  # one tensor a lane
 
-# Tensors of up to so many elements are filled together, in groups of up to so many.
-SMALL, GROUP = 1 << 14, 1 << 18
-# Elements: what is in a group begins at a cache line, so that a sum's order does not hang on it.
-_ALIGN = 64
+# Tensors of up to so many elements are filled together.
+SMALL = 1 << 14
 
 
 class Filler:
@@ -57,7 +55,7 @@ class Filler:
         self._prepared: dict[tuple, native.Prepared] = {}
         self._scratch: dict[tuple, torch.Tensor] = {}
         self._addresses: list[tuple[int, torch.dtype]] = []
-        self._groups = _group_small(self.params)
+        self._groups = group_small(self.params, SMALL)
         self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
         # Where a group's parameters lie in scratch: for each lane, a place a parameter.
         self._pieces: dict[tuple[int, int], list[dict[int, torch.Tensor]]] = {}
@@ -210,7 +208,7 @@ class Filler:
         key = (chosen, *(lane is None for lane in self.lanes))
         if key not in self._places:
             own = [self.params[j].detach() for j in chosen]
-            starts = list(itertools.accumulate((_aligned(p.numel()) for p in own), initial=0))
+            starts = list(itertools.accumulate((aligned(p.numel()) for p in own), initial=0))
             out = [
                 [m[s : s + p.numel()].view(p.shape) for s, p in zip(starts, own, strict=False)]
                 for m in self._take("large", own[0], starts[-1])
@@ -380,27 +378,3 @@ def _pair(lanes: Sequence[Lane]) -> list[tuple[int, int | None]]:
         pairs.append((k, k + 1 if both else None))
         k += 2 if both else 1
     return pairs
-
-
-def _group_small(params: Sequence[nn.Parameter]) -> list[tuple[list[int], list[int]]]:
-    """Groups of small parameters of one kind: their numbers, and where each begins in scratch."""
-    groups: list[tuple[list[int], list[int]]] = []
-    end: dict[int, int] = {}
-    open_group: dict[tuple, int] = {}
-    for i, p in enumerate(params):
-        if p.numel() > SMALL:
-            continue
-        kind = (p.dtype, p.device)
-        g = open_group.get(kind)
-        if g is None or end[g] + p.numel() > GROUP:
-            g = open_group[kind] = len(groups)
-            groups.append(([], []))
-            end[g] = 0
-        groups[g][0].append(i)
-        groups[g][1].append(end[g])
-        end[g] += _aligned(p.numel())
-    return groups
-
-
-def _aligned(elements: int) -> int:
-    return -(-elements // _ALIGN) * _ALIGN

@@ -1,4 +1,4 @@
-"""Which large weights are made in one pass: those that a forward asks for one after the other.
+"""Which weights are made in one pass: small ones, and large ones that a forward asks for in turn.
 
 A pass a weight costs the host of a GPU more than the device. The order is learned from a forward,
 and a window holds as many weights as fit in the memory of the largest one.
@@ -15,6 +15,11 @@ from torch import nn
 _LEAST = 1 << 22
 # How often the order may turn out to be another one before weights are made one by one.
 _PLANS = 3
+
+
+# Elements of a group of small weights; what is in it begins at a cache line, so that a sum's order
+# does not hang on it.
+GROUP, _ALIGN = 1 << 18, 64
 
 
 class Windows:
@@ -66,3 +71,28 @@ class Windows:
             windows[-1] += (i,)
             last, held = self._kinds[i], held + self._sizes[i]
         return windows
+
+
+def group_small(params: Sequence[nn.Parameter], small: int) -> list[tuple[list[int], list[int]]]:
+    """Groups of small parameters of one kind: their numbers, and where each begins in scratch."""
+    groups: list[tuple[list[int], list[int]]] = []
+    end: dict[int, int] = {}
+    open_group: dict[tuple, int] = {}
+    for i, p in enumerate(params):
+        if p.numel() > small:
+            continue
+        kind = (p.dtype, p.device)
+        g = open_group.get(kind)
+        if g is None or end[g] + p.numel() > GROUP:
+            g = open_group[kind] = len(groups)
+            groups.append(([], []))
+            end[g] = 0
+        groups[g][0].append(i)
+        groups[g][1].append(end[g])
+        end[g] += aligned(p.numel())
+    return groups
+
+
+def aligned(elements: int) -> int:
+    """So many elements, to the end of a cache line."""
+    return -(-elements // _ALIGN) * _ALIGN

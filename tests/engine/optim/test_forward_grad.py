@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from test_optim import PassedBy, Small, batch, state, unchanged
+from test_on_entry import PassedBy
+from test_optim import Small, batch, state, unchanged
 from torch import nn
 from torch.autograd import forward_ad
 

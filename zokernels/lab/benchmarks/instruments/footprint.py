@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from zokernels.lab.benchmarks import models
-from zokernels.perturb import filling
+from zokernels.perturb import filling, windows
 from zokernels.perturb import logits as lazy
 from zokernels.perturb.layers import layers_of
 
@@ -165,7 +165,7 @@ def _shape(name: str) -> _Shape:
         largest=max(p.numel() for p in params),
         layer=max(n for n in inner if n != head.numel()),
         table=max(p.numel() for p in params if id(p) in table),
-        small=min(filling.GROUP, sum(n for n in inner if n <= filling.SMALL)),
+        small=min(windows.GROUP, sum(n for n in inner if n <= filling.SMALL)),
         deep=sum(p.numel() for p in deep),
     )
 
