@@ -82,7 +82,7 @@ def measure(
     forwards = len(calls)
 
     # Scratch is kept from step to step, and counts as what a step needs.
-    for perturber in getattr(opt, "_perturbers", {}).values():
+    for perturber in opt._perturbers.all() if hasattr(opt, "_perturbers") else ():
         perturber.release()
     return Cost(
         forwards=forwards,

@@ -11,6 +11,7 @@ from test_ops import ISAS
 
 import zokernels as zk
 from zokernels import masks
+from zokernels.backends import rules
 
 U64 = st.integers(0, 2**64 - 1) | st.sampled_from([0, 1, 2**32, 2**64 - 1])
 SMALL = st.floats(-2, 2, width=32)
@@ -99,7 +100,7 @@ def calls(draw, updating=False):
 
 
 def states_for(tensors, call, kinds):
-    names = zk.rules.state_names(call["rule"], call["amsgrad"])
+    names = rules.state_names(call["rule"], call["amsgrad"])
     made = []
     for i, t in enumerate(tensors):
         # v and v_max are means of squares.

@@ -4,13 +4,13 @@ noise.py, arithmetic.py and rules.py are device functions, values in and values 
 what the kernels of add_noise.py and update.py share; table.py and launch.py are the host's side.
 """
 
-from zokernels import noise
 from zokernels.backends.triton.add_noise import add_noise, prepare_add_noise
 from zokernels.backends.triton.arithmetic import INTERPRETED
 from zokernels.backends.triton.update import apply_update, prepare_apply_update
+from zokernels.noise import GAUSSIAN, RADEMACHER
 
 # The distributions that they draw.
-KINDS = (noise.GAUSSIAN, noise.RADEMACHER)
+KINDS = (GAUSSIAN, RADEMACHER)
 
 __all__ = [
     "KINDS",
