@@ -107,6 +107,3 @@ def test_a_parameter_that_joins_has_no_part_in_directions_from_before():
             z = zk.noise.gaussian(16, seed=derive_seed(0, 3, 0), stream=0).view(4, 4)
             assert torch.allclose(model[0].weight, before - 0.1 * twin[3] * z, atol=1e-6)
     assert history_of(opt.param_groups[0]) == 3
-
-
-# --- fairness ---

@@ -135,9 +135,6 @@ def test_all_queries_update_in_one_pass(name, monkeypatch):
     assert all(len(params) == trainable for params in written)
 
 
-# --- the conservative rule ---
-
-
 @pytest.mark.parametrize("mode", ["on_entry", "in_place"])
 def test_what_is_written_is_the_candidate_that_was_judged(mode):
     model, (x, y) = Small(torch.bfloat16).eval(), batch()
@@ -175,9 +172,6 @@ def test_the_one_sided_base_loss_is_that_of_theta():
     losses = iter([1.0, 0.5, 0.2, 0.1])
     opt = zk.ZOSGDConservative(model, lr=0.1, two_sided=False, perturb="in_place")
     assert opt.step(lambda: next(losses)).item() == 1.0 and opt.side == -1
-
-
-# --- states ---
 
 
 @pytest.mark.parametrize("name", [n for n in ALL if n != "conservative"])
@@ -218,9 +212,9 @@ QUADRATIC = torch.tensor([[3.0, 1.0, -0.5], [1.0, 2.0, 0.25], [-0.5, 0.25, 4.0]]
 @pytest.mark.parametrize("two_sided, masked, dist", [
     (True, False, "gaussian"), (False, True, "gaussian"), (False, False, "rademacher"),
 ])  # fmt: skip
-def test_the_mean_of_ten_thousand_estimates_is_the_gradient(two_sided, masked, dist):
-    # q = 10⁴ queries of one step at lr 1 write θ − ĝ, the mean of 10⁴ estimates.
-    q, theta = 10_000, nn.Parameter(torch.tensor([0.3, -0.7, 1.1]))
+def test_the_mean_of_many_estimates_is_the_gradient(two_sided, masked, dist):
+    # q queries of one step at lr 1 write θ − ĝ, the mean of q estimates; in a block's test as many.
+    q, theta = 2_500, nn.Parameter(torch.tensor([0.3, -0.7, 1.1]))
     keep = torch.tensor([True, not masked, True])
     g, start = torch.where(keep, QUADRATIC @ theta.detach(), 0.0), theta.detach().clone()
     opt = zk.ZOSGD(
@@ -236,8 +230,6 @@ def test_the_mean_of_ten_thousand_estimates_is_the_gradient(two_sided, masked, d
     assert ((mean - g).abs() <= torch.where(keep, 4 * error, 0.0)).all()
     assert ((mean - g).abs() > 0)[keep].all()
 
-
-# --- refusals ---
 
 ONE = [nn.Parameter(torch.ones(2))]
 WIDE = [nn.Parameter(torch.ones(2, dtype=torch.float64))]

@@ -133,6 +133,3 @@ def test_bfloat16_states_follow_the_float32_ones(name):
     # A bfloat16 holds 8 bits: each m is off by up to 2⁻⁷ of itself, a walk's sum by less than
     # that on average; v_max, the running maximum of noisy v, is biased up by as much.
     assert 0 < (ends[0] - ends[1]).norm() < 0.03 * ends[0].norm()
-
-
-# --- momentum without a buffer ---
