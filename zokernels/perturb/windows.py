@@ -32,7 +32,6 @@ class Windows:
     def __init__(self, params: Sequence[nn.Parameter]):
         self._sizes = [p.numel() for p in params]
         self._kinds = [(p.dtype, p.device) for p in params]
-        self._most = max([_LEAST, *self._sizes])
         self._asked: list[int] = []
         self._windows: list[tuple[int, ...]] = []
         self._next = 0
@@ -59,13 +58,15 @@ class Windows:
         return (i,)
 
     def _cut(self, order: Sequence[int]) -> list[tuple[int, ...]]:
+        # A head whose logits wait is never made whole: only what is asked for counts.
+        most = max([_LEAST, *(self._sizes[i] for i in order)])
         windows: list[tuple[int, ...]] = []
         last: tuple[torch.dtype, torch.device] | None = None
         held = 0
         for i in order:
             if windows and i in windows[-1]:
                 continue
-            if self._kinds[i] != last or held + self._sizes[i] > self._most:
+            if self._kinds[i] != last or held + self._sizes[i] > most:
                 windows.append(())
                 held = 0
             windows[-1] += (i,)

@@ -38,6 +38,12 @@ def test_a_window_is_no_larger_than_the_largest_weight():
     assert forward(found, range(5)) == [(0,), (1, 2, 3), (4,)]
 
 
+def test_a_weight_that_is_never_asked_for_makes_no_window_larger():
+    found = Windows(parameters(9 * MANY, MANY, MANY, MANY))
+    forward(found, [1, 2, 3])
+    assert forward(found, [1, 2, 3]) == [(1,), (2,), (3,)]
+
+
 def test_a_window_has_one_type():
     found = Windows([*parameters(8, 8), *parameters(8, dtype=torch.bfloat16), *parameters(8)])
     forward(found, range(4))
