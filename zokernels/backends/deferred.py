@@ -116,6 +116,11 @@ def tail(plan: Pass, decay: float, rounding_seed: int, rate: float = 0.0) -> lis
     return found
 
 
+def reads_in_memory(backend: ModuleType) -> bool:
+    """Whether a backend's passes read their numbers on the device, and need not wait for them."""
+    return hasattr(backend, "prepare_add_noise")
+
+
 def size(plan: Pass) -> int:
     """How many numbers a pass takes."""
     return 2 * len(plan.seeds) + len(tail(plan, 1.0, 0)) + 1
@@ -124,7 +129,7 @@ def size(plan: Pass) -> int:
 def _launches(
     backend: ModuleType, plan: Pass, numbers: torch.Tensor, decays: bool
 ) -> list[Any] | None:
-    if not backend.__name__.endswith(".triton"):
+    if not reads_in_memory(backend):
         return None
     from zokernels.backends.triton.launch import Deferred as Numbers
 

@@ -18,7 +18,7 @@ from zokernels.graphs.numbers import StepNumbers
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.forward import StepTiming, same_randomness
 from zokernels.optim.groups import join_masks
-from zokernels.perturb import DeferredDirection, Direction, InPlace, Move, OnEntry, Paired
+from zokernels.perturb import DeferredDirection, Direction, Move, Paired
 
 
 class _Done(NamedTuple):
@@ -87,7 +87,9 @@ class GraphedStep:
         self._params = [g["params"][i] for g, chosen in groups for i in chosen]
         self._device = self._params[0].device
         self._batch = StaticBatch(example_batch, self._device)
-        self._perturber = self._make_perturber()
+        # Its own, since the graph holds the addresses of its memory. Logits that wait ask how many
+        # positions count, and only the host could say it.
+        self._perturber = opt._perturbers.make(self._params, lazy_logits=False, keep=True)
         with torch.no_grad(), same_randomness(opt.model, self._params):
             kind = self._try()
             self._numbers = StepNumbers(opt, groups)
@@ -155,15 +157,6 @@ class GraphedStep:
         """
         self._settle()
         self._raise_if_bad()
-
-    def _make_perturber(self) -> InPlace | OnEntry:
-        """One of its own: the graph holds the addresses of its memory."""
-        opt = self.opt
-        if opt.perturb == "in_place" or opt.model is None:
-            return InPlace(self._params, keep=True)
-        # Logits that wait ask how many positions count, and only the host could say it.
-        kind = Paired if opt.perturb == "paired" else OnEntry
-        return kind(opt.model, self._params, lazy_logits=False, keep=True)
 
     def _try(self) -> torch.dtype:
         """Run the forwards once as `opt.step` does, so that the perturber knows the model.

@@ -33,12 +33,17 @@ class Perturbers:
         """The perturber of these parameters."""
         key = tuple(map(id, params))
         if key not in self._known:
-            if self.mode == "in_place" or self.model is None:
-                self._known[key] = InPlace(params)
-            else:
-                kind = Paired if self.mode == "paired" else OnEntry
-                self._known[key] = kind(self.model, params, self.lazy_logits)
+            self._known[key] = self.make(params, self.lazy_logits)
         return self._known[key]
+
+    def make(
+        self, params: list[nn.Parameter], lazy_logits: bool, keep: bool = False
+    ) -> InPlace | OnEntry:
+        """One that is nobody else's; with ``keep`` its memory keeps its addresses."""
+        if self.mode == "in_place" or self.model is None:
+            return InPlace(params, keep)
+        kind = Paired if self.mode == "paired" else OnEntry
+        return kind(self.model, params, lazy_logits, keep)
 
     def all(self) -> list[InPlace | OnEntry]:
         """Those there are by now."""

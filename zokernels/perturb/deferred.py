@@ -11,7 +11,7 @@ import torch
 
 from zokernels import ops
 from zokernels.backends import checks, shards
-from zokernels.backends.deferred import Deferred, Given
+from zokernels.backends.deferred import Deferred, Given, reads_in_memory
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
 from zokernels.perturb.direction import Direction, Move, is_mirror
 
@@ -44,7 +44,7 @@ class DeferredDirection(Direction):
         self.numbers = list(numbers)
         self.kinds = list(kinds)
         self.other: Direction | None = None
-        self.can_mirror = self.runs_by.__name__.endswith(".triton")  # type: ignore[misc]
+        self.can_mirror = reads_in_memory(self.runs_by)  # type: ignore[misc]
         self.is_closed = False
         self._prepared: dict[tuple, list[Deferred]] = {}
 
@@ -190,7 +190,7 @@ def _can_wait(lane: Direction) -> bool:
         return False
     # A pass whose coefficients are all 0 copies, and adds no zero to a -0.
     simple = all(move.is_plain and any(move.scales) for move in set(lane.moves))
-    return simple and lane.runs_by.__name__.endswith(".triton")
+    return simple and reads_in_memory(lane.runs_by)
 
 
 def _is_alike(known: _Known, lane: Direction, kinds: list[int]) -> bool:

@@ -15,8 +15,6 @@ from torch import nn
 _LEAST = 1 << 22
 # How often the order may turn out to be another one before weights are made one by one.
 _PLANS = 3
-
-
 # Elements of a group of small weights; what is in it begins at a cache line, so that a sum's order
 # does not hang on it.
 GROUP, _ALIGN = 1 << 18, 64
