@@ -10,18 +10,46 @@ import torch
 # Filled by `zokernels.perturb.operations`.
 OPERATIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 
-# What is known of a weight without its values, in as many of these as this version of torch has.
-_ATTRIBUTES = (
-    "shape", "dtype", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn", "is_sparse",
-    "is_quantized", "is_nested", "is_mkldnn", "is_cpu", "itemsize", "nbytes", "output_nr",
-    "_version", "is_xpu", "is_mps",
+
+def _those_there_are(attributes: tuple[str, ...], methods: tuple[str, ...]) -> frozenset:
+    """The functions of these names, as many of them as this version of torch has."""
+    return frozenset(
+        [getattr(torch.Tensor, n).__get__ for n in attributes if hasattr(torch.Tensor, n)]
+        + [getattr(torch.Tensor, n) for n in methods if hasattr(torch.Tensor, n)]
+    )
+
+
+# What is known of a weight by where it lies, without its values.
+LAYOUT = _those_there_are((), ("stride", "storage_offset", "is_contiguous"))
+# What is known of it besides.
+METADATA = LAYOUT | _those_there_are(
+    (
+        "shape", "dtype", "device", "ndim", "layout", "requires_grad", "is_leaf", "grad", "grad_fn",
+        "is_sparse", "is_quantized", "is_nested", "is_mkldnn", "is_cpu", "is_cuda", "is_meta",
+        "itemsize", "nbytes", "output_nr", "_version", "is_xpu", "is_mps", "names",
+        "_backward_hooks", "_post_accumulate_grad_hooks",
+    ),
+    (
+        "size", "dim", "numel", "nelement", "ndimension", "is_floating_point", "is_complex",
+        "element_size", "__len__", "__hash__", "is_conj", "is_neg", "is_inference", "get_device",
+    ),
 )  # fmt: skip
-_METHODS = (
-    "size", "dim", "numel", "nelement", "ndimension", "stride", "storage_offset",
-    "is_floating_point", "is_complex", "is_contiguous", "element_size", "__len__", "__hash__",
-    "is_conj", "is_neg", "is_inference", "get_device",
+# What is done to a parameter itself, and not to its values.
+STATE = frozenset(
+    [torch.Tensor.requires_grad.__set__, torch.Tensor.grad.__set__]
+    + list(_those_there_are((), (
+        "requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook",
+    )))
 )  # fmt: skip
-METADATA = frozenset(
-    [getattr(torch.Tensor, n).__get__ for n in _ATTRIBUTES if hasattr(torch.Tensor, n)]
-    + [getattr(torch.Tensor, n) for n in _METHODS if hasattr(torch.Tensor, n)]
-)
+
+
+def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:
+    """Whether a function writes into its first argument, as torch names those that do."""
+    name = getattr(func, "__name__", "")
+    if name in ("__setitem__", "__set__") or kwargs.get("inplace") is True:
+        return True
+    in_place = name.startswith("__i") and name.endswith("__")
+    return (in_place and name not in _READS) or (name.endswith("_") and not name.endswith("__"))
+
+
+_READS = {"__invert__", "__index__", "__int__", "__iter__", "__init__", "__instancecheck__"}

@@ -1,7 +1,8 @@
 """Making perturbed weights, in scratch memory of the size of the largest layer.
 
 A forward has lanes: one, or several that share it, each at its own point. Two lanes on the two
-sides of a direction are made by one draw.
+sides of a direction are made by one draw. What a forward reads again is kept until its end, as far
+as a bound allows, and else made again.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import itertools
 import time
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +30,10 @@ Values = list[torch.Tensor]  # one tensor a lane
 
 # Tensors of up to so many elements are filled together.
 SMALL = 1 << 14
+# Bytes a lane of what a forward reads again, and so is kept.
+_KEPT = 1 << 26
+# How often a forward may make its weights, on average, before that is said.
+_OFTEN = 4
 
 
 class Filler:
@@ -39,11 +45,13 @@ class Filler:
 
     Attributes:
         lanes: The points of the forward that is under way.
+        sources: The stored weights, while one is.
         seconds: Time spent in here.
     """
 
     def __init__(self, params: Sequence[nn.Parameter], keep: bool = False):
         self.params = list(params)
+        self.sources: list[torch.Tensor] = []
         self.keep = keep
         self.lanes: Sequence[Lane] = ()
         self.seconds = 0.0
@@ -59,10 +67,14 @@ class Filler:
         self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
         # Where a group's parameters lie in scratch: for each lane, a place a parameter.
         self._pieces: dict[tuple[int, int], list[dict[int, torch.Tensor]]] = {}
-        # The values that are in scratch now: those of a group, and of a window or nothing.
+        # The values that are there until the forward ends, and those of a window or nothing.
         self._held: dict[int, Values] = {}
-        self._group: dict[int, Values] = {}
         self._window: dict[int, Values] = {}
+        # What this forward has made, what forwards make more than once, and what that comes to.
+        self._made: set[int | tuple[int, int]] = set()
+        self._again: set[int] = set()
+        self._room = self._elements = self._elements_again = 0
+        self._is_warned = False
         # Of each number of lanes.
         self._windows: dict[int, Windows] = {}
         self._places: dict[tuple, tuple[list[Values], dict[int, Values]]] = {}
@@ -73,6 +85,7 @@ class Filler:
         if addresses != self._addresses:
             self._forget_places()
             self._addresses = addresses
+        self.sources = [p.detach() for p in self.params]
         self.lanes = lanes
         self._pairs = _pair(lanes)
         self._is_native = all(lane is None or self._takes_native(lane) for lane in lanes)
@@ -80,15 +93,31 @@ class Filler:
         self._in_windows = not self._is_native and all(
             lane is None or lane.can_mirror for lane in self._filling
         )
-        self._held, self._group, self._window = {}, {}, {}
+        self._held, self._window, self._made = {}, {}, set()
+        self._room = _KEPT
+        self._elements = self._elements_again = 0
         if len(lanes) not in self._windows:
             self._windows[len(lanes)] = Windows(self.params)
         self._windows[len(lanes)].begin()
 
+    def end(self) -> None:
+        """The forward is over."""
+        self._held, self._window, self.sources = {}, {}, []
+        if self._elements_again > (_OFTEN - 1) * self._elements and not self._is_warned:
+            self._is_warned = True
+            warnings.warn(
+                "A perturbed forward reads its weights again and again (it generates text, or runs "
+                "a cell in a loop), and makes them "
+                f"{1 + self._elements_again / self._elements:.0f} times, since they are more than "
+                "are kept; perturb='in_place' makes them once, and keeps a copy of the trainable "
+                "weights.",
+                stacklevel=2,
+            )
+
     def release(self) -> None:
         """Give the scratch memory back; it is made again when it is needed."""
         self._scratch.clear()
-        self._held, self._group, self._window = {}, {}, {}
+        self._held, self._window = {}, {}
         self._forget_places()
 
     @property
@@ -98,54 +127,115 @@ class Filler:
 
     def values(self, chosen: Sequence[int]) -> list[Values]:
         """The values of some parameters, in scratch: use them before the next call."""
+        held, window = self._held, self._window
         try:
-            return [self._held[i] for i in chosen]
+            return [held[i] if i in held else window[i] for i in chosen]
         except KeyError:
             pass
-        started = time.perf_counter()
-        found: list[Values] = []
-        # One large tensor and one group have scratch of their own; what comes besides has not.
-        large, group = False, None
-        for i in chosen:
-            g = self._group_of.get(i)
-            if i in self._window:
-                found.append(self._window[i])
-                large = True
-            elif g is None and not large:
-                large = True
-                found.append(self._large(i))
-            elif g is not None and group in (None, g):
-                group = g
-                found.append(self._small(i, g))
-            else:
-                found.append(self._fresh(i))
-        self.seconds += time.perf_counter() - started
-        return found
+        with self._timed():
+            found: list[Values] = []
+            # One large tensor has scratch of its own; what comes besides has not.
+            large = False
+            for i in chosen:
+                if i in self._held:
+                    found.append(self._held[i])
+                elif i in self._group_of:
+                    found.append(self._small(i))
+                elif i in self._window:
+                    large = True
+                    found.append(self._window[i])
+                elif self._is_to_keep(i):
+                    found.append(self._keep(i))
+                else:
+                    found.append(self._fresh(i) if large else self._large(i))
+                    large = True
+            return found
 
     def fresh(self, i: int) -> Values:
-        """The values of a parameter, in memory of their own."""
+        """The values of a parameter, in memory that is theirs until the forward ends."""
+        if i in self._held:
+            return self._held[i]
         with self._timed():
-            return self._fresh(i)
+            if i in self._group_of:
+                return self._small(i)
+            return self._keep(i) if self._is_to_keep(i) else self._fresh(i)
+
+    def hold(self, i: int) -> Values:
+        """The values of a parameter, the same memory for all who ask, which may be written."""
+        with self._timed():
+            if i not in self._held or None in self.lanes:
+                self._keep(i)
+            return self._held[i]
+
+    def item(self, i: int, at: int) -> Values:
+        """One of those that a parameter has in its first dimension, in memory of its own."""
+        if i in self._held:
+            return [w[at] for w in self._held[i]]
+        with self._timed():
+            p = self.sources[i]
+            size = p[at].numel()
+            self._count((i, at), size)
+            out = [
+                p[at] if lane is None else self._own(("own", i, k, at), p[at])
+                for k, lane in enumerate(self.lanes)
+            ]
+            self._fill_range(i, at * size, (at + 1) * size, out, None)
+            return out
+
+    def _is_to_keep(self, i: int) -> bool:
+        """Whether a forward reads this parameter again, and there is room to keep it."""
+        size = self.sources[i].nbytes
+        return (i in self._made or i in self._again) and size <= self._room
+
+    def _keep(self, i: int) -> Values:
+        self._room -= self.sources[i].nbytes
+        if i in self._made and i not in self._again:
+            # A window that was planned before has it, too.
+            self._again.add(i)
+            self._windows.clear()
+        self._count(i, self.sources[i].numel())
+        p = self.sources[i]
+        memory = [self._piece(("own", i, k), p, p.numel()) for k in range(len(self.lanes))]
+        out = [m.view(p.shape) for m in memory]
+        for o, lane in zip(out, self.lanes, strict=True):
+            if lane is None:
+                o.copy_(p)
+        self._fill(None, [i], [[o] for o in out])
+        self._held[i] = out
+        return out
+
+    def _count(self, what: int | tuple[int, int], elements: int) -> None:
+        if what in self._made:
+            self._elements_again += elements
+        else:
+            self._elements += elements
+        self._made.add(what)
 
     def part(self, i: int, begin: int, end: int) -> Values:
         """Rows ``begin`` … ``end`` − 1 of a matrix, in the scratch of `values`."""
         with self._timed():
-            p = self.params[i].detach()
+            p = self.sources[i]
             first, last = begin * p.shape[1], end * p.shape[1]
             out = self._take("large", p, last - first)
-            self._hold_window({})
-            if self._is_native:
-                for lane, a, b in self._draws():
-                    prepared = self._prepare(("part", i), lane, [i], a, b, [[o] for o in out])
-                    prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
-            else:
-                self._fill_lanes(
-                    self._filling, [p.view(-1)[first:last]], [i], [[o] for o in out], [first]
-                )
+            self._window = {}
+            self._fill_range(i, first, last, out, ("part", i))
             return [
                 p[begin:end] if lane is None else out[k].view(end - begin, p.shape[1])
                 for k, lane in enumerate(self.lanes)
             ]
+
+    def _fill_range(
+        self, i: int, first: int, last: int, out: Values, what: tuple | None
+    ) -> None:
+        """Fill ``out`` with elements ``first`` … ``last`` − 1; ``what`` names fixed memory."""
+        if self._is_native:
+            for lane, a, b in self._draws():
+                prepared = self._prepare(what, lane, [i], a, b, [[o] for o in out])
+                prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
+            return
+        lanes = self._filling if what or self.keep else self.lanes
+        source = self.sources[i].view(-1)[first:last]
+        self._fill_lanes(lanes, [source], [i], [[o.view(-1)] for o in out], [first])
 
     def rows(self, i: int, numbers: Sequence[torch.Tensor]) -> Values:
         """Rows of a matrix, looked up, in memory of their own.
@@ -160,7 +250,7 @@ class Filler:
         if not self._is_native or numbers[0].dtype is not torch.int64:
             return [F.embedding(n, w) for n, w in zip(numbers, self.values([i])[0], strict=True)]
         with self._timed():
-            p = self.params[i].detach()
+            p = self.sources[i]
             flat = [n.reshape(-1) for n in numbers]
             for n in flat:
                 if len(n) and not 0 <= int(n.min()) <= int(n.max()) < len(p):
@@ -186,9 +276,10 @@ class Filler:
             return [o.view(n.shape + shape) for o, n in zip(out, numbers, strict=True)]
 
     def _large(self, i: int) -> Values:
+        p = self.sources[i]
+        self._count(i, p.numel())
         if self._in_windows:
             return self._in_window(i)
-        p = self.params[i].detach()
         out = [o.view(p.shape) for o in self._take("large", p, p.numel())]
         self._fill(("large", i), [i], [[o] for o in out])
         return [p if lane is None else out[k] for k, lane in enumerate(self.lanes)]
@@ -197,17 +288,14 @@ class Filler:
         chosen = self._windows[len(self.lanes)].ask(i)
         out, held = self._places_of(chosen)
         self._fill(None, chosen, out)
-        self._hold_window(held)
+        self._window = held
         return held[i]
-
-    def _hold_window(self, held: dict[int, Values]) -> None:
-        self._window, self._held = held, {**self._group, **held}
 
     def _places_of(self, chosen: tuple[int, ...]) -> tuple[list[Values], dict[int, Values]]:
         """Where the weights of a window lie: for each lane one a weight, and by their numbers."""
         key = (chosen, *(lane is None for lane in self.lanes))
         if key not in self._places:
-            own = [self.params[j].detach() for j in chosen]
+            own = [self.sources[j] for j in chosen]
             starts = list(itertools.accumulate((aligned(p.numel()) for p in own), initial=0))
             out = [
                 [m[s : s + p.numel()].view(p.shape) for s, p in zip(starts, own, strict=False)]
@@ -221,8 +309,11 @@ class Filler:
         return self._places[key]
 
     def _fresh(self, i: int) -> Values:
-        p = self.params[i].detach()
-        out = [p if lane is None else self._own(i, k) for k, lane in enumerate(self.lanes)]
+        p = self.sources[i]
+        self._count(i, p.numel())
+        out = [
+            p if lane is None else self._own(("own", i, k), p) for k, lane in enumerate(self.lanes)
+        ]
         if self._is_native or self.keep:
             self._fill(None, [i], [[o] for o in out])
         else:
@@ -230,32 +321,29 @@ class Filler:
             self._fill_lanes(self.lanes, [p], [i], [[o] for o in out])
         return out
 
-    def _own(self, i: int, k: int) -> torch.Tensor:
-        p = self.params[i].detach()
+    def _own(self, name: tuple, like: torch.Tensor) -> torch.Tensor:
         if not self.keep:
-            return torch.empty_like(p)
-        return self._piece(("own", i, k), p, p.numel()).view(p.shape)
+            return torch.empty_like(like)
+        return self._piece(name, like, like.numel()).view(like.shape)
 
-    def _small(self, i: int, g: int) -> Values:
-        if i not in self._group:
-            chosen, pieces = self._groups[g][0], self._pieces_of(g)
-            self._fill(("group", g), chosen, [list(own.values()) for own in pieces])
-            self._group = {
-                j: [
-                    self.params[j].detach() if lane is None else pieces[k][j]
-                    for k, lane in enumerate(self.lanes)
-                ]
-                for j in chosen
-            }
-            self._held = {**self._group, **self._window}
-        return self._group[i]
+    def _small(self, i: int) -> Values:
+        """A small parameter's values; all of its group are made, and are there from here on."""
+        g = self._group_of[i]
+        chosen, pieces = self._groups[g][0], self._pieces_of(g)
+        self._fill(("group", g), chosen, [list(own.values()) for own in pieces])
+        for j in chosen:
+            self._held[j] = [
+                self.sources[j] if lane is None else pieces[k][j]
+                for k, lane in enumerate(self.lanes)
+            ]
+        return self._held[i]
 
     def _pieces_of(self, g: int) -> list[dict[int, torch.Tensor]]:
         key = (g, len(self.lanes))
         if key not in self._pieces:
             chosen, starts = self._groups[g]
-            own = [self.params[j] for j in chosen]
-            memory = self._take("group", own[0], starts[-1] + own[-1].numel())
+            own = [self.sources[j] for j in chosen]
+            memory = self._take(("group", g), own[0], starts[-1] + own[-1].numel())
             self._pieces[key] = [
                 {
                     j: m[s : s + p.numel()].view(p.shape)
@@ -267,7 +355,7 @@ class Filler:
 
     def _fill(self, what: tuple | None, chosen: Sequence[int], out: Sequence[Values]) -> None:
         """Fill ``out[lane][j]`` with the values of ``chosen[j]``; ``what`` names fixed memory."""
-        sources = [self.params[i].detach() for i in chosen]
+        sources = [self.sources[i] for i in chosen]
         if not self._is_native:
             self._fill_lanes(self._filling, sources, chosen, out)
             return
@@ -317,12 +405,20 @@ class Filler:
         key = (what, a, b, len(lane.seeds), lane.dist)
         prepared = self._prepared.get(key) if what else None
         if prepared is None:
-            prepared = native.Prepared(_plan(lane, chosen, out[a]), None if b is None else out[b])
+            plan = self._plan(lane, chosen, out[a])
+            prepared = native.Prepared(plan, None if b is None else out[b])
             if what:
                 self._prepared[key] = prepared
         return prepared
 
-    def _take(self, name: str, like: torch.Tensor, size: int) -> Values:
+    def _plan(self, lane: Direction, chosen: Sequence[int], out: Values) -> AddNoise:
+        numbers = checks.numbers_of_pass(
+            [self.sources[i] for i in chosen], lane.seeds, lane.moves[chosen[0]].scales,
+            streams=[lane.streams[i] for i in chosen], dist=lane.dist,
+        )  # fmt: skip
+        return AddNoise(**numbers, out=out)
+
+    def _take(self, name: Hashable, like: torch.Tensor, size: int) -> Values:
         """Scratch of at least ``size`` elements for each lane."""
         return [self._piece((name, k), like, size) for k in range(len(self.lanes))]
 
@@ -358,14 +454,6 @@ class Filler:
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
-
-
-def _plan(lane: Direction, chosen: Sequence[int], out: Sequence[torch.Tensor]) -> AddNoise:
-    numbers = checks.numbers_of_pass(
-        [lane.params[i].detach() for i in chosen], lane.seeds, lane.moves[chosen[0]].scales,
-        streams=[lane.streams[i] for i in chosen], dist=lane.dist,
-    )  # fmt: skip
-    return AddNoise(**numbers, out=out)
 
 
 def _pair(lanes: Sequence[Lane]) -> list[tuple[int, int | None]]:

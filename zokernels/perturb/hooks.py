@@ -5,17 +5,17 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import nn
 
 from zokernels.perturb.filling import Filler
+from zokernels.perturb.weight import Disguise
 
-# What a module holds while it runs: its parameters, and their own storage to come back to.
-_Saved = list[tuple[nn.Parameter, torch.Tensor]]
+# The parameters that a module has filled while it runs.
+_Filled = list[int]
 
 
 class Hooks:
-    """Moves parameters to perturbed memory from a module's entry until it is left.
+    """Shows parameters with perturbed values from a module's entry until it is left.
 
     Attributes:
         filled: The parameters filled so far.
@@ -23,10 +23,16 @@ class Hooks:
         adopted: The parameters that a module around their own is in charge of.
     """
 
-    def __init__(self, model: nn.Module, params: Sequence[nn.Parameter], filler: Filler):
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Sequence[nn.Parameter],
+        filler: Filler,
+        disguise: Disguise,
+    ):
         self.model = model
         self.params = list(params)
-        self.filler = filler
+        self.filler, self.disguise = filler, disguise
         self.filled: set[int] = set()
         self.entered: set[nn.Module] = set()
         self.adopted: set[int] = set()
@@ -79,24 +85,23 @@ class Hooks:
     @contextlib.contextmanager
     def set(self, watch: bool) -> Iterator[None]:
         """The hooks are there inside the block; ``watch`` notes every module that is entered."""
-        open_modules: dict[nn.Module, list[_Saved]] = {}
+        open_modules: dict[nn.Module, list[_Filled]] = {}
         handles = []
 
         def enter(module: nn.Module, _args: object) -> None:
             self.entered.add(module)
             if module not in self._owned:
                 return
-            inner = {id(p) for stack in open_modules.values() for saved in stack for p, _ in saved}
-            saved: _Saved = []
-            open_modules.setdefault(module, []).append(saved)
-            for i in self._owned[module]:
-                if id(self.params[i]) not in inner:
-                    self._fill(i, saved)
+            inner = {i for stack in open_modules.values() for filled in stack for i in filled}
+            own = [i for i in self._owned[module] if i not in inner]
+            open_modules.setdefault(module, []).append(own)
+            for i in own:
+                self.disguise.show(i, self.filler.fresh(i)[0])
+                self.filled.add(i)
 
         def leave(module: nn.Module, _args: object, _output: object) -> None:
-            stack = open_modules.get(module)
-            if stack:
-                _restore(stack.pop())
+            if open_modules.get(module):
+                self._hide(open_modules[module].pop())
 
         try:
             for module in self.model.modules() if watch else list(self._owned):
@@ -107,16 +112,9 @@ class Hooks:
             for handle in handles:
                 handle.remove()
             for stack in open_modules.values():
-                for saved in stack:
-                    _restore(saved)
+                for filled in stack:
+                    self._hide(filled)
 
-    def _fill(self, i: int, saved: _Saved) -> None:
-        p = self.params[i]
-        saved.append((p, p.data))
-        p.data = self.filler.fresh(i)[0]
-        self.filled.add(i)
-
-
-def _restore(saved: _Saved) -> None:
-    for p, stored in saved:
-        p.data = stored
+    def _hide(self, filled: _Filled) -> None:
+        for i in filled:
+            self.disguise.cover(i)

@@ -8,16 +8,17 @@ neither the perturbed head nor the logits are ever whole in memory; any other us
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from zokernels.perturb.dispatch import METADATA
-from zokernels.perturb.weight import Entry, PerturbedWeight, resolve
+from zokernels.perturb.dispatch import METADATA, writes
+from zokernels.perturb.weight import Entry, PerturbedWeight, Unshareable, is_perturbed
 
 # A vocabulary smaller than this gains nothing.
 _FEWEST_ROWS = 8192
@@ -27,70 +28,105 @@ _PART = {"cpu": 1 << 22, "cuda": 1 << 26}
 Hidden = list[torch.Tensor]  # of each lane, of shape (…, width)
 
 
-class LaneLosses(torch.Tensor):
-    """Losses of all lanes, of shape (lanes,), in a place where a model expects one loss."""
-
-
 class PerturbedLogits(torch.Tensor):
-    """Logits of shape (…, vocabulary), not computed yet. It has no memory of its own."""
+    """Logits of shape (…, vocabulary), not computed yet. It has no memory of its own.
+
+    Some are views of others, their base. Where one of these is written, the base is computed, and
+    all of them are views of it from then on, as if it had never waited.
+    """
 
     entry: Entry
     hidden: Hidden
-    # The lane whose logits these are; None for all of them, one after the other in dimension 0.
+    # The lane whose logits these are; None for all of them, which belong to a point each.
     lane: int | None
-    weight: PerturbedWeight
-    bias: torch.Tensor | None
+    weight: int  # the head's number, and its bias's if that is perturbed
+    bias: torch.Tensor | int | None
+    size: int
     wide: torch.dtype
+    of: PerturbedLogits | None  # whose view these are
+    path: tuple[Callable[[torch.Tensor], torch.Tensor], ...]  # from the base to these
+    in_order: bool  # whether they would lie in memory without gaps
     known: torch.Tensor | None  # the logits, once they are computed
 
     @staticmethod
-    def can_wait(x: Any, weight: PerturbedWeight) -> bool:
+    def can_wait(x: torch.Tensor, weight: PerturbedWeight) -> bool:
         """Whether this product is that of the head with hidden states."""
-        entry = weight.entry
+        entry, stored = weight.entry, weight.stored
         return (
             weight.place == entry.head
-            and type(x) is torch.Tensor
             and x.dim() > 1
-            and x.dtype is weight.dtype
+            and x.dtype is stored.dtype
             # Of float64 the sums would have to be, too.
             and x.dtype is not torch.float64
-            and weight.shape[0] >= _FEWEST_ROWS
+            and stored.shape[0] >= _FEWEST_ROWS
             and entry.filler.can_split
             and not torch.is_autocast_enabled(x.device.type)
         )
 
     @classmethod
-    def of(cls, x: torch.Tensor, weight: PerturbedWeight, bias: Any) -> PerturbedLogits:
-        """The logits of hidden states of shape (…, width), all lanes' together."""
-        entry = weight.entry
+    def waiting(cls, x: torch.Tensor, weight: PerturbedWeight, bias: Any) -> PerturbedLogits:
+        """The logits of hidden states of shape (…, width)."""
+        entry, bias = weight.entry, bias.place if is_perturbed(bias) else bias
         # Whether or not somebody looks at the logits, an operation has asked for these.
-        entry.used.update(w.place for w in (weight, bias) if isinstance(w, PerturbedWeight))
-        lane = 0 if entry.count == 1 else None
-        return cls._make(entry.split(x), lane, weight, bias, x.dtype)
+        entry.used.update(i for i in (weight.place, bias) if isinstance(i, int))
+        hidden = [x] if entry.points is None else entry.points.parts(x)
+        lane = 0 if entry.points is None else None
+        return cls._make(entry, hidden, lane, weight.place, bias, x.dtype)
 
     @classmethod
     def _make(
-        cls, hidden: Hidden, lane: int | None, weight: PerturbedWeight, bias: Any, wide: torch.dtype
+        cls,
+        entry: Entry,
+        hidden: Hidden,
+        lane: int | None,
+        weight: int,
+        bias: Any,
+        wide: torch.dtype,
+        view: tuple[PerturbedLogits, Callable, bool] | None = None,
     ) -> PerturbedLogits:
-        one = hidden[lane or 0]
-        rows = tuple(one.shape[:-1])
-        if lane is None:
-            rows = (len(hidden) * rows[0], *rows[1:])
-        empty = torch.empty((*rows, weight.shape[0]), dtype=wide, device="meta")
+        size = entry.filler.sources[weight].shape[0]
+        empty = torch.empty((*hidden[0].shape[:-1], size), dtype=wide, device="meta")
         self = torch.Tensor._make_subclass(cls, empty)
-        self.entry, self.hidden, self.lane = weight.entry, hidden, lane
-        self.weight, self.bias, self.wide = weight, bias, wide
+        self.entry, self.hidden, self.lane = entry, hidden, lane
+        self.weight, self.bias, self.size, self.wide = weight, bias, size, wide
         self.known = None
-        weight.entry.waiting.append(weakref.ref(self))
+        self.of, self.path, self.in_order = None, (), True
+        if view is not None:
+            of, step, self.in_order = view
+            self.of, self.path = of.base, (*of.path, step)
+        self._versions = _versions(hidden)
+        entry.waiting.append(weakref.ref(self))
         return self
 
-    def like(self, hidden: Hidden, wide: torch.dtype | None = None) -> PerturbedLogits:
-        """The same head's logits of other hidden states."""
-        return self._make(hidden, self.lane, self.weight, self.bias, wide or self.wide)
+    @property
+    def base(self) -> PerturbedLogits:
+        """The logits that these are a view of, or these themselves."""
+        return self if self.of is None else self.of
 
-    def of_lane(self, lane: int) -> PerturbedLogits:
-        """One lane's part."""
-        return self._make(self.hidden, lane, self.weight, self.bias, self.wide)
+    def copy_of(self, hidden: Hidden, wide: torch.dtype | None = None) -> PerturbedLogits:
+        """The same head's logits of other hidden states, in memory of their own."""
+        return self._make(
+            self.entry, hidden, self.lane, self.weight, self.bias, wide or self.wide
+        )
+
+    def view_by(
+        self, step: Callable[[torch.Tensor], torch.Tensor], hidden: Hidden, in_order: bool
+    ) -> PerturbedLogits:
+        """A view: what ``step`` makes of these logits, whose hidden states are these."""
+        view = (self, step, in_order)
+        return self._make(
+            self.entry, hidden, self.lane, self.weight, self.bias, self.wide, view
+        )
+
+    def each(self) -> list[Any]:
+        """The logits of each lane, where these belong to a point."""
+        if self.base.known is not None:
+            assert self.entry.points is not None
+            return list(self.entry.points.parts(self.computed()))
+        return [
+            self._make(self.entry, self.hidden, lane, self.weight, self.bias, self.wide)
+            for lane in range(len(self.hidden))
+        ]
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -102,19 +138,37 @@ class PerturbedLogits(torch.Tensor):
 
     def computed(self) -> torch.Tensor:
         """The logits themselves."""
+        if self.base.known is not None:
+            return functools.reduce(lambda t, step: step(t), self.path, self.base.known)
         if self.known is None:
             found = self.entry.once(("logits",), self.lane, self.hidden, self._compute)
-            self.known = torch.cat(found) if self.lane is None else found[self.lane]
+            self.known = self.joined(found)
         return self.known
 
+    def make_real(self) -> None:
+        """From here on these logits and all views of them share memory."""
+        self.base.computed()
+
+    def joined(self, found: list[torch.Tensor]) -> torch.Tensor:
+        """What was computed for each lane, as the code that runs now sees it."""
+        if self.lane is not None:
+            return found[self.lane]
+        if self.entry.points is None:
+            raise Unshareable("the model kept logits of all points, and the closure used them")
+        return self.entry.points.join(found)
+
+    def parts(self, t: torch.Tensor) -> list[torch.Tensor]:
+        """Another tensor's values for each lane."""
+        points = self.entry.points
+        return [t] * len(self.hidden) if points is None else points.parts(t)
+
     def _compute(self) -> list[torch.Tensor]:
-        size = self.weight.shape[0]
         flat = [h.reshape(-1, h.shape[-1]) for h in self.hidden]
-        out = [h.new_empty(len(h), size) for h in flat]
+        out = [h.new_empty(len(h), self.size) for h in flat]
         for begin, end, parts in self.products(flat):
             for o, part in zip(out, parts, strict=True):
                 o[:, begin:end] = part
-        shape = (*self.hidden[0].shape[:-1], size)
+        shape = (*self.hidden[0].shape[:-1], self.size)
         return [o.view(shape).to(self.wide) for o in out]
 
     def products(self, flat: Hidden) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
@@ -122,17 +176,23 @@ class PerturbedLogits(torch.Tensor):
 
         Args:
             flat: Each lane's hidden states, of shape (rows, width).
+
+        Raises:
+            RuntimeError: If the hidden states have been written since the model's head got them.
         """
-        weight, entry = self.weight, self.entry
+        if _versions(self.hidden) != self._versions:
+            raise RuntimeError(
+                "The hidden states that logits wait to be made of were written in place; give the "
+                "optimizer lazy_logits=False."
+            )
+        filler = self.entry.filler
         # A product with a few rows of a strided slice takes a hundred times as long in bfloat16.
         flat = [h.contiguous() for h in flat]
-        step = rows_of_a_part(weight.shape[1], flat[0].dtype, flat[0].device.type)
-        biases: list[Any] = [self.bias] * len(flat)
-        if isinstance(self.bias, PerturbedWeight):
-            biases = [own[0].clone() for own in resolve(self.bias)]  # type: ignore[union-attr]
-        for begin in range(0, weight.shape[0], step):
-            end = min(begin + step, weight.shape[0])
-            values = entry.filler.part(weight.place, begin, end)
+        step = rows_of_a_part(flat[0].shape[1], flat[0].dtype, flat[0].device.type)
+        biases = self.biases()
+        for begin in range(0, self.size, step):
+            end = min(begin + step, self.size)
+            values = filler.part(self.weight, begin, end)
             yield (
                 begin,
                 end,
@@ -141,6 +201,13 @@ class PerturbedLogits(torch.Tensor):
                     for h, w, b in zip(flat, values, biases, strict=True)
                 ],
             )
+
+    def biases(self) -> list[torch.Tensor | None]:
+        """The head's bias for each lane."""
+        if not isinstance(self.bias, int):
+            return [self.bias] * len(self.hidden)
+        (own,) = self.entry.filler.values([self.bias])
+        return [b.clone() for b in own]
 
     @classmethod
     def __torch_function__(
@@ -151,17 +218,45 @@ class PerturbedLogits(torch.Tensor):
         if func in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        first = args[0] if args else None
         own = _WAITING.get(func)
-        if own is not None and isinstance(args[0], PerturbedLogits):
+        if own is not None and isinstance(first, PerturbedLogits) and first.base.known is None:
             result = own(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, PerturbedLogits)]
+        written = [t for t in (first, kwargs.get("out")) if isinstance(t, PerturbedLogits)]
+        if written and (writes(func, kwargs) or "out" in kwargs):
+            for t in given:
+                t.make_real()
+        result = _on_computed(func, args, kwargs)
+        # A view of a part that was computed alone would not see what is written into the whole.
+        if any(_is_view(result, t.known) for t in given if t.base.known is None):
+            for t in given:
+                t.make_real()
+            result = _on_computed(func, args, kwargs)
+        return next((t for t in written if result is t.base.known and t.base is t), result)
 
-        def compute(t: PerturbedLogits) -> torch.Tensor:
-            return t.computed()
 
-        args, kwargs = tree_map_only(PerturbedLogits, compute, (args, kwargs))
-        return func(*args, **kwargs)
+def _on_computed(func: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
+    args, kwargs = tree_map_only(PerturbedLogits, lambda t: t.computed(), (args, kwargs))
+    return func(*args, **kwargs)
+
+
+def _is_view(result: Any, of: torch.Tensor | None) -> bool:
+    """Whether something that a function returned shares a tensor's memory."""
+    addresses = {_address(t) for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
+    return of is not None and _address(of) in addresses
+
+
+def _address(t: torch.Tensor) -> int:
+    while torch._C._functorch.is_functorch_wrapped_tensor(t):
+        t = torch._C._functorch.get_unwrapped(t)
+    return t.untyped_storage().data_ptr()
+
+
+def _versions(hidden: Hidden) -> list[int]:
+    return [0 if h.is_inference() else h._version for h in hidden]
 
 
 def rows_of_a_part(width: int, dtype: torch.dtype, device: str) -> int:
@@ -169,41 +264,50 @@ def rows_of_a_part(width: int, dtype: torch.dtype, device: str) -> int:
     return max(64, _PART.get(device, _PART["cpu"]) // (width * dtype.itemsize))
 
 
-def _same(logits: PerturbedLogits, *_: Any, **__: Any) -> Any:
+def _same(logits: PerturbedLogits) -> Any:
     return logits
 
 
+def _contiguous(logits: PerturbedLogits, **kwargs: Any) -> Any:
+    if kwargs:
+        return NotImplemented
+    return logits if logits.in_order else logits.copy_of(logits.hidden)
+
+
 def _float(logits: PerturbedLogits, **kwargs: Any) -> Any:
-    return NotImplemented if kwargs else logits.like(logits.hidden, torch.float32)
+    return NotImplemented if kwargs else _to(logits, torch.float32)
 
 
 def _to(logits: PerturbedLogits, *args: Any, **kwargs: Any) -> Any:
     wanted = args[0] if len(args) == 1 and not kwargs else None
+    if wanted in (logits.device, logits.wide):
+        return logits
     if wanted is torch.float32:
-        return logits.like(logits.hidden, torch.float32)
-    return logits if wanted in (logits.device, logits.wide) else NotImplemented
+        return logits.copy_of(logits.hidden, torch.float32)
+    return NotImplemented
 
 
 def _view(logits: PerturbedLogits, *shape: Any) -> Any:
     if len(shape) == 1 and not isinstance(shape[0], int):
         shape = tuple(shape[0])
-    size = logits.weight.shape[0]
-    if not all(isinstance(n, int) for n in shape) or len(shape) < 2:
+    if not all(isinstance(n, int) for n in shape) or len(shape) < 2 or not logits.in_order:
         return NotImplemented
-    if shape[-1] not in (size, -1) or (shape[-1] == -1 and -1 in shape[:-1]):
+    if shape[-1] not in (logits.size, -1) or (shape[-1] == -1 and -1 in shape[:-1]):
         return NotImplemented
     rows = list(shape[:-1])
-    if shape[-1] == -1 and torch.Size(rows).numel() * size != logits.numel():
+    if shape[-1] == -1 and torch.Size(rows).numel() * logits.size != logits.numel():
         return NotImplemented
-    if logits.lane is None:
-        # The lanes must stay one after the other.
-        if rows[0] > 0 and rows[0] % len(logits.hidden):
-            return NotImplemented
-        rows[0] = rows[0] // len(logits.hidden) if rows[0] > 0 else rows[0]
-    return logits.like([h.reshape(*rows, h.shape[-1]) for h in logits.hidden])
+    hidden = [h.reshape(*rows, h.shape[-1]) for h in logits.hidden]
+    return logits.view_by(lambda t: t.view(*rows, logits.size), hidden, in_order=True)
+
+
+def _reshape(logits: PerturbedLogits, *shape: Any) -> Any:
+    """A view where there are no gaps, and else a copy."""
+    return _view(_contiguous(logits), *shape)
 
 
 def _take(logits: PerturbedLogits, index: Any) -> Any:
+    given = index
     index = index if isinstance(index, tuple) else (index,)
     whole = slice(None)
     if any(i is Ellipsis for i in index):
@@ -215,14 +319,21 @@ def _take(logits: PerturbedLogits, index: Any) -> Any:
         index = index[:-1]
     plain = all(
         isinstance(i, slice | int)
-        or (isinstance(i, torch.Tensor) and i.dtype is torch.int64 and i.dim() > 0)
+        or (
+            isinstance(i, torch.Tensor)
+            and i.dtype is torch.int64
+            and i.dim() > 0
+            and not torch._C._functorch.is_functorch_wrapped_tensor(i)
+        )
         for i in index
     ) and not any(isinstance(i, bool) for i in index)
     if not plain or len(index) >= logits.dim():
         return NotImplemented
-    if logits.lane is None and not (isinstance(index[0], slice) and index[0] == whole):
-        return NotImplemented
-    return logits.like([h[index] for h in logits.hidden])
+    hidden = [h[index] for h in logits.hidden]
+    if any(isinstance(i, torch.Tensor) for i in index):
+        return logits.copy_of(hidden)
+    in_order = logits.in_order and all(isinstance(i, slice) and i == whole for i in index)
+    return logits.view_by(lambda t: t[given], hidden, in_order)
 
 
 def _gather(logits: PerturbedLogits, dim: int, index: torch.Tensor) -> Any:
@@ -230,24 +341,21 @@ def _gather(logits: PerturbedLogits, dim: int, index: torch.Tensor) -> Any:
     last = dim in (-1, logits.dim() - 1)
     if not last or index.shape[:-1] != logits.shape[:-1] or index.numel() * 8 > logits.shape[-1]:
         return NotImplemented
-    lanes = len(logits.hidden)
-    words = list(index.chunk(lanes)) if logits.lane is None else [index] * lanes
+    words = logits.parts(index)
 
     def chosen() -> list[torch.Tensor]:
-        rows = logits.entry.filler.rows(logits.weight.place, words)
-        biases: list[Any] = [logits.bias] * lanes
-        if isinstance(logits.bias, PerturbedWeight):
-            biases = [own[0] for own in resolve(logits.bias)]
+        rows = logits.entry.filler.rows(logits.weight, words)
         found = []
-        for h, w, b, word in zip(logits.hidden, rows, biases, words, strict=True):
+        for h, w, b, word in zip(logits.hidden, rows, logits.biases(), words, strict=True):
             product = (h[..., None, :].float() * w.float()).sum(-1)
             product = product if b is None else product + b[word].float()
             # A product of 16-bit tensors is rounded to 16 bits.
             found.append(product.to(h.dtype).to(logits.wide))
         return found
 
-    found = logits.entry.once(("gather",), logits.lane, [*logits.hidden, index], chosen)
-    return torch.cat(found) if logits.lane is None else found[logits.lane]
+    return logits.joined(
+        logits.entry.once(("gather",), logits.lane, [*logits.hidden, index], chosen)
+    )
 
 
 def _cross_entropy(
@@ -266,8 +374,7 @@ def _cross_entropy(
         return NotImplemented
     if target.dim() != 1 or target.dtype is not torch.int64 or reduction not in ("mean", "sum"):
         return NotImplemented
-    lanes = len(logits.hidden)
-    targets = list(target.chunk(lanes)) if logits.lane is None else [target] * lanes
+    targets = logits.parts(target)
 
     def losses() -> list[torch.Tensor]:
         kept = [t != ignore_index for t in targets]
@@ -278,10 +385,7 @@ def _cross_entropy(
         return [getattr(torch, reduction)(x).to(logits.wide) for x in found]
 
     what = ("cross_entropy", reduction, ignore_index)
-    found = logits.entry.once(what, logits.lane, [*logits.hidden, target], losses)
-    if logits.lane is None:
-        return torch.stack(found).as_subclass(LaneLosses)
-    return found[logits.lane]
+    return logits.joined(logits.entry.once(what, logits.lane, [*logits.hidden, target], losses))
 
 
 def _check_targets(targets: list[torch.Tensor], vocabulary: int, ignore_index: int) -> None:
@@ -311,12 +415,13 @@ def _negative_log_likelihoods(
 
 
 _WAITING: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.Tensor.contiguous: _same,
+    torch.Tensor.contiguous: _contiguous,
     torch.Tensor.detach: _same,
+    torch.Tensor.data.__get__: _same,
     torch.Tensor.float: _float,
     torch.Tensor.to: _to,
     torch.Tensor.view: _view,
-    torch.Tensor.reshape: _view,
+    torch.Tensor.reshape: _reshape,
     torch.Tensor.__getitem__: _take,
     torch.Tensor.gather: _gather,
     F.cross_entropy: _cross_entropy,

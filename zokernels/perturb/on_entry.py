@@ -1,15 +1,15 @@
 """The perturbed forward that leaves the stored weights alone.
 
-While it runs, a `PerturbedWeight` stands in each module's place for a parameter; what an operation
-asks for is made in scratch memory of the size of the largest layer, and thrown away. A module that
-keeps its weights elsewhere (an LSTM's flat list) gets them by hooks, filled as it is entered.
+While it runs, the parameters are `PerturbedWeight`s; what an operation asks for is made in scratch
+memory of the size of the largest layer, and thrown away. Where no operation can be watched (in a
+scripted module, or an extension) a parameter is filled as its module is entered.
 """
 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NoReturn, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +18,9 @@ from zokernels.perturb import operations  # noqa: F401  (fills the table of oper
 from zokernels.perturb.direction import Direction
 from zokernels.perturb.filling import Filler, Lane
 from zokernels.perturb.hooks import Hooks
-from zokernels.perturb.weight import Entry, PerturbedWeight
+from zokernels.perturb.weight import Disguise, Entry
+
+Loss = TypeVar("Loss")
 
 
 class OnEntry:
@@ -40,22 +42,13 @@ class OnEntry:
     ):
         self.model = model
         self.params = list(params)
-        position = {id(p): i for i, p in enumerate(self.params)}
+        names = {id(p): name for name, p in model.named_parameters()}
+        self._names = [names.get(id(p), str(i)) for i, p in enumerate(self.params)]
         self._filler = Filler(self.params, keep)
-        head = _head_of(model) if lazy_logits else None
-        self._entry = Entry(self._filler, position.get(id(head)))
-        weights = [PerturbedWeight(p, self._entry, i) for i, p in enumerate(self.params)]
-        elsewhere = {m for kept in model.modules() if _keeps_weights(kept) for m in kept.modules()}
-        # Every module that holds a parameter: a tied one has several.
-        self._places = [
-            (module, name, p, weights[position[id(p)]])
-            for module in model.modules()
-            for name, p in module._parameters.items()
-            if id(p) in position and module not in elsewhere
-        ]
-        standing = {w.place for *_, w in self._places}
-        self._hooks = Hooks(model, self.params, self._filler)
-        self._hooks.take([i for i in range(len(self.params)) if i not in standing])
+        self._entry = Entry(self._filler, self._names, _head_of(model) if lazy_logits else None)
+        self._disguise = Disguise(self._entry)
+        self._hooks = Hooks(model, self.params, self._filler, self._disguise)
+        self._hooks.take(_scripted(model, self.params))
         self._is_settled = False
 
     @property
@@ -72,16 +65,25 @@ class OnEntry:
         """Give the scratch memory back until the next forward."""
         self._filler.release()
 
-    def run(self, direction: Direction, forward: Callable[[], float]) -> float:
+    def run(self, direction: Direction, forward: Callable[[], Loss]) -> Loss:
         """``forward()`` with every module of the model at θ + scale · z.
 
         Raises:
-            RuntimeError: If a parameter's module, and every module around it, is never entered.
+            RuntimeError: If a parameter's module, and every module around it, is never entered, or
+                the forward works with plain weights only.
         """
-        with self.at(direction):
-            result = forward()
-        # A closure may give up on a loss that is not finite before it has run the model.
-        if not self._is_settled and math.isfinite(result):
+        if self._is_settled:
+            with self.at(direction):
+                return forward()
+        try:
+            with self.at(direction):
+                result = forward()
+        except (RuntimeError, TypeError) as error:
+            if self.was_entered and self._settle():
+                return self.run(direction, forward)
+            _raise_as_it_is(error, forward)
+        # A closure may give up before it has run the model.
+        if self.was_entered or not self._untouched():
             self._is_settled = True
             if self._settle():
                 with self.at(direction):
@@ -96,20 +98,14 @@ class OnEntry:
 
     @contextlib.contextmanager
     def standing(self, lanes: Sequence[Lane]) -> Iterator[Entry]:
-        """Perturbed weights in the place of the parameters, inside the block."""
+        """The parameters are perturbed weights inside the block."""
         hooks = (
             self._hooks.set(watch=not self._is_settled)
             if len(lanes) == 1
             else contextlib.nullcontext()
         )
-        with self._entry.forward(lanes), hooks:
-            try:
-                for module, name, _, weight in self._places:
-                    module._parameters[name] = weight  # type: ignore[assignment]
-                yield self._entry
-            finally:
-                for module, name, p, _ in self._places:
-                    module._parameters[name] = p
+        with self._entry.forward(lanes), self._disguise.worn(), hooks:
+            yield self._entry
 
     @property
     def was_entered(self) -> bool:
@@ -118,8 +114,7 @@ class OnEntry:
 
     def unperturbed(self) -> str | None:
         """The name of a parameter that the forwards so far neither used nor filled, if any."""
-        missed = {id(self.params[i]) for i in self._untouched()}
-        return next((n for n, p in self.model.named_parameters() if id(p) in missed), None)
+        return next((self._names[i] for i in self._untouched()), None)
 
     def _untouched(self) -> list[int]:
         touched = self._entry.used | self._hooks.filled
@@ -128,23 +123,37 @@ class OnEntry:
     def _settle(self) -> bool:
         """Leave to the hooks what no operation has asked for; whether that is anything."""
         unused = self._untouched()
-        if not unused:
-            return False
-        self._hooks.take(unused)
-        self._hooks.adopt()
-        self._places = [place for place in self._places if place[3].place not in unused]
-        return True
+        if unused:
+            self._hooks.take(unused)
+            self._hooks.adopt()
+        return bool(unused)
+
+
+def _raise_as_it_is(error: Exception, forward: Callable[[], object]) -> NoReturn:
+    """Raise what a perturbed forward raised, with a word about it if a plain one does not."""
+    try:
+        forward()
+    except Exception:
+        raise error from None
+    raise RuntimeError(
+        "The closure's forward works with plain weights, but not with perturbed ones: "
+        f"{type(error).__name__}: {error} Use perturb='in_place'."
+    ) from error
 
 
 def _head_of(model: nn.Module) -> nn.Parameter | None:
     """The weight that makes logits of hidden states, where the model says which it is."""
     base = getattr(model, "get_base_model", lambda: model)()
     head = getattr(base, "get_output_embeddings", lambda: None)()
-    weight = head._parameters.get("weight") if isinstance(head, nn.Linear) else None
-    return weight
+    return head._parameters.get("weight") if isinstance(head, nn.Linear) else None
 
 
-def _keeps_weights(module: nn.Module) -> bool:
-    # A recurrent layer passes a list of its own on, and a scripted one what it was compiled with;
-    # attention of torch has a kernel that takes no stand-in for a weight.
-    return isinstance(module, nn.RNNBase | nn.MultiheadAttention | torch.jit.ScriptModule)
+def _scripted(model: nn.Module, params: Sequence[nn.Parameter]) -> list[int]:
+    """The parameters of scripted modules, which run where nobody watches."""
+    inside = {
+        id(p)
+        for module in model.modules()
+        if isinstance(module, torch.jit.ScriptModule)
+        for p in module.parameters()
+    }
+    return [i for i, p in enumerate(params) if id(p) in inside]

@@ -1,7 +1,8 @@
 """The operations that take weights, on weights that each lane of a forward has its own of.
 
-The first dimension of what a layer gets is the batch of all lanes, one lane after the other. An
-operation returns NotImplemented where it meets what it doesn't know.
+They are here for speed: what is known of an operation is made in scratch memory, and without the
+weights of all lanes in one tensor. An operation returns NotImplemented where it meets what it
+doesn't know; it is then done on weights with memory of their own.
 """
 
 from __future__ import annotations
@@ -14,37 +15,46 @@ import torch.nn.functional as F
 
 from zokernels.perturb.dispatch import OPERATIONS
 from zokernels.perturb.logits import PerturbedLogits
-from zokernels.perturb.weight import Entry, PerturbedWeight, resolve
+from zokernels.perturb.weight import Entry, Unshareable, is_perturbed, resolve
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if isinstance(weight, PerturbedWeight) and PerturbedLogits.can_wait(x, weight):
-        return PerturbedLogits.of(x, weight, bias)
-    first = weight if isinstance(weight, PerturbedWeight) else bias
-    if not isinstance(first, PerturbedWeight):
+    entry = _entry(weight, bias)
+    if entry is None or not _is_known(x, entry):
         return NotImplemented
-    if first.entry.count > 1 and _can_write_apart(x):
-        return _linear_apart(x, weight, bias, first.entry)
+    if is_perturbed(weight) and PerturbedLogits.can_wait(x, weight):
+        return PerturbedLogits.waiting(x, weight, bias)
+    if entry.points is not None and _can_write_apart(x):
+        return _linear_apart(x, weight, bias, entry)
     return _each(x, (weight, bias), F.linear)
 
 
-def _can_write_apart(x: Any) -> bool:
-    plain = type(x) is torch.Tensor and x.dim() > 1 and x.is_contiguous() and x.shape[0] > 1
-    return plain and not torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type)
+def _can_write_apart(x: torch.Tensor) -> bool:
+    return x.dim() > 1 and not torch.is_grad_enabled() and not _is_autocast(x)
+
+
+def _is_autocast(x: torch.Tensor) -> bool:
+    return torch.is_autocast_enabled(x.device.type)
 
 
 def _linear_apart(x: torch.Tensor, weight: Any, bias: Any, entry: Entry) -> torch.Tensor:
     """`torch.nn.functional.linear`, each lane's product written where it belongs."""
-    parts = entry.split(x)
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    places = out.view(len(parts), -1, weight.shape[0])
-    for k, (w, b) in enumerate(resolve(weight, bias)):
-        rows = parts[k].view(-1, x.shape[-1])
+    points = entry.points
+    assert points is not None
+    values = resolve(weight, bias)
+    lead, whole = x.shape[:-1], points.whole(x)
+    if whole is None:
+        flat = [x.reshape(-1, x.shape[-1])] * points.count
+    else:
+        flat = list(whole.reshape(points.count, -1, x.shape[-1]).unbind())
+    out = flat[0].new_empty((points.count, len(flat[0]), weight.shape[0]))
+    for rows, place, (w, b) in zip(flat, out.unbind(), values, strict=True):
+        assert w is not None
         if b is None:
-            torch.mm(rows, w.t(), out=places[k])  # type: ignore[union-attr]
+            torch.mm(rows, w.t(), out=place)
         else:
-            torch.addmm(b, rows, w.t(), out=places[k])  # type: ignore[union-attr]
-    return out
+            torch.addmm(b, rows, w.t(), out=place)
+    return points.wrap(out.view(points.count, *lead, -1))
 
 
 def _addmm(bias: Any, x: Any, weight: Any, **kwargs: Any) -> Any:
@@ -67,17 +77,19 @@ def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | No
 
 
 def _elementwise(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
-    """A product or sum of what a layer got and a weight that has fewer dimensions: a norm's."""
+    """A product or sum of what a layer got and a weight: a norm's."""
 
     def run(a: Any, b: Any, **kwargs: Any) -> Any:
-        weight, x = (a, b) if isinstance(a, PerturbedWeight) else (b, a)
-        if kwargs or isinstance(x, PerturbedWeight) or not isinstance(x, torch.Tensor):
+        weight, x = (a, b) if is_perturbed(a) else (b, a)
+        if kwargs or is_perturbed(x):
             return NotImplemented
-        if weight.dim() >= x.dim():
+        # Outside of the model's own forward each closure sees its own lane's weights.
+        is_apart = weight.entry.count > 1 and weight.entry.points is None
+        if is_apart or not _is_known(x, weight.entry):
             return NotImplemented
-        if weight is a:
-            return _each(x, (weight,), lambda own, w: operation(w, own))
-        return _each(x, (weight,), lambda own, w: operation(own, w))
+        # One operation at all points.
+        own = weight.entry.of([w for (w,) in resolve(weight)])  # type: ignore[misc]
+        return operation(own, x) if weight is a else operation(x, own)
 
     return run
 
@@ -90,27 +102,65 @@ def _embedding(
     *_: Any,
     **__: Any,
 ) -> Any:
-    if max_norm is not None or not isinstance(weight, PerturbedWeight):
+    if max_norm is not None or not is_perturbed(weight):
         return NotImplemented
     entry = weight.entry
+    if not _is_known(numbers, entry):
+        return NotImplemented
     entry.used.add(weight.place)
-    parts = entry.filler.rows(weight.place, entry.split(numbers))
-    return entry.join(parts, numbers)
+    if entry.points is None:
+        return entry.filler.rows(weight.place, [numbers])[0]
+    return entry.points.join(entry.filler.rows(weight.place, entry.points.parts(numbers)))
+
+
+def _item(weight: Any, index: Any) -> Any:
+    """One of the matrices that a weight of three dimensions is a stack of: an expert's."""
+    if not is_perturbed(weight) or weight.dim() < 3:
+        return NotImplemented
+    if isinstance(index, torch.Tensor) and index.dim() == 0 and not index.is_floating_point():
+        if index.dtype is torch.bool or not _is_known(index, weight.entry):
+            return NotImplemented
+        index = int(index)
+    if not isinstance(index, int) or isinstance(index, bool):
+        return NotImplemented
+    size = weight.shape[0]
+    if not -size <= index < size or not weight.entry.filler.can_split:
+        return NotImplemented
+    weight.entry.used.add(weight.place)
+    return weight.entry.of(weight.entry.filler.item(weight.place, index % size))
+
+
+def _entry(*weights: Any) -> Entry | None:
+    return next((w.entry for w in weights if is_perturbed(w)), None)
+
+
+def _is_known(x: Any, entry: Entry) -> bool:
+    """Whether x is a tensor whose values at each lane can be had.
+
+    Raises:
+        Unshareable: If lanes that run together meet a layer outside of the model's own forward.
+    """
+    if type(x) is not torch.Tensor:
+        return False
+    if entry.points is not None:
+        return entry.points.is_plain(x)
+    if entry.count > 1:
+        raise Unshareable("a layer was entered outside of the model's own forward")
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _each(x: Any, weights: tuple, operation: Callable[..., torch.Tensor]) -> Any:
     """The operation on each lane's part of x, with its own weights."""
-    if isinstance(x, PerturbedWeight):
-        return NotImplemented
     if isinstance(x, PerturbedLogits):
         x = x.computed()
-    entry: Entry = next(w.entry for w in weights if isinstance(w, PerturbedWeight))
+    entry = _entry(*weights)
+    if entry is None or not _is_known(x, entry):
+        return NotImplemented
     values = resolve(*weights)
-    if entry.count == 1:
+    if entry.points is None:
         return operation(x, *values[0])
-    parts = entry.split(x)
-    results = [operation(own, *w) for own, w in zip(parts, values, strict=True)]
-    return entry.join(results, x)
+    parts = entry.points.parts(x)
+    return entry.points.join([operation(p, *w) for p, w in zip(parts, values, strict=True)])
 
 
 OPERATIONS.update(
@@ -124,5 +174,6 @@ OPERATIONS.update(
         torch.Tensor.mul: _elementwise(torch.mul),
         torch.add: _elementwise(torch.add),
         torch.Tensor.add: _elementwise(torch.add),
+        torch.Tensor.__getitem__: _item,
     }
 )

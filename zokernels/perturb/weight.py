@@ -1,12 +1,16 @@
-"""A weight as a perturbed forward sees it: made when an operation asks for it, and thrown away.
+"""A parameter as a perturbed forward sees it: its values are made when an operation asks for them.
 
-`PerturbedWeight` stands in a module's place for a parameter. The operations that take weights are
-known by name (`zokernels.perturb.operations`); any other gets a tensor of its own.
+While a forward runs, a parameter stays where it is, in its module and in every list and closure
+that holds it, and only its class changes, to `PerturbedWeight`. Nothing has to be put in its place
+or put back: what the forward does to the parameter itself (a flag, a hook) is done to it. The
+operations that take weights are known by name (`zokernels.perturb.operations`); any other gets a
+tensor of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,8 +19,9 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from zokernels.perturb.dispatch import METADATA, OPERATIONS
+from zokernels.perturb.dispatch import LAYOUT, METADATA, OPERATIONS, STATE, writes
 from zokernels.perturb.filling import Filler, Lane
+from zokernels.perturb.points import Points
 
 Operation = Callable[..., Any]
 
@@ -30,44 +35,52 @@ class Entry:
 
     Attributes:
         filler: Makes the values.
-        head: The parameter whose product with the hidden states is the logits, if it is known.
+        places: The number of each parameter, by its id.
+        names: The name of each parameter, by its number.
+        head: The number of the weight whose product with hidden states is the logits, or None.
         used: The parameters that an operation has asked for.
         count: How many lanes there are.
-        rows: Rows of the batch that all lanes make together; 0 outside of the model.
+        points: The lanes, while all of them run the model's own forward together.
+        lane: The lane whose closure runs.
         waiting: Logits that were asked for and not computed.
     """
 
-    def __init__(self, filler: Filler, head: int | None = None):
+    def __init__(self, filler: Filler, names: Sequence[str], head: nn.Parameter | None = None):
         self.filler = filler
-        self.head = head
+        self.places = {id(p): i for i, p in enumerate(filler.params)}
+        self.names = list(names)
+        self.head = self.places.get(id(head))
         self.used: set[int] = set()
-        self.rows = 0
         self.waiting: list[weakref.ref] = []
         self.is_open = False
         self.count = 0
+        self.points: Points | None = None
+        self.lane = 0
         # What the first lane's closure has computed for all of them, in its order.
         self._shared: list[tuple[tuple, list[torch.Tensor], list[torch.Tensor]]] = []
         self._next = 0
+        self._is_warned = False
 
     @contextlib.contextmanager
     def forward(self, lanes: Sequence[Lane]) -> Iterator[None]:
         """A forward at these points, from the first closure to the end of the last."""
         self.filler.begin(lanes)
-        self.count = len(lanes)
+        self.count, self.lane = len(lanes), 0
         self.waiting, self._shared, self._next = [], [], 0
         self.is_open = True
         try:
             yield
             # Whoever kept logits beyond the forward finds them computed.
             for logits in [ref() for ref in self.waiting]:
-                if logits is not None:
+                if logits is not None and logits.lane is not None:
                     logits.computed()
         finally:
             self.is_open = False
+            self.filler.end()
 
     def closure_of(self, lane: int) -> None:
         """The closure of a lane begins."""
-        self._next = 0
+        self.lane, self._next = lane, 0
 
     def once(
         self,
@@ -99,84 +112,54 @@ class Entry:
                 return found
         raise Unshareable("the closure asked for other logits in its second forward")
 
-    def split(self, t: torch.Tensor) -> list[torch.Tensor]:
-        """A tensor of all lanes' rows as one a lane; one row stands for every row.
+    def value(self, place: int, stays: bool = False) -> torch.Tensor:
+        """A parameter's values in memory of their own, as the code that runs now sees them.
+
+        Args:
+            place: Its number.
+            stays: Whether whoever asks again in this forward gets the same memory.
 
         Raises:
-            Unshareable: If its first dimension isn't the batch.
+            RuntimeError: If no forward is under way.
         """
-        if self.count == 1:
-            return [t]
-        if self.rows and t.dim() and t.shape[0] % self.rows == 0:
-            return list(t.chunk(self.count))
-        if self.rows and t.dim() > 1 and t.shape[0] == 1:
-            return [t] * self.count
-        raise Unshareable(
-            f"a layer got a tensor of shape {tuple(t.shape)}, whose first dimension is not the "
-            f"batch, of {self.rows // self.count} rows"
-            if self.rows
-            else "a layer was entered outside of the model's own forward"
-        )
-
-    def join(self, parts: list[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
-        """The lanes' results as one tensor; ``like`` is what was split."""
-        if self.count == 1:
-            return parts[0]
-        if like.shape[0] == 1 != self.rows:
-            rows = self.rows // self.count
-            parts = [p.expand(rows, *p.shape[1:]) for p in parts]
-        return torch.cat(parts)
-
-
-class PerturbedWeight(torch.Tensor):
-    """Stands for a parameter while a perturbed forward runs. It has no memory of its own."""
-
-    entry: Entry
-    place: int
-    parameter: nn.Parameter
-    # What `isinstance(w, nn.Parameter)` looks at.
-    _is_param = True
-
-    @staticmethod
-    def __new__(cls, parameter: nn.Parameter, entry: Entry, place: int) -> PerturbedWeight:
-        """Stand for ``parameter``, the filler's number ``place``."""
-        # On the meta device an operation that passed by __torch_function__ would fail, and not go
-        # on with weights that are not perturbed.
-        empty = torch.empty_like(parameter, device="meta")
-        self = torch.Tensor._make_subclass(cls, empty, parameter.requires_grad)
-        self.entry, self.place, self.parameter = entry, place, parameter
-        return self
-
-    @property
-    def device(self) -> torch.device:  # type: ignore[override]
-        """The parameter's."""
-        return self.parameter.device
-
-    is_meta = False
-    is_cuda = property(lambda self: self.parameter.is_cuda)
-
-    def data_ptr(self) -> int:
-        """The stored weight's: what identifies it."""
-        return self.parameter.data_ptr()
-
-    def value(self, wanted_by: str) -> torch.Tensor:
-        """The values where there is one lane.
-
-        Raises:
-            Unshareable: If there are several.
-        """
-        if not self.entry.is_open:
+        if not self.is_open:
             raise RuntimeError(
                 "A perturbed weight was used after its forward; keep no reference to a module's "
                 "weights from inside the closure."
             )
-        if self.entry.count > 1:
-            raise Unshareable(
-                f"{wanted_by} takes a weight of shape {tuple(self.parameter.shape)} in a way that "
-                "does not tell the halves of the batch apart"
+        self.used.add(place)
+        return self.of(self.filler.hold(place) if stays else self.filler.fresh(place))
+
+    def of(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Values of each lane as the code that runs now sees them."""
+        return values[self.lane] if self.points is None else self.points.join(values)
+
+    def warn_of_write(self, place: int) -> None:
+        """Say once that a write into a weight will be undone."""
+        if not self._is_warned:
+            self._is_warned = True
+            warnings.warn(
+                f"The closure's forward writes into the trainable parameter {self.names[place]!r}; "
+                "what a perturbed forward writes into a weight is thrown away with it. Write it "
+                "outside of the closure.",
+                stacklevel=4,
             )
-        self.entry.used.add(self.place)
-        return self.entry.filler.fresh(self.place)[0]
+
+
+class PerturbedWeight(nn.Parameter):
+    """The class of a parameter while a perturbed forward runs."""
+
+    entry: Entry  # of the subclass that each `Entry` has
+
+    @property
+    def place(self) -> int:
+        """The parameter's number."""
+        return self.entry.places[id(self)]
+
+    @property
+    def stored(self) -> torch.Tensor:
+        """The weight as it is stored."""
+        return self.entry.filler.sources[self.place]
 
     @classmethod
     def __torch_function__(
@@ -189,27 +172,119 @@ class PerturbedWeight(torch.Tensor):
             result = known(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if func in METADATA:
+        if func in METADATA or func in STATE:
+            if func in LAYOUT:
+                args = (args[0].stored, *args[1:])
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        name = str(getattr(func, "__name__", func))
+        if func is torch.Tensor.data.__set__ and isinstance(args[0], PerturbedWeight):
+            name = cls.entry.names[args[0].place]
+            raise RuntimeError(
+                f"The closure's forward gives the trainable parameter {name!r} other data, but its "
+                "step perturbs what it had at its beginning; do so outside of the closure."
+            )
+        written = args[0] if args and writes(func, kwargs) else None
+        if isinstance(written, PerturbedWeight):
+            written.entry.warn_of_write(written.place)
+        # Who takes a pointer, or writes, counts on memory that is there for the whole forward.
+        stays = func in _ALIASES or isinstance(written, PerturbedWeight)
 
         def value(w: PerturbedWeight) -> torch.Tensor:
-            return w.value(name)
+            return w.entry.value(w.place, stays)
 
         args, kwargs = tree_map_only(PerturbedWeight, value, (args, kwargs))
         return func(*args, **kwargs)
 
 
+def is_perturbed(t: Any) -> bool:
+    """Whether something is a parameter that a forward under way perturbs."""
+    # Three times as fast as isinstance, which asks the class of nn.Parameter.
+    return PerturbedWeight in type(t).__mro__
+
+
+_ALIASES = frozenset(
+    [torch.Tensor.data_ptr, torch.Tensor.data.__get__, torch.Tensor.untyped_storage]
+)
+
+
 def resolve(*tensors: torch.Tensor | None) -> list[list[torch.Tensor | None]]:
     """The values of an operation's weights: for each lane, one a weight.
 
-    What isn't perturbed is the same for every lane. They are in scratch.
+    What isn't perturbed is each lane's own part of it. They are in scratch.
     """
-    ours = [t for t in tensors if type(t) is PerturbedWeight]
+    ours: list[Any] = [t for t in tensors if is_perturbed(t)]
     entry = ours[0].entry
     places = [w.place for w in ours]
     entry.used.update(places)
     values = iter(entry.filler.values(places))
-    each = [next(values) if type(t) is PerturbedWeight else [t] * entry.count for t in tensors]
+    each = [next(values) if is_perturbed(t) else _parts(entry, t) for t in tensors]
     return [list(of_lane) for of_lane in zip(*each, strict=True)]
+
+
+def _parts(entry: Entry, t: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
+    if t is None or entry.points is None:
+        return [t] * entry.count
+    return entry.points.parts(t)
+
+
+class Disguise:
+    """Makes parameters `PerturbedWeight`s, and what they were again.
+
+    Meanwhile their own data are NaN: what passes by ``__torch_function__`` (a scripted module, an
+    extension) makes a loss that is not finite, and not one of stored weights.
+
+    Args:
+        entry: The forwards that the parameters are perturbed in.
+    """
+
+    def __init__(self, entry: Entry):
+        self.params = entry.filler.params
+        self._entry = entry
+        self._kinds: dict[type, type] = {}
+        self._nothing: dict[tuple[torch.dtype, torch.device, torch.Size], torch.Tensor] = {}
+        self._worn: list[tuple[type, torch.Tensor]] = []
+
+    @contextlib.contextmanager
+    def worn(self) -> Iterator[None]:
+        """The parameters are perturbed weights inside the block.
+
+        Raises:
+            RuntimeError: If they are so already.
+        """
+        for p in self.params:
+            if is_perturbed(p):
+                raise RuntimeError(
+                    "A perturbed forward began inside of another one of the same parameters; "
+                    "perturb one after the other, or use perturb='in_place'."
+                )
+        self._worn = [(type(p), p.data) for p in self.params]
+        put_on = 0
+        try:
+            for put_on in range(len(self.params)):
+                self.cover(put_on)
+            yield
+        finally:
+            for i in range(put_on + 1 if self.params else 0):
+                kind, data = self._worn[i]
+                self.params[i].__class__ = kind
+                self.params[i].data = data
+            self._worn = []
+
+    def show(self, i: int, values: torch.Tensor) -> None:
+        """Let a parameter be one of these values, for whom no operation can be watched."""
+        self.params[i].__class__ = self._worn[i][0]
+        self.params[i].data = values
+
+    def cover(self, i: int) -> None:
+        """The opposite of `show`."""
+        p, (kind, data) = self.params[i], self._worn[i]
+        p.__class__ = kind
+        key = (data.dtype, data.device, data.shape)
+        if key not in self._nothing:
+            nan = torch.full((), torch.nan, dtype=data.dtype, device=data.device)
+            self._nothing[key] = nan.expand(data.shape)
+        p.data = self._nothing[key]
+        if kind not in self._kinds:
+            of_entry = {"entry": self._entry, "__module__": __name__}
+            self._kinds[kind] = type("PerturbedWeight", (PerturbedWeight, kind), of_entry)
+        p.__class__ = self._kinds[kind]

@@ -97,7 +97,7 @@ def test_a_closure_that_raises_leaves_the_weights(mode, fail_at, two_sided):
 @pytest.mark.parametrize("two_sided", [True, False], ids=["two_sided", "one_sided"])
 def test_both_modes_agree_bit_for_bit(two_sided, dtype):
     results = []
-    for mode in MODES:
+    for mode in APART:
         model, (x, y) = Small(dtype).train(), batch()
         opt = zk.ZOSGD(
             model, lr=0.05, num_queries=2, two_sided=two_sided, perturb=mode, weight_decay=0.1,
