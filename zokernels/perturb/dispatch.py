@@ -36,11 +36,12 @@ METADATA = LAYOUT | _those_there_are(
 )  # fmt: skip
 # What is done to a parameter itself, and not to its values.
 STATE = frozenset(
-    [torch.Tensor.requires_grad.__set__, torch.Tensor.grad.__set__]
-    + list(_those_there_are((), (
-        "requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook",
-    )))
-)  # fmt: skip
+    getattr(torch.Tensor, n).__set__ for n in ("requires_grad", "grad")
+) | _those_there_are(
+    (), ("requires_grad_", "retain_grad", "register_hook", "register_post_accumulate_grad_hook")
+)
+# What hands out a weight's memory, or other memory for it.
+DATA: Any = torch.Tensor.data
 
 
 def writes(func: Callable[..., Any], kwargs: dict[str, Any]) -> bool:

@@ -1,8 +1,7 @@
 """Making perturbed weights, in scratch memory of the size of the largest layer.
 
-A forward has lanes: one, or several that share it, each at its own point. Two lanes on the two
-sides of a direction are made by one draw. What a forward reads again is kept until its end, as far
-as a bound allows, and else made again.
+A forward has lanes: one, or several that share it, each at its own point. What a forward reads
+again is kept until its end, as far as a bound allows, and else made again.
 """
 
 from __future__ import annotations
@@ -18,15 +17,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from zokernels import masks
-from zokernels.backends import checks, native
-from zokernels.backends.plan import AddNoise
-from zokernels.perturb.deferred import DeferredDirection, Prepared
-from zokernels.perturb.direction import Direction, is_mirror
+from zokernels.perturb.drawing import Drawing, Lane, Values
 from zokernels.perturb.windows import Windows, aligned, group_small
-
-# The point of a lane; None is θ itself.
-Lane = Direction | None
-Values = list[torch.Tensor]  # one tensor a lane
 
 # Tensors of up to so many elements are filled together.
 SMALL = 1 << 14
@@ -55,12 +47,7 @@ class Filler:
         self.keep = keep
         self.lanes: Sequence[Lane] = ()
         self.seconds = 0.0
-        self._pairs: list[tuple[int, int | None]] = []
-        self._is_native = self._in_windows = False
-        # The lanes again, as other backends than native fill them.
-        self._filling: Sequence[Lane] = ()
-        self._known = Prepared()
-        self._prepared: dict[tuple, native.Prepared] = {}
+        self._drawing = Drawing(keep)
         self._scratch: dict[tuple, torch.Tensor] = {}
         self._addresses: list[tuple[int, torch.dtype]] = []
         self._groups = group_small(self.params, SMALL)
@@ -70,6 +57,7 @@ class Filler:
         # The values that are there until the forward ends, and those of a window or nothing.
         self._held: dict[int, Values] = {}
         self._window: dict[int, Values] = {}
+        self._together: dict[int, torch.Tensor] = {}
         # What this forward has made, what forwards make more than once, and what that comes to.
         self._made: set[int | tuple[int, int]] = set()
         self._again: set[int] = set()
@@ -87,13 +75,8 @@ class Filler:
             self._addresses = addresses
         self.sources = [p.detach() for p in self.params]
         self.lanes = lanes
-        self._pairs = _pair(lanes)
-        self._is_native = all(lane is None or self._takes_native(lane) for lane in lanes)
-        self._filling = lanes if self._is_native else self._known.of(lanes)
-        self._in_windows = not self._is_native and all(
-            lane is None or lane.can_mirror for lane in self._filling
-        )
-        self._held, self._window, self._made = {}, {}, set()
+        self._drawing.begin(lanes, self.sources)
+        self._held, self._window, self._together, self._made = {}, {}, {}, set()
         self._room = _KEPT
         self._elements = self._elements_again = 0
         if len(lanes) not in self._windows:
@@ -102,7 +85,7 @@ class Filler:
 
     def end(self) -> None:
         """The forward is over."""
-        self._held, self._window, self.sources = {}, {}, []
+        self._held, self._window, self._together, self.sources = {}, {}, {}, []
         if self._elements_again > (_OFTEN - 1) * self._elements and not self._is_warned:
             self._is_warned = True
             warnings.warn(
@@ -167,6 +150,14 @@ class Filler:
                 self._keep(i)
             return self._held[i]
 
+    def hold_together(self, i: int) -> torch.Tensor:
+        """What `hold` gives, as one tensor whose first dimension is the lanes."""
+        whole = self._together.get(i)
+        if whole is None:
+            whole = self._together[i] = torch.stack(self.hold(i))
+            self._held[i] = list(whole.unbind())
+        return whole
+
     def item(self, i: int, at: int) -> Values:
         """One of those that a parameter has in its first dimension, in memory of its own."""
         if i in self._held:
@@ -179,7 +170,7 @@ class Filler:
                 p[at] if lane is None else self._own(("own", i, k, at), p[at])
                 for k, lane in enumerate(self.lanes)
             ]
-            self._fill_range(i, at * size, (at + 1) * size, out, None)
+            self._drawing.fill_range(None, i, at * size, (at + 1) * size, out)
             return out
 
     def _is_to_keep(self, i: int) -> bool:
@@ -200,7 +191,7 @@ class Filler:
         for o, lane in zip(out, self.lanes, strict=True):
             if lane is None:
                 o.copy_(p)
-        self._fill(None, [i], [[o] for o in out])
+        self._drawing.fill(("own", i), [i], [[o] for o in out])
         self._held[i] = out
         return out
 
@@ -218,24 +209,11 @@ class Filler:
             first, last = begin * p.shape[1], end * p.shape[1]
             out = self._take("large", p, last - first)
             self._window = {}
-            self._fill_range(i, first, last, out, ("part", i))
+            self._drawing.fill_range(("part", i), i, first, last, out)
             return [
                 p[begin:end] if lane is None else out[k].view(end - begin, p.shape[1])
                 for k, lane in enumerate(self.lanes)
             ]
-
-    def _fill_range(
-        self, i: int, first: int, last: int, out: Values, what: tuple | None
-    ) -> None:
-        """Fill ``out`` with elements ``first`` … ``last`` − 1; ``what`` names fixed memory."""
-        if self._is_native:
-            for lane, a, b in self._draws():
-                prepared = self._prepare(what, lane, [i], a, b, [[o] for o in out])
-                prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
-            return
-        lanes = self._filling if what or self.keep else self.lanes
-        source = self.sources[i].view(-1)[first:last]
-        self._fill_lanes(lanes, [source], [i], [[o.view(-1)] for o in out], [first])
 
     def rows(self, i: int, numbers: Sequence[torch.Tensor]) -> Values:
         """Rows of a matrix, looked up, in memory of their own.
@@ -247,7 +225,7 @@ class Filler:
         Returns:
             For each lane a tensor of shape (*numbers, width).
         """
-        if not self._is_native or numbers[0].dtype is not torch.int64:
+        if not self._drawing.is_native or numbers[0].dtype is not torch.int64:
             return [F.embedding(n, w) for n, w in zip(numbers, self.values([i])[0], strict=True)]
         with self._timed():
             p = self.sources[i]
@@ -261,15 +239,7 @@ class Filler:
                     )
             shape = (p.shape[1],)
             out = [torch.empty((len(n), *shape), dtype=p.dtype) for n in flat]
-            for _, a, b in self._draws():
-                together = b is not None and torch.equal(flat[a], flat[b])
-                for k, mirror in ((a, b),) if together else ((a, None), (b, None)):
-                    if k is None:
-                        continue
-                    own = self.lanes[k]
-                    assert own is not None
-                    prepared = self._prepare(None, own, [i], k, mirror, [[o] for o in out])
-                    prepared.run_rows(own.seeds, own.moves[i].scales, flat[k])
+            self._drawing.fill_rows(i, flat, out)
             for k, point in enumerate(self.lanes):
                 if point is None:
                     out[k] = F.embedding(flat[k], p)
@@ -278,16 +248,16 @@ class Filler:
     def _large(self, i: int) -> Values:
         p = self.sources[i]
         self._count(i, p.numel())
-        if self._in_windows:
+        if self._drawing.in_windows:
             return self._in_window(i)
         out = [o.view(p.shape) for o in self._take("large", p, p.numel())]
-        self._fill(("large", i), [i], [[o] for o in out])
+        self._drawing.fill(("large", i), [i], [[o] for o in out])
         return [p if lane is None else out[k] for k, lane in enumerate(self.lanes)]
 
     def _in_window(self, i: int) -> Values:
         chosen = self._windows[len(self.lanes)].ask(i)
         out, held = self._places_of(chosen)
-        self._fill(None, chosen, out)
+        self._drawing.fill(("window", chosen), chosen, out)
         self._window = held
         return held[i]
 
@@ -314,11 +284,7 @@ class Filler:
         out = [
             p if lane is None else self._own(("own", i, k), p) for k, lane in enumerate(self.lanes)
         ]
-        if self._is_native or self.keep:
-            self._fill(None, [i], [[o] for o in out])
-        else:
-            # What is prepared would hold on to this memory.
-            self._fill_lanes(self.lanes, [p], [i], [[o] for o in out])
+        self._drawing.fill(None, [i], [[o] for o in out])
         return out
 
     def _own(self, name: tuple, like: torch.Tensor) -> torch.Tensor:
@@ -330,7 +296,7 @@ class Filler:
         """A small parameter's values; all of its group are made, and are there from here on."""
         g = self._group_of[i]
         chosen, pieces = self._groups[g][0], self._pieces_of(g)
-        self._fill(("group", g), chosen, [list(own.values()) for own in pieces])
+        self._drawing.fill(("group", g), chosen, [list(own.values()) for own in pieces])
         for j in chosen:
             self._held[j] = [
                 self.sources[j] if lane is None else pieces[k][j]
@@ -353,71 +319,6 @@ class Filler:
             ]
         return self._pieces[key]
 
-    def _fill(self, what: tuple | None, chosen: Sequence[int], out: Sequence[Values]) -> None:
-        """Fill ``out[lane][j]`` with the values of ``chosen[j]``; ``what`` names fixed memory."""
-        sources = [self.sources[i] for i in chosen]
-        if not self._is_native:
-            self._fill_lanes(self._filling, sources, chosen, out)
-            return
-        for lane, a, b in self._draws():
-            scales = {lane.moves[i].scales for i in chosen}
-            if len(scales) == 1:
-                prepared = self._prepare(what, lane, chosen, a, b, out)
-                prepared.run(lane.seeds, scales.pop())
-            else:
-                alone = [self.lanes[k] if k in (a, b) else None for k in range(len(out))]
-                self._fill_lanes(alone, sources, chosen, out)
-
-    def _fill_lanes(
-        self,
-        lanes: Sequence[Lane],
-        sources: Sequence[torch.Tensor],
-        chosen: Sequence[int],
-        out: Sequence[Values],
-        offsets: Sequence[int] | None = None,
-    ) -> None:
-        for a, b in self._pairs:
-            one, other = lanes[a], None if b is None else lanes[b]
-            if one is not None and other is not None and one.can_mirror:
-                assert isinstance(one, DeferredDirection) and b is not None
-                one.fill(sources, out[a], chosen, offsets, out[b])
-                continue
-            for lane, k in ((one, a), (other, b)):
-                if lane is not None and k is not None:
-                    lane.fill(sources, out[k], chosen, offsets)
-
-    def _draws(self) -> Iterator[tuple[Direction, int, int | None]]:
-        """Each lane whose noise must be drawn, its number, and that of its mirror image."""
-        for a, b in self._pairs:
-            lane = self.lanes[a]
-            if lane is not None:
-                yield lane, a, b
-
-    def _prepare(
-        self,
-        what: tuple | None,
-        lane: Direction,
-        chosen: Sequence[int],
-        a: int,
-        b: int | None,
-        out: Sequence[Values],
-    ) -> native.Prepared:
-        key = (what, a, b, len(lane.seeds), lane.dist)
-        prepared = self._prepared.get(key) if what else None
-        if prepared is None:
-            plan = self._plan(lane, chosen, out[a])
-            prepared = native.Prepared(plan, None if b is None else out[b])
-            if what:
-                self._prepared[key] = prepared
-        return prepared
-
-    def _plan(self, lane: Direction, chosen: Sequence[int], out: Values) -> AddNoise:
-        numbers = checks.numbers_of_pass(
-            [self.sources[i] for i in chosen], lane.seeds, lane.moves[chosen[0]].scales,
-            streams=[lane.streams[i] for i in chosen], dist=lane.dist,
-        )  # fmt: skip
-        return AddNoise(**numbers, out=out)
-
     def _take(self, name: Hashable, like: torch.Tensor, size: int) -> Values:
         """Scratch of at least ``size`` elements for each lane."""
         return [self._piece((name, k), like, size) for k in range(len(self.lanes))]
@@ -433,36 +334,12 @@ class Filler:
 
     def _forget_places(self) -> None:
         """What was prepared for memory that is no longer used is void."""
-        self._known.forget()
-        self._prepared.clear()
+        self._drawing.forget()
         self._pieces.clear()
         self._places.clear()
-
-    def _takes_native(self, lane: Direction) -> bool:
-        if lane.is_deferred or lane.mask is not None:
-            return False
-        if lane.runs_by is not native:
-            return False
-        moves = set(lane.moves)
-        for move in moves:
-            for scale in move.scales:
-                checks.binary32(checks.finite(scale, "a coefficient"), "a coefficient")
-        return all(move.is_plain for move in moves)
 
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
         yield
         self.seconds += time.perf_counter() - started
-
-
-def _pair(lanes: Sequence[Lane]) -> list[tuple[int, int | None]]:
-    """The lanes, those next to each other together that mirror each other."""
-    pairs: list[tuple[int, int | None]] = []
-    k = 0
-    while k < len(lanes):
-        one, other = lanes[k], lanes[k + 1] if k + 1 < len(lanes) else None
-        both = one is not None and other is not None and is_mirror(one, other)
-        pairs.append((k, k + 1 if both else None))
-        k += 2 if both else 1
-    return pairs

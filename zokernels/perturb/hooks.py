@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import nn
 
 from zokernels.perturb.filling import Filler
@@ -46,6 +47,15 @@ class Hooks:
             if mine:
                 known = self._owned.setdefault(module, [])
                 known += [i for i in dict.fromkeys(mine) if i not in known]
+
+    def drop(self, chosen: Sequence[int]) -> None:
+        """Be in charge of these parameters no longer."""
+        self._owned = {
+            m: left
+            for m, own in self._owned.items()
+            if (left := [i for i in own if i not in chosen])
+        }
+        self.adopted.difference_update(chosen)
 
     def adopt(self) -> None:
         """Give what no entered module holds to the nearest entered one around it.
@@ -105,6 +115,9 @@ class Hooks:
 
         try:
             for module in self.model.modules() if watch else list(self._owned):
+                # It takes no hooks; a module around it is in charge.
+                if isinstance(module, torch.jit.ScriptModule):
+                    continue
                 handles.append(module.register_forward_pre_hook(enter))
                 handles.append(module.register_forward_hook(leave, always_call=True))
             yield

@@ -4,6 +4,7 @@ A language model makes logits of every position, and its loss looks at a few, or
 `PerturbedLogits` keeps the hidden states and the head instead. Taking positions, reshaping and
 widening act on the hidden states; a cross-entropy runs over the vocabulary in parts, so that
 neither the perturbed head nor the logits are ever whole in memory; any other use computes them.
+A write makes them real first, with every view of them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from zokernels.perturb.dispatch import METADATA, writes
+from zokernels.perturb.dispatch import DATA, METADATA, writes
 from zokernels.perturb.weight import Entry, PerturbedWeight, Unshareable, is_perturbed
 
 # A vocabulary smaller than this gains nothing.
@@ -41,12 +42,13 @@ class PerturbedLogits(torch.Tensor):
     lane: int | None
     weight: int  # the head's number, and its bias's if that is perturbed
     bias: torch.Tensor | int | None
-    size: int
+    vocabulary: int
     wide: torch.dtype
     of: PerturbedLogits | None  # whose view these are
     path: tuple[Callable[[torch.Tensor], torch.Tensor], ...]  # from the base to these
     in_order: bool  # whether they would lie in memory without gaps
     known: torch.Tensor | None  # the logits, once they are computed
+    versions: list[int]  # of the hidden states
 
     @staticmethod
     def can_wait(x: torch.Tensor, weight: PerturbedWeight) -> bool:
@@ -88,13 +90,13 @@ class PerturbedLogits(torch.Tensor):
         empty = torch.empty((*hidden[0].shape[:-1], size), dtype=wide, device="meta")
         self = torch.Tensor._make_subclass(cls, empty)
         self.entry, self.hidden, self.lane = entry, hidden, lane
-        self.weight, self.bias, self.size, self.wide = weight, bias, size, wide
+        self.weight, self.bias, self.vocabulary, self.wide = weight, bias, size, wide
         self.known = None
         self.of, self.path, self.in_order = None, (), True
         if view is not None:
             of, step, self.in_order = view
             self.of, self.path = of.base, (*of.path, step)
-        self._versions = _versions(hidden)
+        self.versions = _versions(hidden)
         entry.waiting.append(weakref.ref(self))
         return self
 
@@ -105,18 +107,14 @@ class PerturbedLogits(torch.Tensor):
 
     def copy_of(self, hidden: Hidden, wide: torch.dtype | None = None) -> PerturbedLogits:
         """The same head's logits of other hidden states, in memory of their own."""
-        return self._make(
-            self.entry, hidden, self.lane, self.weight, self.bias, wide or self.wide
-        )
+        return self._make(self.entry, hidden, self.lane, self.weight, self.bias, wide or self.wide)
 
     def view_by(
         self, step: Callable[[torch.Tensor], torch.Tensor], hidden: Hidden, in_order: bool
     ) -> PerturbedLogits:
         """A view: what ``step`` makes of these logits, whose hidden states are these."""
         view = (self, step, in_order)
-        return self._make(
-            self.entry, hidden, self.lane, self.weight, self.bias, self.wide, view
-        )
+        return self._make(self.entry, hidden, self.lane, self.weight, self.bias, self.wide, view)
 
     def each(self) -> list[Any]:
         """The logits of each lane, where these belong to a point."""
@@ -164,11 +162,11 @@ class PerturbedLogits(torch.Tensor):
 
     def _compute(self) -> list[torch.Tensor]:
         flat = [h.reshape(-1, h.shape[-1]) for h in self.hidden]
-        out = [h.new_empty(len(h), self.size) for h in flat]
+        out = [h.new_empty(len(h), self.vocabulary) for h in flat]
         for begin, end, parts in self.products(flat):
             for o, part in zip(out, parts, strict=True):
                 o[:, begin:end] = part
-        shape = (*self.hidden[0].shape[:-1], self.size)
+        shape = (*self.hidden[0].shape[:-1], self.vocabulary)
         return [o.view(shape).to(self.wide) for o in out]
 
     def products(self, flat: Hidden) -> Iterator[tuple[int, int, list[torch.Tensor]]]:
@@ -180,7 +178,7 @@ class PerturbedLogits(torch.Tensor):
         Raises:
             RuntimeError: If the hidden states have been written since the model's head got them.
         """
-        if _versions(self.hidden) != self._versions:
+        if _versions(self.hidden) != self.versions:
             raise RuntimeError(
                 "The hidden states that logits wait to be made of were written in place; give the "
                 "optimizer lazy_logits=False."
@@ -190,8 +188,8 @@ class PerturbedLogits(torch.Tensor):
         flat = [h.contiguous() for h in flat]
         step = rows_of_a_part(flat[0].shape[1], flat[0].dtype, flat[0].device.type)
         biases = self.biases()
-        for begin in range(0, self.size, step):
-            end = min(begin + step, self.size)
+        for begin in range(0, self.vocabulary, step):
+            end = min(begin + step, self.vocabulary)
             values = filler.part(self.weight, begin, end)
             yield (
                 begin,
@@ -219,7 +217,7 @@ class PerturbedLogits(torch.Tensor):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         first = args[0] if args else None
-        own = _WAITING.get(func)
+        own = WAITING.get(func)
         if own is not None and isinstance(first, PerturbedLogits) and first.base.known is None:
             result = own(*args, **kwargs)
             if result is not NotImplemented:
@@ -292,13 +290,13 @@ def _view(logits: PerturbedLogits, *shape: Any) -> Any:
         shape = tuple(shape[0])
     if not all(isinstance(n, int) for n in shape) or len(shape) < 2 or not logits.in_order:
         return NotImplemented
-    if shape[-1] not in (logits.size, -1) or (shape[-1] == -1 and -1 in shape[:-1]):
+    if shape[-1] not in (logits.vocabulary, -1) or (shape[-1] == -1 and -1 in shape[:-1]):
         return NotImplemented
     rows = list(shape[:-1])
-    if shape[-1] == -1 and torch.Size(rows).numel() * logits.size != logits.numel():
+    if shape[-1] == -1 and torch.Size(rows).numel() * logits.vocabulary != logits.numel():
         return NotImplemented
     hidden = [h.reshape(*rows, h.shape[-1]) for h in logits.hidden]
-    return logits.view_by(lambda t: t.view(*rows, logits.size), hidden, in_order=True)
+    return logits.view_by(lambda t: t.view(*rows, logits.vocabulary), hidden, in_order=True)
 
 
 def _reshape(logits: PerturbedLogits, *shape: Any) -> Any:
@@ -336,93 +334,14 @@ def _take(logits: PerturbedLogits, index: Any) -> Any:
     return logits.view_by(lambda t: t[given], hidden, in_order)
 
 
-def _gather(logits: PerturbedLogits, dim: int, index: torch.Tensor) -> Any:
-    """Logits of a few words: only their rows of the head are made."""
-    last = dim in (-1, logits.dim() - 1)
-    if not last or index.shape[:-1] != logits.shape[:-1] or index.numel() * 8 > logits.shape[-1]:
-        return NotImplemented
-    words = logits.parts(index)
-
-    def chosen() -> list[torch.Tensor]:
-        rows = logits.entry.filler.rows(logits.weight, words)
-        found = []
-        for h, w, b, word in zip(logits.hidden, rows, logits.biases(), words, strict=True):
-            product = (h[..., None, :].float() * w.float()).sum(-1)
-            product = product if b is None else product + b[word].float()
-            # A product of 16-bit tensors is rounded to 16 bits.
-            found.append(product.to(h.dtype).to(logits.wide))
-        return found
-
-    return logits.joined(
-        logits.entry.once(("gather",), logits.lane, [*logits.hidden, index], chosen)
-    )
-
-
-def _cross_entropy(
-    logits: Any,
-    target: Any,
-    weight: Any = None,
-    size_average: Any = None,
-    ignore_index: int = -100,
-    reduce: Any = None,
-    reduction: str = "mean",
-    label_smoothing: float = 0.0,
-) -> Any:
-    """The same loss, from parts of the vocabulary, at the positions that count."""
-    plain = weight is None and size_average is None and reduce is None and label_smoothing == 0
-    if not plain or not isinstance(logits, PerturbedLogits) or logits.dim() != 2:
-        return NotImplemented
-    if target.dim() != 1 or target.dtype is not torch.int64 or reduction not in ("mean", "sum"):
-        return NotImplemented
-    targets = logits.parts(target)
-
-    def losses() -> list[torch.Tensor]:
-        kept = [t != ignore_index for t in targets]
-        hidden = [h[k] for h, k in zip(logits.hidden, kept, strict=True)]
-        wanted = [t[k] for t, k in zip(targets, kept, strict=True)]
-        _check_targets(wanted, logits.shape[-1], ignore_index)
-        found = _negative_log_likelihoods(logits, hidden, wanted)
-        return [getattr(torch, reduction)(x).to(logits.wide) for x in found]
-
-    what = ("cross_entropy", reduction, ignore_index)
-    return logits.joined(logits.entry.once(what, logits.lane, [*logits.hidden, target], losses))
-
-
-def _check_targets(targets: list[torch.Tensor], vocabulary: int, ignore_index: int) -> None:
-    for t in targets:
-        if len(t) and not 0 <= int(t.min()) <= int(t.max()) < vocabulary:
-            raise IndexError(
-                f"The labels lie between {int(t.min())} and {int(t.max())}, but the head has "
-                f"{vocabulary} rows; use the tokenizer of this model, and {ignore_index} for what "
-                "is not to count."
-            )
-
-
-def _negative_log_likelihoods(
-    logits: PerturbedLogits, hidden: Hidden, targets: list[torch.Tensor]
-) -> list[torch.Tensor]:
-    """For each lane log Σ exp(logits) − logit of the target, float32, of shape (rows,)."""
-    sums = [torch.full((len(t),), -torch.inf, device=t.device) for t in targets]
-    chosen = [torch.zeros(len(t), device=t.device) for t in targets]
-    for begin, end, parts in logits.products(hidden):
-        for k, part in enumerate(parts):
-            part = part.float()
-            sums[k] = torch.logaddexp(sums[k], torch.logsumexp(part, 1))
-            inside = (targets[k] >= begin) & (targets[k] < end)
-            at = (targets[k] - begin).clamp(0, end - begin - 1)
-            chosen[k] = torch.where(inside, part.gather(1, at[:, None])[:, 0], chosen[k])
-    return [s - c for s, c in zip(sums, chosen, strict=True)]
-
-
-_WAITING: dict[Callable[..., Any], Callable[..., Any]] = {
+# What acts on logits and lets them wait; `zokernels.perturb.losses` adds to it.
+WAITING: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.Tensor.contiguous: _contiguous,
     torch.Tensor.detach: _same,
-    torch.Tensor.data.__get__: _same,
+    DATA.__get__: _same,
     torch.Tensor.float: _float,
     torch.Tensor.to: _to,
     torch.Tensor.view: _view,
     torch.Tensor.reshape: _reshape,
     torch.Tensor.__getitem__: _take,
-    torch.Tensor.gather: _gather,
-    F.cross_entropy: _cross_entropy,
 }

@@ -8,19 +8,17 @@ scripted module, or an extension) a parameter is filled as its module is entered
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TypeVar
+from typing import NoReturn
 
-import torch
 from torch import nn
 
-from zokernels.perturb import operations  # noqa: F401  (fills the table of operations)
+from zokernels.perturb import losses, operations  # noqa: F401  (they fill tables of operations)
 from zokernels.perturb.direction import Direction
 from zokernels.perturb.filling import Filler, Lane
 from zokernels.perturb.hooks import Hooks
 from zokernels.perturb.weight import Disguise, Entry
-
-Loss = TypeVar("Loss")
 
 
 class OnEntry:
@@ -48,7 +46,6 @@ class OnEntry:
         self._entry = Entry(self._filler, self._names, _head_of(model) if lazy_logits else None)
         self._disguise = Disguise(self._entry)
         self._hooks = Hooks(model, self.params, self._filler, self._disguise)
-        self._hooks.take(_scripted(model, self.params))
         self._is_settled = False
 
     @property
@@ -65,7 +62,7 @@ class OnEntry:
         """Give the scratch memory back until the next forward."""
         self._filler.release()
 
-    def run(self, direction: Direction, forward: Callable[[], Loss]) -> Loss:
+    def run(self, direction: Direction, forward: Callable[[], float]) -> float:
         """``forward()`` with every module of the model at θ + scale · z.
 
         Raises:
@@ -84,8 +81,13 @@ class OnEntry:
             _raise_as_it_is(error, forward)
         # A closure may give up before it has run the model.
         if self.was_entered or not self._untouched():
+            unused = self._untouched()
             self._is_settled = True
             if self._settle():
+                if math.isfinite(result):
+                    # Nobody has read them: they were NaN.
+                    self._hooks.drop(unused)
+                    return result
                 with self.at(direction):
                     result = forward()
         return result
@@ -146,14 +148,3 @@ def _head_of(model: nn.Module) -> nn.Parameter | None:
     base = getattr(model, "get_base_model", lambda: model)()
     head = getattr(base, "get_output_embeddings", lambda: None)()
     return head._parameters.get("weight") if isinstance(head, nn.Linear) else None
-
-
-def _scripted(model: nn.Module, params: Sequence[nn.Parameter]) -> list[int]:
-    """The parameters of scripted modules, which run where nobody watches."""
-    inside = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, torch.jit.ScriptModule)
-        for p in module.parameters()
-    }
-    return [i for i, p in enumerate(params) if id(p) in inside]

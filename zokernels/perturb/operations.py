@@ -88,7 +88,7 @@ def _elementwise(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         if is_apart or not _is_known(x, weight.entry):
             return NotImplemented
         # One operation at all points.
-        own = weight.entry.of([w for (w,) in resolve(weight)])  # type: ignore[misc]
+        own = weight.entry.of([w for (w,) in resolve(weight)])
         return operation(own, x) if weight is a else operation(x, own)
 
     return run

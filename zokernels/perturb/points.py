@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 # torch.vmap wraps its inputs once; here a tensor may join at any operation. What wraps and unwraps
 # a tensor has kept its names since functorch, and torch.vmap itself is written with it.
-_functorch = torch._C._functorch
+_functorch: Any = torch._C._functorch
 
 
 class Points:
@@ -67,9 +67,7 @@ class Points:
         return [t] * self.count if whole is None else list(whole.unbind())
 
     def is_plain(self, t: torch.Tensor) -> bool:
-        """Whether a tensor's values, at each point or at all, are in memory: no vmap of the model's
-        own is around it.
-        """
+        """Whether a tensor's values are in memory: it is in no vmap of the model's own."""
         if not _functorch.is_functorch_wrapped_tensor(t):
             return True
         own = _functorch.is_batchedtensor(t) and _functorch.maybe_get_level(t) == self.level

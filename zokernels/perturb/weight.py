@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from zokernels.perturb.dispatch import LAYOUT, METADATA, OPERATIONS, STATE, writes
+from zokernels.perturb.dispatch import DATA, LAYOUT, METADATA, OPERATIONS, STATE, writes
 from zokernels.perturb.filling import Filler, Lane
 from zokernels.perturb.points import Points
 
@@ -128,6 +128,8 @@ class Entry:
                 "weights from inside the closure."
             )
         self.used.add(place)
+        if self.points is not None and stays:
+            return self.points.wrap(self.filler.hold_together(place))
         return self.of(self.filler.hold(place) if stays else self.filler.fresh(place))
 
     def of(self, values: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -177,17 +179,17 @@ class PerturbedWeight(nn.Parameter):
                 args = (args[0].stored, *args[1:])
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is torch.Tensor.data.__set__ and isinstance(args[0], PerturbedWeight):
+        if func == DATA.__set__ and is_perturbed(args[0]):
             name = cls.entry.names[args[0].place]
             raise RuntimeError(
                 f"The closure's forward gives the trainable parameter {name!r} other data, but its "
                 "step perturbs what it had at its beginning; do so outside of the closure."
             )
         written = args[0] if args and writes(func, kwargs) else None
-        if isinstance(written, PerturbedWeight):
+        if is_perturbed(written):
             written.entry.warn_of_write(written.place)
         # Who takes a pointer, or writes, counts on memory that is there for the whole forward.
-        stays = func in _ALIASES or isinstance(written, PerturbedWeight)
+        stays = func in _ALIASES or is_perturbed(written)
 
         def value(w: PerturbedWeight) -> torch.Tensor:
             return w.entry.value(w.place, stays)
@@ -202,9 +204,7 @@ def is_perturbed(t: Any) -> bool:
     return PerturbedWeight in type(t).__mro__
 
 
-_ALIASES = frozenset(
-    [torch.Tensor.data_ptr, torch.Tensor.data.__get__, torch.Tensor.untyped_storage]
-)
+_ALIASES = frozenset([torch.Tensor.data_ptr, DATA.__get__, torch.Tensor.untyped_storage])
 
 
 def resolve(*tensors: torch.Tensor | None) -> list[list[torch.Tensor | None]]:

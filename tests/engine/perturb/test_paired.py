@@ -254,55 +254,6 @@ def test_an_exception_leaves_the_model_as_it_was(mode, at):
     opt.step(lambda: model(**inputs).loss)
 
 
-class TimeFirst(nn.Module):
-    """Its layers see (length, batch, width)."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.inner(self.embed(x).transpose(0, 1)).square().mean(-1).transpose(0, 1)
-
-
-class Recurrent(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.inner = nn.Embedding(20, 8), nn.LSTM(8, 8, batch_first=True)
-
-    def forward(self, x):
-        return self.inner(self.embed(x))[0].square().mean(-1)
-
-
-class AcrossRows(nn.Module):
-    """Its output depends on the other rows of the batch."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.inner = nn.Embedding(20, 8), nn.Linear(8, 8)
-
-    def forward(self, x):
-        h = self.inner(self.embed(x))
-        return (h - h.mean(0, keepdim=True)).square().mean(-1)
-
-
-@pytest.mark.parametrize(
-    ("kind", "why"),
-    [(TimeFirst, "batch"), (Recurrent, "list of its own"), (AcrossRows, "came out as")],
-)
-def test_what_cannot_be_paired_goes_on_with_one_message(kind, why):
-    torch.manual_seed(0)
-    model, x = kind(), torch.randint(20, (4, 6))
-    expected = step(model, lambda: model(x).mean(), "in_place")
-    opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, seed=5, perturb="paired")
-    with pytest.warns(UserWarning, match=f"goes on as 'on_entry'.*{why}") as seen:
-        first = opt.step(lambda: model(x).mean()).item()
-        for _ in range(2):
-            opt.step(lambda: model(x).mean())
-    assert len([w for w in seen if "goes on" in str(w.message)]) == 1
-    assert first == pytest.approx(expected[0], abs=1e-6)
-
-
 def test_a_batch_that_changes_between_the_two_forwards_cannot_be_paired():
     model, calls = build("opt"), []
 
