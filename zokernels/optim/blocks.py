@@ -90,6 +90,12 @@ def by_layer(model: nn.Module) -> dict[int, int]:
     return numbers
 
 
+def lists(groups: Sequence[dict]) -> list[list[nn.Parameter]]:
+    """The partition of some param groups, given by numbers, as a list of lists of parameters."""
+    numbered = [pair for g in groups for pair in zip(g["blocks"], g["params"], strict=True)]
+    return [[p for n, p in numbered if n == k] for k in range(max(n for n, _ in numbered) + 1)]
+
+
 def _by_module(model: nn.Module) -> dict[int, int]:
     numbers: dict[int, int] = {}
     for i, module in enumerate(model.modules()):

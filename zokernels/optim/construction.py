@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +21,10 @@ from zokernels.optim.perturbers import Perturbers
 from zokernels.optim.recording import Recorded
 from zokernels.optim.state import own_states, restore_states
 from zokernels.perturb import choose_mode
+
+# What a copy does not take over: the log, which goes on with the original; caches, which are of its
+# own parameters; and the method that a scheduler has wrapped, which steps the original.
+_NOT_COPIED = {"trajectory", "_perturbers", "_layers", "step"}
 
 
 class Constructed(Recorded, torch.optim.Optimizer):
@@ -61,12 +67,8 @@ class Constructed(Recorded, torch.optim.Optimizer):
         self.timing = StepTiming()
         self.bad_steps = 0
         self._last_stream = -1
-        self._numbers: dict[int, int] = {}
-        self._perturbers = Perturbers(self.model, self.perturb, lazy_logits)
         # L(θ) on the step's batch, until a weight changes.
         self._base_loss: float | None = None
-        if self.model is not None:
-            self._numbers = {id(p): i for i, p in enumerate(self.model.parameters())}
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
             if not params:
@@ -114,17 +116,50 @@ class Constructed(Recorded, torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        known = {id(p): i for i, p in enumerate(self.model.parameters() if self.model else ())}
         streams = []
         for p in group["params"]:
-            self._last_stream = self._numbers.get(id(p), self._last_stream + 1)
+            self._last_stream = known.get(id(p), self._last_stream + 1)
             streams.append(self._last_stream)
-        if self._numbers:
-            self._last_stream = max(self._last_stream, len(self._numbers) - 1)
+        if known:
+            self._last_stream = max(self._last_stream, len(known) - 1)
         group["streams"] = streams
         join_run(group, self.param_groups[0])
         if group["threshold"] is not None:
             sparse.mask_group(group)
         self._perturbers.clear()
+
+    @functools.cached_property
+    def _perturbers(self) -> Perturbers:
+        return Perturbers(self.model, self.perturb, self.lazy_logits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy`, `pickle` and `torch.save` take of it: the model and all that a step needs.
+
+        Hooks stay behind, as those of torch's optimizers do.
+        """
+        if self.trajectory:
+            warnings.warn(
+                f"The copy of this {type(self).__name__} does not record: the trajectory "
+                f"{self.trajectory.path} goes on with the original; copy.record(path) begins "
+                "another one.",
+                stacklevel=2,
+            )
+        kept = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in _NOT_COPIED and not name.endswith("_hooks")
+        }
+        if callable(self.defaults["blocks"]):
+            # A function that was written in place can't be pickled; what it said can.
+            kept["defaults"] = {**self.defaults, "blocks": partitions.lists(self.param_groups)}
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` gave, or what a load has read."""
+        super().__setstate__(state)
+        # torch adds it for its own rules; to those here, and to their logs, it says nothing.
+        self.defaults.pop("differentiable", None)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; a state keeps the type it was saved in."""

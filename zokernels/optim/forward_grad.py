@@ -45,6 +45,8 @@ class ForwardGrad(ZOSGD):
         ValueError: If an argument is out of range.
     """
 
+    _layers: _Layers | None = None
+
     def __init__(
         self,
         params: Any,
@@ -67,7 +69,6 @@ class ForwardGrad(ZOSGD):
                 "The weights are cut over processes (DTensors), through whose gathering no "
                 "forward-mode derivative goes; use ZOSGD, or whole weights in each process."
             )
-        self._layers: _Layers | None = None
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
         # All forwards of a step go the same way, those without a tangent too.
