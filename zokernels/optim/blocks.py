@@ -118,7 +118,8 @@ def _as_given(blocks: Sequence[int], params: Sequence[nn.Parameter]) -> list[int
 def _from_lists(
     blocks: Sequence[Any], model: nn.Module | None, params: Sequence[nn.Parameter]
 ) -> list[int]:
-    names = {id(p): repr(name) for name, p in model.named_parameters()} if model else {}
+    named = () if model is None else model.named_parameters()
+    names = {id(p): repr(name) for name, p in named}
     numbers: dict[int, int] = {}
     for i, block in enumerate(blocks):
         # A tensor is iterable, and so would be taken for a block of its rows.

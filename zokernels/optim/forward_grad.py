@@ -70,6 +70,10 @@ class ForwardGrad(ZOSGD):
                 "forward-mode derivative goes; use ZOSGD, or whole weights in each process."
             )
 
+    def _goes_on_from(self, rule: str) -> bool:
+        # An eps of 1 and one side mean something else to it than to a rule of differences.
+        return rule != "ZOSGD" and super()._goes_on_from(rule)
+
     def _sweep(self, forward: Forward) -> list[Estimate]:
         # All forwards of a step go the same way, those without a tangent too.
         with _differentiable_attention():

@@ -12,7 +12,6 @@ from torch import nn
 
 import zokernels as zk
 
-
 X = torch.arange(21) % 7
 
 
@@ -63,9 +62,7 @@ def some_bits(model):
 MADE = {
     "sgd": lambda m, **kw: zk.ZOSGD(m, **kw),
     "paired": lambda m, **kw: zk.ZOSGD(m, perturb="paired", **kw),
-    "in place, of a list": lambda m, **kw: zk.ZOSGD(
-        list(m.parameters()), perturb="in_place", **kw
-    ),
+    "in place, of a list": lambda m, **kw: zk.ZOSGD(list(m.parameters()), perturb="in_place", **kw),
     "bits": lambda m, **kw: zk.ZOSGD(m, mask=some_bits(m), **kw),
     "sparse": lambda m, **kw: zk.ZOSGD(m, sparsity=0.3, resample_every=2, **kw),
     "blocks": lambda m, **kw: zk.ZOSGD(m, blocks=lambda name: name.split(".")[0], **kw),
