@@ -118,7 +118,7 @@ def record_seconds(steps: int = 5000) -> float:
         return run
 
     with tempfile.TemporaryDirectory(dir=SCRATCH) as scratch:
-        opt = zk.ZOSGD([nn.Parameter(torch.ones(8))], lr=1e-6)
+        opt = zk.ZOSGD([nn.Parameter(torch.ones(8))], lr=1e-6, perturb="in_place")
         recorder = opt.record(Path(scratch) / "run.zk")
         for name in ("_scalars", "write"):
             setattr(recorder, name, timed(getattr(recorder, name)))

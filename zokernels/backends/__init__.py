@@ -87,6 +87,16 @@ def select(params: Sequence[torch.Tensor], name: str | None, kind: int) -> Modul
     raise ValueError(f"backend={name!r} was asked for, but {refusal}")
 
 
+def why_missing(device: torch.device) -> str | None:
+    """Why the kernels for a device are not there, so that its tensors go to the reference.
+
+    None if they are, or if there are none for such a device.
+    """
+    if device.type == "cuda":
+        return _why_no_triton()
+    return native.why_missing() if device.type == "cpu" else None
+
+
 def _why_not_native(params: Sequence[torch.Tensor]) -> str | None:
     if params[0].device.type != "cpu":
         return f"it runs on CPU tensors and these are on {params[0].device}; use backend=None."

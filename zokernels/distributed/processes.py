@@ -93,6 +93,24 @@ class Distributed(Exchange):
         self._known: weakref.WeakSet = weakref.WeakSet()
         self._sharded = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Distributed:
+        """Itself: a copied optimizer speaks to the same processes."""
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For one process only.
+
+        Raises:
+            TypeError: If there are several, whose connection no file can hold.
+        """
+        if self.ranks > 1:
+            raise TypeError(
+                f"An optimizer that {self.ranks} processes share was to be pickled, but a file "
+                "can't hold their connection; save opt.state_dict() and make the optimizer anew, "
+                "or give parallel=None."
+            )
+        return connect, (None,)
+
     def join(
         self,
         run: Callable[[list[int]], Estimate],

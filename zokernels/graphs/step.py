@@ -86,6 +86,7 @@ class GraphedStep:
         groups = opt._chosen(None)
         self._params = [g["params"][i] for g, chosen in groups for i in chosen]
         self._device = self._params[0].device
+        opt._begin(self._params)
         self._batch = StaticBatch(example_batch, self._device)
         # Its own, since the graph holds the addresses of its memory. Logits that wait ask how many
         # positions count, and only the host could say it.
@@ -321,6 +322,7 @@ class GraphedStep:
         else:
             differences = [plus - losses[0] for plus in losses[1:]]
         opt.projected_gradients = [d / done.eps[0] for d in differences]
+        opt._count_flat(differences)
         if recording:
             # The rule's passes as the host would make them, told to the trajectory and not run.
             with opt._listening(), ops.taking(lambda *_: None):

@@ -34,7 +34,8 @@ class ZOOptimizer(Constructed):
     """Base of the zeroth-order optimizers: forward passes only, no ``.grad``.
 
     Args:
-        params: A module (its trainable parameters), parameters, or param groups.
+        params: A module (its trainable parameters), ``module.parameters()`` (all of them, of which
+            a step moves those that are trainable), other parameters, or param groups.
         lr: Learning rate η ≥ 0.
         eps: Scale ε > 0 of the perturbation.
         num_queries: Directions a step, q ≥ 1.
@@ -68,9 +69,11 @@ class ZOOptimizer(Constructed):
         projected_gradients: The dₖ of the last step, as Python floats, block after block.
         timing: Where the last step's time went.
         bad_steps: Steps in a row whose loss was not finite; they change no weight.
+        flat_steps: Steps so far whose differences were all exactly 0; five in a row are told of.
 
     Raises:
-        ValueError: If an argument is out of range.
+        TypeError: If a trainable parameter has a type that no pass takes.
+        ValueError: If an argument is out of range, or a trainable parameter can't be written.
     """
 
     @torch.no_grad()
@@ -85,7 +88,9 @@ class ZOOptimizer(Constructed):
             The mean of L₊ and L₋, or one-sided the base loss: a detached scalar.
 
         Raises:
-            ValueError: If there is no closure, or its loss is not a scalar.
+            ValueError: If there is no closure, or it returns no loss, or one that is not a scalar.
+            TypeError: If it is no function.
+            RuntimeError: If it calls backward.
             TrajectoryError: If the trajectory cannot take the record. The step is done, and the
                 record is written by the next one.
             FloatingPointError: After ``max_bad_steps`` steps in a row with a loss that is not
@@ -100,11 +105,13 @@ class ZOOptimizer(Constructed):
         sparse.redraw(self.param_groups)
         self.parallel.check(self)
         params = [g["params"][i] for g in self.param_groups for i in trainable(g)]
+        self._begin(params)
         if self.trajectory:
             self.trajectory.begin(group["step"])
         with same_randomness(self.model, params) as replay_random:
             forward = Forward(closure, replay_random)
             found = self._sweep(forward)
+        self._count_flat(d for one in found for d in one.differences)
         if all(one.is_finite for one in found):
             self.bad_steps = 0
         else:

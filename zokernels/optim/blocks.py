@@ -90,6 +90,12 @@ def by_layer(model: nn.Module) -> dict[int, int]:
     return numbers
 
 
+def lists(groups: Sequence[dict]) -> list[list[nn.Parameter]]:
+    """The partition of some param groups, given by numbers, as a list of lists of parameters."""
+    numbered = [pair for g in groups for pair in zip(g["blocks"], g["params"], strict=True)]
+    return [[p for n, p in numbered if n == k] for k in range(max(n for n, _ in numbered) + 1)]
+
+
 def _by_module(model: nn.Module) -> dict[int, int]:
     numbers: dict[int, int] = {}
     for i, module in enumerate(model.modules()):
@@ -112,7 +118,8 @@ def _as_given(blocks: Sequence[int], params: Sequence[nn.Parameter]) -> list[int
 def _from_lists(
     blocks: Sequence[Any], model: nn.Module | None, params: Sequence[nn.Parameter]
 ) -> list[int]:
-    names = {id(p): repr(name) for name, p in model.named_parameters()} if model else {}
+    named = () if model is None else model.named_parameters()
+    names = {id(p): repr(name) for name, p in named}
     numbers: dict[int, int] = {}
     for i, block in enumerate(blocks):
         # A tensor is iterable, and so would be taken for a block of its rows.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,13 +13,18 @@ from zokernels import masks
 from zokernels.backends import shards
 from zokernels.distributed import Distributed, connect
 from zokernels.optim import blocks as partitions
-from zokernels.optim import sparse
+from zokernels.optim import notices, sparse
+from zokernels.optim.arguments import check_trainable, module_of
 from zokernels.optim.forward import StepTiming
-from zokernels.optim.groups import check_group, join_run
+from zokernels.optim.groups import check_group, describe, join_run
 from zokernels.optim.perturbers import Perturbers
 from zokernels.optim.recording import Recorded
-from zokernels.optim.state import own_states, restore_states
+from zokernels.optim.state import check_loadable, own_states, restore_states
 from zokernels.perturb import choose_mode
+
+# What a copy does not take over: the log, which goes on with the original; caches, which are of its
+# own parameters; and the method that a scheduler has wrapped, which steps the original.
+_NOT_COPIED = {"trajectory", "_perturbers", "_layers", "step"}
 
 
 class Constructed(Recorded, torch.optim.Optimizer):
@@ -50,23 +56,25 @@ class Constructed(Recorded, torch.optim.Optimizer):
         model: nn.Module | None = None,
         rule_defaults: dict[str, Any] | None = None,
     ):
-        self.model = params if isinstance(params, nn.Module) else model
+        # A module may have a length, and so be false.
+        found = module_of(params)
+        self.model = model if found is None else found
         self.parallel = connect(parallel)
         shards.settle(self.model)
+        if self.model is None and perturb is None:
+            notices.of_a_list(type(self).__name__)
         self.perturb = choose_mode(self.model, perturb)
         self.lazy_logits = lazy_logits
         self.backend = backend
         self.max_bad_steps = max_bad_steps
         self.projected_gradients: list[float] = []
         self.timing = StepTiming()
-        self.bad_steps = 0
+        self.bad_steps = self.flat_steps = 0
+        self._flat_in_a_row = 0
+        self._has_begun = self._has_told_of_flat_steps = False
         self._last_stream = -1
-        self._numbers: dict[int, int] = {}
-        self._perturbers = Perturbers(self.model, self.perturb, lazy_logits)
         # L(θ) on the step's batch, until a weight changes.
         self._base_loss: float | None = None
-        if self.model is not None:
-            self._numbers = {id(p): i for i, p in enumerate(self.model.parameters())}
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
             if not params:
@@ -74,6 +82,7 @@ class Constructed(Recorded, torch.optim.Optimizer):
                     "The module has no trainable parameter: every one has requires_grad=False; "
                     "unfreeze some."
                 )
+        self._own = tuple(rule_defaults or ())
         defaults = dict(
             lr=lr,
             eps=eps,
@@ -102,6 +111,7 @@ class Constructed(Recorded, torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
+            check_trainable(self.model, group["params"])
             check_group(group)
             self._check_rule(group)
             if self.param_groups[0]["threshold"] is not None:
@@ -114,27 +124,86 @@ class Constructed(Recorded, torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        whole = () if self.model is None else self.model.parameters()
+        known = {id(p): i for i, p in enumerate(whole)}
         streams = []
         for p in group["params"]:
-            self._last_stream = self._numbers.get(id(p), self._last_stream + 1)
+            self._last_stream = known.get(id(p), self._last_stream + 1)
             streams.append(self._last_stream)
-        if self._numbers:
-            self._last_stream = max(self._last_stream, len(self._numbers) - 1)
+        if known:
+            self._last_stream = max(self._last_stream, len(known) - 1)
         group["streams"] = streams
         join_run(group, self.param_groups[0])
         if group["threshold"] is not None:
             sparse.mask_group(group)
         self._perturbers.clear()
 
+    @functools.cached_property
+    def _perturbers(self) -> Perturbers:
+        return Perturbers(self.model, self.perturb, self.lazy_logits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What `copy`, `pickle` and `torch.save` take of it: the model and all that a step needs.
+
+        Hooks stay behind, as those of torch's optimizers do.
+        """
+        if self.trajectory:
+            notices.of_a_copy(type(self).__name__, self.trajectory.path)
+        kept = {
+            name: value
+            for name, value in vars(self).items()
+            if name not in _NOT_COPIED and not name.endswith("_hooks")
+        }
+        if callable(self.defaults["blocks"]):
+            # A function that was written in place can't be pickled; what it said can.
+            kept["defaults"] = {**self.defaults, "blocks": partitions.lists(self.param_groups)}
+        return kept
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over what `__getstate__` gave, or what a load has read."""
+        super().__setstate__(state)
+        # torch adds it for its own rules; to those here, and to their logs, it says nothing.
+        self.defaults.pop("differentiable", None)
+
+    def __repr__(self) -> str:
+        groups = [f"Parameter Group {i}\n{describe(g)}" for i, g in enumerate(self.param_groups)]
+        return "\n".join([f"{type(self).__name__} (", *groups, ")"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """States, param groups, and the rule that they are of, in plain values and tensors."""
+        return {**super().state_dict(), "rule": type(self).__name__}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave; a state keeps the type it was saved in."""
+        """Load what `state_dict` gave; a state keeps the type it was saved in.
+
+        What `ZOSGD` saved goes into the other rules too, since it has nothing of its own.
+
+        Raises:
+            ValueError: If it is another rule's, another kind of optimizer's, or of other groups.
+        """
+        check_loadable(self, state_dict, self._own, type(self).__name__)
         own = own_states(self)
         super().load_state_dict(state_dict)
         restore_states(self, state_dict, own)
-        # What another rule or an older version did not save.
+        # What ZOSGD or an older version did not save.
         for group in self.param_groups:
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
+
+    def _begin(self, params: Sequence[torch.Tensor]) -> None:
+        """A step begins: before the first one, say what there is to say of its parameters."""
+        if not self._has_begun:
+            self._has_begun = True
+            notices.of_first_step(self, params)
+
+    def _count_flat(self, differences: Iterable[float]) -> None:
+        """Count a step that changed no loss, and say so once where there are several in a row."""
+        flat = notices.is_flat(differences)
+        self.flat_steps += flat
+        self._flat_in_a_row = self._flat_in_a_row + 1 if flat else 0
+        if self._flat_in_a_row == notices.FLAT and not self._has_told_of_flat_steps:
+            self._has_told_of_flat_steps = True
+            notices.of_flat_steps(float(self.param_groups[0]["eps"]))
 
     def sparsity_report(self) -> sparse.SparsityReport:
         """What ``sparsity`` came to: the shares asked for, expected, and pruned by this mask.
@@ -143,6 +212,10 @@ class Constructed(Recorded, torch.optim.Optimizer):
             ValueError: If the optimizer has no ``sparsity``.
         """
         return sparse.report(self.param_groups, self.backend)
+
+    def _goes_on_from(self, rule: str) -> bool:
+        """Whether a run of the rule, by its name, can be gone on with."""
+        return rule == "ZOSGD" or rule in [kind.__name__ for kind in type(self).__mro__]
 
     def _check_rule(self, group: dict) -> None:
         """Raise unless the rule's own numbers of a group are in range."""

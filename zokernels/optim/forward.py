@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,12 +39,18 @@ def check_closure(closure: Closure | None) -> Closure:
 
     Raises:
         ValueError: If there is none.
+        TypeError: If it is no function.
         RuntimeError: If weights can't be updated here.
     """
     if closure is None:
         raise ValueError(
             "step() got no closure, but the loss is evaluated at several points; pass a function "
             "that runs the forward and returns the loss: opt.step(lambda: model(**batch).loss)."
+        )
+    if not callable(closure):
+        raise TypeError(
+            f"step() got a {type(closure).__name__}, but the loss is evaluated at several points; "
+            "pass the closure that makes it: opt.step(lambda: model(**batch).loss)."
         )
     if torch.is_inference_mode_enabled():
         raise RuntimeError(
@@ -67,17 +75,66 @@ class Forward:
     def __call__(self) -> torch.Tensor | float:
         """The loss at the weights as they are."""
         self.replay_random()
-        loss = self.closure()
+        with explaining_gradients():
+            loss = self.closure()
         if isinstance(loss, torch.Tensor):
             loss = shards.whole(loss)
-            if loss.numel() != 1:
-                raise ValueError(
-                    f"The closure returned a tensor of shape {tuple(loss.shape)}, but the loss "
-                    "must be a scalar; take its mean."
-                )
+        check_loss(loss)
+        if isinstance(loss, torch.Tensor):
             wide = loss.dtype if loss.dtype is torch.float64 else torch.float32
             self.kind = loss.detach().to(wide)
         return loss
+
+
+@contextlib.contextmanager
+def explaining_gradients() -> Iterator[None]:
+    """Says what to do where a closure calls backward, as that of another optimizer does."""
+    try:
+        yield
+    except RuntimeError as error:
+        # torch's words where a backward finds no graph, and where it finds it used.
+        if not any(
+            words in str(error) for words in ("does not require grad", "graph a second time")
+        ):
+            raise
+        raise RuntimeError(
+            "The closure takes a gradient, but step() needs its loss only, and runs it under "
+            "torch.no_grad; take backward() and zero_grad() out of the closure. Where the loss "
+            "itself has a derivative in it, take that under torch.enable_grad()."
+        ) from error
+
+
+def check_loss(loss: Any) -> None:
+    """Raise ValueError unless what a closure returned is one real number."""
+    what = "a tensor" if isinstance(loss, torch.Tensor) else f"a {type(loss).__name__}"
+    shape = tuple(getattr(loss, "shape", ()))
+    if math.prod(shape) != 1:
+        raise ValueError(
+            f"The closure returned {what} of shape {shape}, but the loss must be a "
+            "scalar; take its mean."
+        )
+    if isinstance(loss, torch.Tensor) and loss.is_complex():
+        raise ValueError(
+            "The closure returned a complex loss, but only a real one can be lowered; return its "
+            "abs() or its real part."
+        )
+    # As `float` asks; of a string it would take the digits.
+    if hasattr(loss, "__float__"):
+        return
+    if loss is None:
+        what, way = "None", "end it with `return loss`"
+    elif hasattr(loss, "loss"):
+        way = "return output.loss"
+    elif isinstance(loss, Mapping) and "loss" in loss:
+        way = "return output['loss']"
+    elif isinstance(loss, tuple | list):
+        way = "return the loss alone, not `loss, logits`"
+    else:
+        way = "return the loss alone"
+    raise ValueError(
+        f"The closure returned {what}, but step() needs the loss, a scalar tensor or a number; "
+        f"{way}."
+    )
 
 
 # Where to look: how each parameter moves (None: not at all), along which seeds, rounded by which.

@@ -45,6 +45,8 @@ class ForwardGrad(ZOSGD):
         ValueError: If an argument is out of range.
     """
 
+    _layers: _Layers | None = None
+
     def __init__(
         self,
         params: Any,
@@ -67,7 +69,10 @@ class ForwardGrad(ZOSGD):
                 "The weights are cut over processes (DTensors), through whose gathering no "
                 "forward-mode derivative goes; use ZOSGD, or whole weights in each process."
             )
-        self._layers: _Layers | None = None
+
+    def _goes_on_from(self, rule: str) -> bool:
+        # An eps of 1 and one side mean something else to it than to a rule of differences.
+        return rule != "ZOSGD" and super()._goes_on_from(rule)
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
         # All forwards of a step go the same way, those without a tangent too.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from zokernels import masks, noise
 from zokernels.optim import blocks
@@ -36,6 +37,24 @@ def trainable(group: dict, block: int | None = None) -> list[int]:
         for i, p in enumerate(group["params"])
         if p.requires_grad and (block is None or group["blocks"][i] == block)
     ]
+
+
+def describe(group: dict) -> str:
+    """A line for each setting of a param group; of what has a number a parameter, how many."""
+    params, blocks = group["params"], group["blocks"]
+    lines = {name: _brief(value) for name, value in group.items() if name != "streams"}
+    lines["params"] = f"{len(params)} tensors, {sum(p.numel() for p in params):,} weights"
+    if blocks is not None:
+        lines["blocks"] = str(len(set(blocks)))
+    return "\n".join(f"    {name}: {lines[name]}" for name in sorted(lines))
+
+
+def _brief(value: Any) -> str:
+    # A dict is a mask, in plain numbers.
+    if isinstance(value, dict):
+        parts = [f"{name} {_brief(part)}" for name, part in value.items() if name != "kind"]
+        return ", ".join([value["kind"], *parts])
+    return f"{len(value)} values" if isinstance(value, list) else str(value)
 
 
 def join_masks(groups: Chosen) -> masks.Mask | None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from zokernels.estimators import Estimate
 from zokernels.optim import blocks
-from zokernels.optim.forward import Forward
+from zokernels.optim.forward import Forward, explaining_gradients
 from zokernels.optim.sgd import ZOSGD
 
 Split = int | Callable[[str], bool]
@@ -162,7 +162,8 @@ class HybridZO(ZOSGD):
             value = float(loss.detach())
             began = time.perf_counter()
             if math.isfinite(value):
-                loss.backward()
+                with explaining_gradients():
+                    loss.backward()
             if not self.reuse_forward:
                 self.timing.forwards += began - started
                 self.timing.backward += time.perf_counter() - began

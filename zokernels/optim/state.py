@@ -6,15 +6,21 @@ momentum of bfloat16 weights; so what was saved is put back after the load.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from zokernels.backends import shards
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Loading(Protocol):
+    """What is asked of an optimizer that loads a state."""
+
+    def _goes_on_from(self, rule: str) -> bool: ...
 
 
 def plain_dtype(dtype: torch.dtype | str | None, params: Sequence[torch.Tensor]) -> str | None:
@@ -54,6 +60,41 @@ def states_of(
                 state[name] = torch.zeros_like(p, dtype=kind)
         found.append(state)
     return found
+
+
+def check_loadable(
+    optimizer: Loading, state_dict: dict[str, Any], own: Collection[str], rule: str
+) -> None:
+    """Raise unless the run that a state is of can be gone on with.
+
+    Args:
+        optimizer: The one that is to load it.
+        state_dict: The state. One of an older version does not name its rule, and may lack some of
+            the rule's own numbers, but not all.
+        own: The names of the numbers in a param group that only this rule has.
+        rule: The rule's name.
+
+    Raises:
+        ValueError: If it is of no optimizer of this project, or of another rule.
+    """
+    groups = state_dict.get("param_groups")
+    if not groups or not all("streams" in group for group in groups):
+        raise ValueError(
+            "The state was not saved by an optimizer of zokernels (it has no param groups with "
+            f"'streams'), so {rule} can't go on with it; begin a run with the model's weights: "
+            f"opt = {rule}(model, lr=...)."
+        )
+    saved = state_dict.get("rule")
+    if saved is None and any(state_dict["state"].values()):
+        fits = any(name in group for group in groups for name in own)
+    else:
+        fits = saved is None or optimizer._goes_on_from(saved)
+    if not fits:
+        raise ValueError(
+            f"The state was saved by {saved or 'another rule'}, whose numbers and states mean "
+            f"nothing to {rule}; load it into the optimizer it is of, or begin a run of {rule} "
+            f"with the model's weights: opt = {rule}(model, lr=...)."
+        )
 
 
 def own_states(optimizer: torch.optim.Optimizer) -> set[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 
+import torch
 from torch import nn
 
 from zokernels.backends import shards
@@ -17,6 +18,14 @@ def is_compiled(model: nn.Module) -> bool:
         hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
         for m in model.modules()
     )
+
+
+def _why_in_place(model: nn.Module) -> str | None:
+    """What has fixed the weights that a forward reads, if anything has."""
+    if is_compiled(model):
+        return "compiled"
+    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
+    return "scripted" if scripted else None
 
 
 def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
@@ -43,18 +52,17 @@ def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
                 "perturb their own parts before they are gathered; use perturb='in_place'."
             )
         return "in_place"
-    if is_compiled(model):
+    if why := _why_in_place(model):
         if wanted in ("on_entry", "paired"):
             raise ValueError(
-                f"perturb={wanted!r} was asked for, but the model is compiled and would go on with "
-                "the weights it was compiled with; use perturb='in_place', or pass the model "
-                "before torch.compile."
+                f"perturb={wanted!r} was asked for, but the model is {why} and would go on with "
+                f"the weights it was {why} with; use perturb='in_place', or pass the model as it "
+                "was before."
             )
         if wanted is None:
             warnings.warn(
-                "The model is compiled and would not see perturbed layers: perturbing in place, "
-                "which "
-                "keeps a copy of the trainable weights.",
+                f"The model is {why} and would not see perturbed layers: perturbing in place, "
+                "which keeps a copy of the trainable weights.",
                 stacklevel=4,
             )
         return "in_place"

@@ -86,6 +86,70 @@ def test_a_run_can_go_on_with_another_rule():
     assert all(set(s) == {"m", "v", "v_max"} for s in states(after))
 
 
+LOST = {
+    "states": (zk.ZOAdam, zk.ZOSGD),
+    "states of the same name": (zk.ZOSGDMomentum, zk.ZOAdam),
+    "sides": (zk.ZOSGD, zk.ForwardGrad),
+    "an eps of 1": (zk.ForwardGrad, zk.ZOSGD),
+    "a way to judge": (zk.ZOSGDConservative, zk.ZOSGDSign),
+}
+
+
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("name", LOST)
+def test_a_state_of_another_rule_is_refused_and_changes_nothing(name, steps):
+    saved, loads = LOST[name]
+    model = Odd(torch.float32)
+    opt, other = saved(model, lr=0.5), loads(model, lr=0.25)
+    for _ in range(steps):
+        opt.step(model)
+    words = f"saved by {saved.__name__}.*mean nothing to {loads.__name__}"
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(opt.state_dict())
+    assert other.param_groups[0]["lr"] == 0.25 and not other.state
+    other.step(model)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_state_of_one_of_torchs_optimizers_is_refused(kind):
+    model = Odd(torch.float32)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    opt = zk.ZOSGD(model)
+    for state_dict in (kind(trained, lr=0.1).state_dict(), model.state_dict()):
+        with pytest.raises(ValueError, match="not saved by an optimizer of zokernels"):
+            opt.load_state_dict(state_dict)
+
+
+@pytest.mark.parametrize("name", ["momentum", "amsgrad", "adam"])
+def test_a_state_that_does_not_name_its_rule_is_known_by_its_numbers(name):
+    # As older versions saved it, without the numbers that came later.
+    model, opt = with_states(name, torch.float32)
+    opt.step(model)
+    older = opt.state_dict()
+    del older["rule"]
+    for group in older["param_groups"]:
+        for later in ("state_dtype", "block_order", "window", "resample_every"):
+            group.pop(later, None)
+    twin, resumed = with_states(name, torch.float32)
+    twin.load_state_dict(model.state_dict())
+    resumed.load_state_dict(older)
+    assert torch.equal(opt.step(model), resumed.step(twin))
+    assert unchanged(twin, state(model)) == []
+    with pytest.raises(ValueError, match="saved by another rule"):
+        zk.ZOSGD(model).load_state_dict(older)
+
+
+def test_a_class_derived_from_a_rule_goes_on_from_it():
+    class Watched(zk.ZOAdam):
+        pass
+
+    model, opt = with_states("adam", torch.float32)
+    opt.step(model)
+    derived = Watched(model)
+    derived.load_state_dict(opt.state_dict())
+    assert derived.param_groups[0]["step"] == 1
+
+
 @pytest.mark.hf
 def test_accelerate_leaves_float32_states_of_bfloat16_weights_alone():
     accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
