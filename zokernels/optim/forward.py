@@ -203,6 +203,9 @@ def same_randomness(
 ) -> Iterator[Callable[[], None]]:
     """Dropout off, buffers kept; yields a function that makes the next forward draw as the first.
 
+    Torch's own encoder layers have a path for inference, which is another function where words are
+    padded, and which perturbed weights don't take: it is off, as it is in training by backprop.
+
     The root keeps its training flag, since trainers read it to tell training from evaluation;
     what it draws itself is replayed.
     """
@@ -223,9 +226,12 @@ def same_randomness(
         buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
     for m in switched:
         m.training = False
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     try:
         yield replay
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         shards.settle(model)
         for m in switched:
             m.training = True

@@ -21,7 +21,7 @@ class Hooks:
     Attributes:
         filled: The parameters filled so far.
         entered: The modules entered so far while all of them were watched.
-        adopted: The parameters that a module around their own is in charge of.
+        holders: The modules that are in charge of parameters.
     """
 
     def __init__(
@@ -36,8 +36,7 @@ class Hooks:
         self.filler, self.disguise = filler, disguise
         self.filled: set[int] = set()
         self.entered: set[nn.Module] = set()
-        self.adopted: set[int] = set()
-        self._owned: dict[nn.Module, list[int]] = {}
+        self.holders: dict[nn.Module, list[int]] = {}
 
     def take(self, chosen: Sequence[int]) -> None:
         """Be in charge of these parameters from now on, each in the modules that hold it."""
@@ -45,17 +44,16 @@ class Hooks:
         for module in self.model.modules():
             mine = [position[id(p)] for p in module._parameters.values() if id(p) in position]
             if mine:
-                known = self._owned.setdefault(module, [])
+                known = self.holders.setdefault(module, [])
                 known += [i for i in dict.fromkeys(mine) if i not in known]
 
     def drop(self, chosen: Sequence[int]) -> None:
         """Be in charge of these parameters no longer."""
-        self._owned = {
+        self.holders = {
             m: left
-            for m, own in self._owned.items()
+            for m, own in self.holders.items()
             if (left := [i for i in own if i not in chosen])
         }
-        self.adopted.difference_update(chosen)
 
     def adopt(self) -> None:
         """Give what no entered module holds to the nearest entered one around it.
@@ -64,8 +62,8 @@ class Hooks:
             RuntimeError: If there is none.
         """
         parents = {child: m for m in self.model.modules() for child in m.children()}
-        held = {i for m, own in self._owned.items() if m in self.entered for i in own}
-        for holder, own in list(self._owned.items()):
+        held = {i for m, own in self.holders.items() if m in self.entered for i in own}
+        for holder, own in list(self.holders.items()):
             if holder in self.entered:
                 continue
             around = parents.get(holder)
@@ -82,15 +80,9 @@ class Hooks:
                         "can't be perturbed on entry; call the model itself, freeze the "
                         "parameter, or use perturb='in_place'."
                     )
-                self._owned.setdefault(around, []).append(i)
-                self.adopted.add(i)
+                self.holders.setdefault(around, []).append(i)
                 held.add(i)
-            del self._owned[holder]
-
-    @property
-    def holders(self) -> list[nn.Module]:
-        """The modules that are filled on their own entry."""
-        return [m for m, own in self._owned.items() if not self.adopted.issuperset(own)]
+            del self.holders[holder]
 
     @contextlib.contextmanager
     def set(self, watch: bool) -> Iterator[None]:
@@ -100,10 +92,10 @@ class Hooks:
 
         def enter(module: nn.Module, _args: object) -> None:
             self.entered.add(module)
-            if module not in self._owned:
+            if module not in self.holders:
                 return
             inner = {i for stack in open_modules.values() for filled in stack for i in filled}
-            own = [i for i in self._owned[module] if i not in inner]
+            own = [i for i in self.holders[module] if i not in inner]
             open_modules.setdefault(module, []).append(own)
             for i in own:
                 self.disguise.show(i, self.filler.fresh(i)[0])
@@ -114,7 +106,7 @@ class Hooks:
                 self._hide(open_modules[module].pop())
 
         try:
-            for module in self.model.modules() if watch else list(self._owned):
+            for module in self.model.modules() if watch else list(self.holders):
                 # It takes no hooks; a module around it is in charge.
                 if isinstance(module, torch.jit.ScriptModule):
                     continue

@@ -24,8 +24,9 @@ def _why_in_place(model: nn.Module) -> str | None:
     """What has fixed the weights that a forward reads, if anything has."""
     if is_compiled(model):
         return "compiled"
-    scripted = any(isinstance(m, torch.jit.ScriptModule) for m in model.modules())
-    return "scripted" if scripted else None
+    scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    trains = any(p.requires_grad for m in scripted for p in m.parameters())
+    return "scripted" if trains else None
 
 
 def choose_mode(model: nn.Module | None, wanted: str | None) -> str:

@@ -18,7 +18,7 @@ from zokernels.perturb import losses, operations  # noqa: F401  (they fill table
 from zokernels.perturb.direction import Direction
 from zokernels.perturb.filling import Filler, Lane
 from zokernels.perturb.hooks import Hooks
-from zokernels.perturb.weight import Disguise, Entry
+from zokernels.perturb.weight import Disguise, Entry, Misused
 
 
 class OnEntry:
@@ -75,6 +75,8 @@ class OnEntry:
         try:
             with self.at(direction):
                 result = forward()
+        except Misused:
+            raise
         except (RuntimeError, TypeError) as error:
             if self.was_entered and self._settle():
                 return self.run(direction, forward)

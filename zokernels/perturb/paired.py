@@ -21,7 +21,7 @@ from zokernels.perturb.filling import Lane
 from zokernels.perturb.logits import PerturbedLogits
 from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.points import Points, is_about_points
-from zokernels.perturb.weight import Entry, Unshareable
+from zokernels.perturb.weight import Entry, Misused, Unshareable
 
 
 class Paired(OnEntry):
@@ -48,12 +48,12 @@ class Paired(OnEntry):
             # A forward of its own tells which parameters no operation asks for.
             done = [self._run_alone(lanes[0], forward)]
         try:
-            if self._hooks.holders:
-                kind = type(self._hooks.holders[0]).__name__
+            for holder in self._hooks.holders:
+                kind = type(holder).__name__
                 raise Unshareable(f"{kind} takes its weights where nobody can watch")
             return [float(loss) for loss in self.run_shared(lanes, forward)]
         except RuntimeError as error:
-            if not isinstance(error, Unshareable) and not is_about_points(error):
+            if not (isinstance(error, Unshareable) or is_about_points(error)):
                 raise
             why = str(error)
         found = done + [self._run_alone(lane, forward) for lane in lanes[len(done) :]]
@@ -149,6 +149,8 @@ class _SharedForward:
         with Points.open(entry.count) as entry.points:
             try:
                 return _split(self.forward(*args, **kwargs), entry.points)
+            except Misused:
+                raise
             except Exception as error:
                 # A forward of its own tells whether it is the model's own error.
                 raise Unshareable(f"{type(error).__name__} in the model: {error}") from error

@@ -30,6 +30,10 @@ class Unshareable(RuntimeError):
     """The lanes of a forward cannot share it; the message says why."""
 
 
+class Misused(RuntimeError):
+    """The closure does with a parameter what no perturbed forward can follow."""
+
+
 class Entry:
     """A forward under way, at the points of its lanes.
 
@@ -120,10 +124,10 @@ class Entry:
             stays: Whether whoever asks again in this forward gets the same memory.
 
         Raises:
-            RuntimeError: If no forward is under way.
+            Misused: If no forward is under way.
         """
         if not self.is_open:
-            raise RuntimeError(
+            raise Misused(
                 "A perturbed weight was used after its forward; keep no reference to a module's "
                 "weights from inside the closure."
             )
@@ -181,11 +185,11 @@ class PerturbedWeight(nn.Parameter):
                 return func(*args, **kwargs)
         if func == DATA.__set__ and is_perturbed(args[0]):
             name = cls.entry.names[args[0].place]
-            raise RuntimeError(
+            raise Misused(
                 f"The closure's forward gives the trainable parameter {name!r} other data, but its "
                 "step perturbs what it had at its beginning; do so outside of the closure."
             )
-        written = args[0] if args and writes(func, kwargs) else None
+        written: Any = args[0] if args and writes(func, kwargs) else None
         if is_perturbed(written):
             written.entry.warn_of_write(written.place)
         # Who takes a pointer, or writes, counts on memory that is there for the whole forward.
@@ -249,11 +253,11 @@ class Disguise:
         """The parameters are perturbed weights inside the block.
 
         Raises:
-            RuntimeError: If they are so already.
+            Misused: If they are so already.
         """
         for p in self.params:
             if is_perturbed(p):
-                raise RuntimeError(
+                raise Misused(
                     "A perturbed forward began inside of another one of the same parameters; "
                     "perturb one after the other, or use perturb='in_place'."
                 )

@@ -63,14 +63,12 @@ def test_a_penalty_on_parameters_that_the_closure_keeps(norm):
 
 
 class Every(nn.Module):
-    """A parameter under vmap, in a scripted child, in parametrizations, and with an attribute."""
+    """A parameter under vmap, in parametrizations, iterated over, and with an attribute."""
 
     def __init__(self, kind):
         super().__init__()
         self.kind, self.inner = kind, nn.Linear(8, 8)
         self.stack = nn.Parameter(torch.randn(3, 8, 8))
-        if kind == "scripted child":
-            self.child = torch.jit.script(nn.Linear(8, 8))
         if kind == "weight norm":
             self.inner = weight_norm(self.inner)
         if kind == "spectral norm":
@@ -81,8 +79,6 @@ class Every(nn.Module):
         h = self.inner(x)
         if self.kind == "vmap":
             return torch.vmap(lambda w: F.linear(h, w))(self.stack).mean(0)
-        if self.kind == "scripted child":
-            return self.child(h) + h @ self.stack[0]
         if self.kind == "functional call":
             h = torch.func.functional_call(self.inner, dict(self.inner.named_parameters()), h)
         if self.kind == "iterated":
@@ -90,15 +86,14 @@ class Every(nn.Module):
         return h @ self.stack[1] * self.stack.scale
 
 
-KINDS = ["vmap", "weight norm", "spectral norm", "functional call", "iterated", "attribute",
-         pytest.param("scripted child", marks=pytest.mark.filterwarnings("ignore:.*jit.script"))]  # fmt: skip
+KINDS = ["vmap", "weight norm", "spectral norm", "functional call", "iterated", "attribute"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_whatever_takes_a_parameter_gets_the_perturbed_one(kind):
     torch.manual_seed(0)
     model, x = Every(kind).eval(), torch.randn(4, 8)
-    shares = kind not in ("vmap", "scripted child", "spectral norm")
+    shares = kind not in ("vmap", "spectral norm")
     if shares:
         assert_all_modes_agree(model, lambda: model(x).square().mean())
     else:
@@ -259,5 +254,5 @@ def test_every_forward_of_a_step_takes_the_path_that_training_takes(padded, two_
             torch.backends.mha.set_fastpath_enabled(True)
     for mode in MODES:
         opt = zk.ZOSGD(model, lr=0.0, eps=1e-6, perturb=mode, two_sided=two_sided)
-        assert float(opt.step(closure)) == pytest.approx(expected, rel=1e-5)
+        assert float(opt.step(closure)) == pytest.approx(expected, rel=1e-4)
     assert torch.backends.mha.get_fastpath_enabled()
