@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zokernels import masks
-from zokernels.backends import checks, native
+from zokernels.backends import checks, layouts, native
 from zokernels.backends.plan import AddNoise
 from zokernels.perturb.deferred import DeferredDirection, Prepared
 from zokernels.perturb.direction import Direction, is_mirror
@@ -34,7 +34,7 @@ class Filler:
     """The perturbed values of parameters, for each lane of a forward.
 
     Args:
-        params: Contiguous parameters of one device.
+        params: Parameters, on any devices and in any layout.
         keep: Keep the memory of every value, so that it has the same address in each forward.
 
     Attributes:
@@ -54,9 +54,9 @@ class Filler:
         self._known = Prepared()
         self._prepared: dict[tuple, native.Prepared] = {}
         self._scratch: dict[tuple, torch.Tensor] = {}
-        self._addresses: list[tuple[int, torch.dtype]] = []
-        self._groups = group_small(self.params, SMALL)
-        self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
+        self._addresses: list[tuple] = []
+        self._groups: list[tuple[list[int], list[int]]] = []
+        self._group_of: dict[int, int] = {}
         # Where a group's parameters lie in scratch: for each lane, a place a parameter.
         self._pieces: dict[tuple[int, int], list[dict[int, torch.Tensor]]] = {}
         # The values that are in scratch now: those of a group, and of a window or nothing.
@@ -69,10 +69,13 @@ class Filler:
 
     def begin(self, lanes: Sequence[Lane]) -> None:
         """What is asked for from here on is for a forward at these points."""
-        addresses = [(p.data_ptr(), p.dtype) for p in self.params]
+        addresses = [(p.data_ptr(), p.dtype, p.stride()) for p in self.params]
         if addresses != self._addresses:
             self._forget_places()
             self._addresses = addresses
+            self._groups = group_small(self.params, SMALL)
+            self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
+            self._windows.clear()
         self.lanes = lanes
         self._pairs = _pair(lanes)
         self._is_native = all(lane is None or self._takes_native(lane) for lane in lanes)
@@ -134,13 +137,13 @@ class Filler:
             first, last = begin * p.shape[1], end * p.shape[1]
             out = self._take("large", p, last - first)
             self._hold_window({})
-            if self._is_native:
+            if self._is_native_for([p]):
                 for lane, a, b in self._draws():
                     prepared = self._prepare(("part", i), lane, [i], a, b, [[o] for o in out])
                     prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
             else:
                 self._fill_lanes(
-                    self._filling, [p.view(-1)[first:last]], [i], [[o] for o in out], [first]
+                    self._filling, [p[begin:end].reshape(-1)], [i], [[o] for o in out], [first]
                 )
             return [
                 p[begin:end] if lane is None else out[k].view(end - begin, p.shape[1])
@@ -157,7 +160,7 @@ class Filler:
         Returns:
             For each lane a tensor of shape (*numbers, width).
         """
-        if not self._is_native or numbers[0].dtype is not torch.int64:
+        if not self._is_native_for([self.params[i]]) or numbers[0].dtype is not torch.int64:
             return [F.embedding(n, w) for n, w in zip(numbers, self.values([i])[0], strict=True)]
         with self._timed():
             p = self.params[i].detach()
@@ -189,7 +192,7 @@ class Filler:
         if self._in_windows:
             return self._in_window(i)
         p = self.params[i].detach()
-        out = [o.view(p.shape) for o in self._take("large", p, p.numel())]
+        out = [layouts.shaped(o, p) for o in self._take("large", p, p.numel())]
         self._fill(("large", i), [i], [[o] for o in out])
         return [p if lane is None else out[k] for k, lane in enumerate(self.lanes)]
 
@@ -234,7 +237,7 @@ class Filler:
         p = self.params[i].detach()
         if not self.keep:
             return torch.empty_like(p)
-        return self._piece(("own", i, k), p, p.numel()).view(p.shape)
+        return layouts.shaped(self._piece(("own", i, k), p, p.numel()), p)
 
     def _small(self, i: int, g: int) -> Values:
         if i not in self._group:
@@ -254,11 +257,11 @@ class Filler:
         key = (g, len(self.lanes))
         if key not in self._pieces:
             chosen, starts = self._groups[g]
-            own = [self.params[j] for j in chosen]
+            own = [self.params[j].detach() for j in chosen]
             memory = self._take("group", own[0], starts[-1] + own[-1].numel())
             self._pieces[key] = [
                 {
-                    j: m[s : s + p.numel()].view(p.shape)
+                    j: layouts.shaped(m[s : s + p.numel()], p)
                     for j, s, p in zip(chosen, starts, own, strict=True)
                 }
                 for m in memory
@@ -268,7 +271,7 @@ class Filler:
     def _fill(self, what: tuple | None, chosen: Sequence[int], out: Sequence[Values]) -> None:
         """Fill ``out[lane][j]`` with the values of ``chosen[j]``; ``what`` names fixed memory."""
         sources = [self.params[i].detach() for i in chosen]
-        if not self._is_native:
+        if not self._is_native_for(sources):
             self._fill_lanes(self._filling, sources, chosen, out)
             return
         for lane, a, b in self._draws():
@@ -332,7 +335,7 @@ class Filler:
         if held is None or held.numel() < size:
             self._forget_places()
             self._scratch.pop(key, None)
-            held = self._scratch[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            held = self._scratch[key] = like.new_empty(size)
         return held[:size]
 
     def _forget_places(self) -> None:
@@ -341,6 +344,10 @@ class Filler:
         self._prepared.clear()
         self._pieces.clear()
         self._places.clear()
+
+    def _is_native_for(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Whether native kernels read these where they lie."""
+        return self._is_native and all(map(layouts.is_row_major, sources))
 
     def _takes_native(self, lane: Direction) -> bool:
         if lane.is_deferred or lane.mask is not None:

@@ -73,14 +73,17 @@ class Windows:
 
 
 def group_small(params: Sequence[nn.Parameter], small: int) -> list[tuple[list[int], list[int]]]:
-    """Groups of small parameters of one kind: their numbers, and where each begins in scratch."""
+    """Groups of small parameters of one kind: their numbers, and where each begins in scratch.
+
+    What is not row-major is filled one by one, so that such parameters have groups of their own.
+    """
     groups: list[tuple[list[int], list[int]]] = []
     end: dict[int, int] = {}
     open_group: dict[tuple, int] = {}
     for i, p in enumerate(params):
         if p.numel() > small:
             continue
-        kind = (p.dtype, p.device)
+        kind = (p.dtype, p.device, p.is_contiguous())
         g = open_group.get(kind)
         if g is None or end[g] + p.numel() > GROUP:
             g = open_group[kind] = len(groups)
