@@ -100,6 +100,7 @@ class ZOOptimizer(Constructed):
         sparse.redraw(self.param_groups)
         self.parallel.check(self)
         params = [g["params"][i] for g in self.param_groups for i in trainable(g)]
+        self._check_in_memory(params)
         if self.trajectory:
             self.trajectory.begin(group["step"])
         with same_randomness(self.model, params) as replay_random:

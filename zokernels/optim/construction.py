@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from zokernels import masks
-from zokernels.backends import shards
+from zokernels.backends import layouts, shards
 from zokernels.distributed import Distributed, connect
 from zokernels.optim import blocks as partitions
 from zokernels.optim import sparse
@@ -104,6 +104,8 @@ class Constructed(Recorded, torch.optim.Optimizer):
         try:
             check_group(group)
             self._check_rule(group)
+            params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+            layouts.check_apart(self._named(params))
             if self.param_groups[0]["threshold"] is not None:
                 sparse.refuse_masks([group])
             if not isinstance(group["mask"], dict):
@@ -125,6 +127,22 @@ class Constructed(Recorded, torch.optim.Optimizer):
         if group["threshold"] is not None:
             sparse.mask_group(group)
         self._perturbers.clear()
+
+    def _named(self, params: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters by what a message calls them."""
+        named = self.model.named_parameters() if self.model is not None else ()
+        names = {id(p): f"Parameter {name!r}" for name, p in named}
+        return {names.get(id(p), f"params[{i}]"): p for i, p in enumerate(params)}
+
+    def _check_in_memory(self, params: Sequence[torch.Tensor]) -> None:
+        """Raise ValueError if weights to be trained have no memory."""
+        for name, p in self._named(params).items() if any(p.is_meta for p in params) else ():
+            if p.is_meta:
+                raise ValueError(
+                    f"{name} is on the meta device, without memory: the model is not loaded yet, "
+                    "or a device_map has offloaded it to the CPU's memory or to a disk; load it "
+                    "onto devices that hold it, or freeze what is offloaded."
+                )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; a state keeps the type it was saved in."""
