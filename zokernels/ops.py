@@ -89,7 +89,7 @@ def add_noise_(
     here, numbers = _checked(params, None, seeds, coeffs, how)
     checks.check_apart(here.params)
     _run(AddNoise(**numbers, out=here.params), how)
-    _tell("add_noise", params, seeds, coeffs, **how)
+    tell("add_noise", params, seeds, coeffs, **how)
 
 
 @takes(checks.numbers_of_pass)
@@ -164,7 +164,7 @@ def apply_update_(
     plan = ApplyUpdate(**numbers, states=_here(params, ordered, how).others)
     checks.check_apart(plan.written)
     _run(plan, how)
-    _tell(rule, params, seeds, coeffs, states=ordered, lr=lr, **how)
+    tell(rule, params, seeds, coeffs, states=ordered, lr=lr, **how)
 
 
 def _checked(
@@ -219,13 +219,14 @@ def _here(
     return shards.cut(params, others or [()] * len(params), *places)
 
 
-def _tell(
+def tell(
     rule: str,
     params: Sequence[torch.Tensor],
     seeds: Sequence[int],
     coeffs: Sequence[float],
     **keywords: Any,
 ) -> None:
+    """Say to who listens that a pass was made, with all of its keywords."""
     listener = _listener.get()
     if listener is not None:
         listener(rule, params, seeds, coeffs, keywords)

@@ -116,7 +116,7 @@ def tail(plan: Pass, decay: float, rounding_seed: int, rate: float = 0.0) -> lis
     return found
 
 
-def reads_in_memory(backend: ModuleType) -> bool:
+def reads_in_memory(backend: ModuleType | None) -> bool:
     """Whether a backend's passes read their numbers on the device, and need not wait for them."""
     return hasattr(backend, "prepare_add_noise")
 

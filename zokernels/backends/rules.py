@@ -55,7 +55,7 @@ def check_states(
         )
     found = []
     for i, (state, p) in enumerate(zip(states, params, strict=True)):
-        tensors = _in_order(state, names, i)
+        tensors = in_order(state, names, i)
         checks.check_tensors([p, *tensors], f"params[{i}] and its states")
         for name, t in zip(names, tensors, strict=True):
             wide = p.dtype is torch.float64
@@ -83,7 +83,8 @@ def _is_scalar(value: object) -> bool:
     return isinstance(value, torch.Tensor) and value.dim() == 0
 
 
-def _in_order(state: State, names: tuple[str, ...], i: int) -> list[torch.Tensor]:
+def in_order(state: State, names: tuple[str, ...], i: int) -> list[torch.Tensor]:
+    """The tensors of a state in the rule's order; ``i`` is its number in a message."""
     if isinstance(state, torch.Tensor):
         state = [state]
     if isinstance(state, Mapping):

@@ -10,7 +10,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from zokernels import noise
-from zokernels.backends import select, shards
+from zokernels.backends import layouts, select, shards
 from zokernels.optim import (
     ZOSGD,
     ForwardGrad,
@@ -68,6 +68,7 @@ def check(optimizer: ZOOptimizer, capture: bool) -> None:
             "A step with float64 parameters can't be captured, since its numbers are kept in "
             "binary32; use opt.step(closure)."
         )
+    _check_layout(params)
     _check_device(optimizer, params, capture)
 
 
@@ -99,6 +100,22 @@ def _refused(group: dict) -> dict[str, str]:
             "it counts the steps whose loss was finite, which only the host knows"
         )
     return found
+
+
+def _check_layout(params: list[torch.Tensor]) -> None:
+    devices = layouts.by_device(params)
+    if len(devices) > 1:
+        raise ValueError(
+            f"The weights are on {', '.join(map(str, devices))}, but a graph is captured on one "
+            "device; use opt.step(closure), which takes them where they are, or move the model."
+        )
+    for p in params:
+        if not layouts.is_row_major(p):
+            raise ValueError(
+                f"A weight of shape {tuple(p.shape)} with strides {p.stride()} is not contiguous, "
+                "and its passes go through a copy, which a graph would read as it was captured; "
+                "use opt.step(closure), or p.data = p.data.contiguous()."
+            )
 
 
 def _check_device(optimizer: ZOOptimizer, params: list[torch.Tensor], capture: bool) -> None:

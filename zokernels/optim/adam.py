@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from zokernels import ops
+from zokernels import passes
 from zokernels.backends import rules
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import mean_coefficients
@@ -76,7 +76,7 @@ class ZOAdam(ZOOptimizer):
         names = rules.state_names("adam", group["amsgrad"])
         states = states_of(self, params, names, group["state_dtype"])
         for step, alike in self._by_step(group, states).items():
-            ops.apply_update_(
+            passes.apply_update_(
                 [params[j] for j in alike],
                 [states[j] for j in alike],
                 "adam",

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from zokernels import masks
-from zokernels.backends import shards
+from zokernels.backends import layouts, shards
 from zokernels.distributed import Distributed, connect
 from zokernels.optim import blocks as partitions
 from zokernels.optim import notices, sparse
@@ -114,6 +114,8 @@ class Constructed(Recorded, torch.optim.Optimizer):
             check_trainable(self.model, group["params"])
             check_group(group)
             self._check_rule(group)
+            params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+            layouts.check_apart(self._named(params))
             if self.param_groups[0]["threshold"] is not None:
                 sparse.refuse_masks([group])
             if not isinstance(group["mask"], dict):
@@ -173,6 +175,12 @@ class Constructed(Recorded, torch.optim.Optimizer):
         """States, param groups, and the rule that they are of, in plain values and tensors."""
         return {**super().state_dict(), "rule": type(self).__name__}
 
+    def _named(self, params: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Parameters by what a message calls them."""
+        named = self.model.named_parameters() if self.model is not None else ()
+        names = {id(p): f"Parameter {name!r}" for name, p in named}
+        return {names.get(id(p), f"params[{i}]"): p for i, p in enumerate(params)}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what `state_dict` gave; a state keeps the type it was saved in.
 
@@ -191,7 +199,13 @@ class Constructed(Recorded, torch.optim.Optimizer):
                 group.setdefault(name, value)
 
     def _begin(self, params: Sequence[torch.Tensor]) -> None:
-        """A step begins: before the first one, say what there is to say of its parameters."""
+        """A step begins: before the first one, say what there is to say of its parameters.
+
+        Raises:
+            ValueError: If some have been offloaded since.
+        """
+        if any(p.is_meta for p in params):
+            check_trainable(self.model, list(params))
         if not self._has_begun:
             self._has_begun = True
             notices.of_first_step(self, params)

@@ -206,17 +206,19 @@ def same_randomness(
     Torch's own encoder layers have a path for inference, which is another function where words are
     padded, and which perturbed weights don't take: it is off, as it is in training by backprop.
 
+    It does so on the CPU and on every CUDA device that holds a parameter, frozen ones included.
+
     The root keeps its training flag, since trainers read it to tell training from evaluation;
     what it draws itself is replayed.
     """
-    device = params[0].device if params else torch.device("cpu")
+    held = {p.device for p in (*params, *(model.parameters() if model is not None else ()))}
     cpu_state = torch.get_rng_state()
-    device_state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    states = {on: torch.cuda.get_rng_state(on) for on in held if on.type == "cuda"}
 
     def replay() -> None:
         torch.set_rng_state(cpu_state)
-        if device_state is not None:
-            torch.cuda.set_rng_state(device_state, device)
+        for device, state in states.items():
+            torch.cuda.set_rng_state(state, device)
 
     switched: list[nn.Module] = []
     buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []

@@ -17,7 +17,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from zokernels import masks, ops
+from zokernels import masks, passes
 from zokernels.backends import shards
 from zokernels.estimators import Estimate
 from zokernels.optim.forward import Forward
@@ -178,7 +178,7 @@ class _Tangents:
         made = [torch.zeros(w.shape, dtype=w.dtype, device=w.device) for w in weights]
         mask = masks.take(self.mask, chosen)
         magnitude = isinstance(mask, masks.Magnitude)
-        ops.add_noise_(
+        passes.add_noise_(
             made,
             [self.seed],
             [1.0],

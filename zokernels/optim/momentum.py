@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from zokernels import ops
+from zokernels import passes
 from zokernels.backends import rules
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import mean_coefficients
@@ -100,7 +100,7 @@ class ZOSGDMomentum(ZOOptimizer):
         steps = [*(s for s in past if s["mask"] == mask), now][-group["window"] :]
         others = [h for h in group["history"] if not set(h["params"]) & set(chosen)]
         oldest = len(steps) - 1
-        ops.add_noise_(
+        passes.add_noise_(
             [group["params"][i] for i in chosen],
             [seed for step in steps for seed in step["seeds"]],
             [
@@ -116,7 +116,7 @@ class ZOSGDMomentum(ZOOptimizer):
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
     ) -> None:
         params = [group["params"][i] for i in chosen]
-        ops.apply_update_(
+        passes.apply_update_(
             params,
             states_of(self, params, rules.state_names("momentum"), group["state_dtype"]),
             "momentum",

@@ -6,7 +6,7 @@ Source: MeZO (Malladi et al., NeurIPS 2023, Algorithm 1); ZO-SGD of Ghadimi and 
 
 from __future__ import annotations
 
-from zokernels import ops
+from zokernels import passes
 from zokernels.optim.base import ZOOptimizer
 
 
@@ -21,7 +21,7 @@ class ZOSGD(ZOOptimizer):
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
     ) -> None:
-        ops.add_noise_(
+        passes.add_noise_(
             [group["params"][i] for i in chosen],
             seeds,
             step_coefficients(group, gradients),

@@ -7,7 +7,7 @@ ICLR 2019).
 
 from __future__ import annotations
 
-from zokernels import ops
+from zokernels import passes
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import mean_coefficients
 
@@ -21,7 +21,7 @@ class ZOSGDSign(ZOOptimizer):
     def _update(
         self, group: dict, chosen: list[int], seeds: list[int], gradients: list[float]
     ) -> None:
-        ops.apply_update_(
+        passes.apply_update_(
             [group["params"][i] for i in chosen],
             None,
             "sign",

@@ -57,7 +57,7 @@ def states_of(
             wide = torch.float64 if p.dtype is torch.float64 else torch.float32
             kind = DTYPES[dtype] if dtype else wide
             for name in names:
-                state[name] = torch.zeros_like(p, dtype=kind)
+                state[name] = torch.zeros_like(p, dtype=kind, memory_format=torch.contiguous_format)
         found.append(state)
     return found
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from zokernels import ops
-from zokernels.backends import checks, shards
+from zokernels.backends import checks, layouts, shards
 from zokernels.backends.deferred import Deferred, Given, reads_in_memory
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
 from zokernels.perturb.direction import Direction, Move, is_mirror
@@ -136,7 +136,7 @@ class _Known:
 
     direction: DeferredDirection
     kinds: list[int]
-    given: Given
+    given: list[Given]
 
 
 class Prepared:
@@ -170,23 +170,34 @@ class Prepared:
         return found
 
     def _of(self, k: int, lane: Direction) -> Direction:
-        moves = list(dict.fromkeys(lane.moves))
-        place = {move: number for number, move in enumerate(moves)}
-        kinds = [place[move] for move in lane.moves]
+        # A pass reads its numbers on its own device.
+        wanted = [(move, p.device) for move, p in zip(lane.moves, lane.params, strict=True)]
+        place = {one: number for number, one in enumerate(dict.fromkeys(wanted))}
+        kinds = [place[one] for one in wanted]
+        read: dict[tuple, Sequence[int]] = {
+            (j,): words(lane.seeds, move.scales) for (move, _), j in place.items()
+        }
         key = (k, len(lane.seeds), lane.dist, lane.backend)
         known = self._known.get(key)
         if known is None or not _is_alike(known, lane, kinds):
-            sizes = {(j,): len(words(lane.seeds, move.scales)) for j, move in enumerate(moves)}
-            given = Given(sizes, lane.params[0].device)
-            numbers = [given.section(j) for j in range(len(moves))]
+            devices = list(dict.fromkeys(device for _, device in place))
+            given = [
+                Given({(j,): len(read[j,]) for (_, on), j in place.items() if on == device}, device)
+                for device in devices
+            ]
+            numbers = [given[devices.index(on)].section(j) for (_, on), j in place.items()]
             known = self._known[key] = _Known(DeferredDirection(lane, numbers, kinds), kinds, given)
-        known.given.write({(j,): words(lane.seeds, move.scales) for j, move in enumerate(moves)})
+        for one in known.given:
+            one.write(read)
         return known.direction
 
 
 def _can_wait(lane: Direction) -> bool:
     """Whether a pass may read its numbers when it runs."""
     if lane.is_deferred or not lane.params or shards.among(list(lane.params)):
+        return False
+    # What is prepared holds the memory of weights, and not of a twin that is made anew.
+    if not all(map(layouts.is_row_major, lane.params)):
         return False
     # A pass whose coefficients are all 0 copies, and adds no zero to a -0.
     simple = all(move.is_plain and any(move.scales) for move in set(lane.moves))

@@ -10,8 +10,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import nn
 
-from zokernels import masks, noise, ops
-from zokernels.backends import select
+from zokernels import masks, noise, passes
+from zokernels.backends import layouts, select
 
 
 class Move(NamedTuple):
@@ -51,9 +51,13 @@ class Direction:
     rounding_seed: int = 0
 
     @property
-    def runs_by(self) -> ModuleType:
-        """The backend that runs its passes."""
-        return select(self.params, self.backend, noise.KINDS[self.dist])
+    def runs_by(self) -> ModuleType | None:
+        """The backend that runs all of its passes; None if those of each device have another."""
+        found = {
+            select([self.params[i] for i in chosen], self.backend, noise.KINDS[self.dist])
+            for chosen in layouts.by_device(self.params).values()
+        }
+        return found.pop() if len(found) == 1 else None
 
     def fill(
         self,
@@ -74,7 +78,7 @@ class Direction:
         for place, i in enumerate(chosen):
             alike.setdefault(self.moves[i], []).append(place)
         for move, places in alike.items():
-            ops.add_noise(
+            passes.add_noise(
                 [sources[j] for j in places],
                 [out[j] for j in places],
                 self.seeds,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from zokernels.backends import checks, native
+from zokernels.backends import checks, layouts, native
 from zokernels.backends.plan import AddNoise
 from zokernels.perturb.deferred import DeferredDirection, Prepared
 from zokernels.perturb.direction import Direction, is_mirror
@@ -54,6 +54,10 @@ class Drawing:
             lane is None or lane.can_mirror for lane in self._filling
         )
 
+    def is_native_for(self, sources: Sequence[torch.Tensor]) -> bool:
+        """Whether the native library reads these where they lie."""
+        return self.is_native and all(map(layouts.is_row_major, sources))
+
     def forget(self) -> None:
         """What was prepared for memory that is no longer used is void."""
         self._known.forget()
@@ -68,7 +72,7 @@ class Drawing:
             out: For each lane one tensor a parameter; those of a lane at θ itself are not written.
         """
         sources = [self.sources[i] for i in chosen]
-        if not self.is_native:
+        if not self.is_native_for(sources):
             # What is prepared would hold on to memory that is nobody's afterwards.
             lanes = self._filling if what or self.keep else self.lanes
             self._fill_lanes(lanes, sources, chosen, out)
@@ -84,13 +88,13 @@ class Drawing:
 
     def fill_range(self, what: tuple | None, i: int, first: int, last: int, out: Values) -> None:
         """Fill ``out[lane]`` with elements ``first`` … ``last`` − 1 of a parameter."""
-        if self.is_native:
+        if self.is_native_for([self.sources[i]]):
             for lane, a, b in self._draws():
                 prepared = self._prepare(what, lane, [i], a, b, [[o] for o in out])
                 prepared.run_range(lane.seeds, lane.moves[i].scales, first, last)
             return
         lanes = self._filling if what or self.keep else self.lanes
-        source = self.sources[i].view(-1)[first:last]
+        source = self.sources[i].reshape(-1)[first:last]
         self._fill_lanes(lanes, [source], [i], [[o.view(-1)] for o in out], [first])
 
     def fill_rows(self, i: int, rows: Sequence[torch.Tensor], out: Values) -> None:

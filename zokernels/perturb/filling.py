@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from zokernels import masks
+from zokernels.backends import layouts
 from zokernels.perturb.drawing import Drawing, Lane, Values
 from zokernels.perturb.windows import Windows, aligned, group_small
 
@@ -32,7 +33,7 @@ class Filler:
     """The perturbed values of parameters, for each lane of a forward.
 
     Args:
-        params: Contiguous parameters of one device.
+        params: Parameters, on any devices and in any layout.
         keep: Keep the memory of every value, so that it has the same address in each forward.
 
     Attributes:
@@ -49,9 +50,9 @@ class Filler:
         self.seconds = 0.0
         self._drawing = Drawing(keep)
         self._scratch: dict[tuple, torch.Tensor] = {}
-        self._addresses: list[tuple[int, torch.dtype]] = []
-        self._groups = group_small(self.params, SMALL)
-        self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
+        self._addresses: list[tuple] = []
+        self._groups: list[tuple[list[int], list[int]]] = []
+        self._group_of: dict[int, int] = {}
         # Where a group's parameters lie in scratch: for each lane, a place a parameter.
         self._pieces: dict[tuple[int, int], list[dict[int, torch.Tensor]]] = {}
         # The values that are there until the forward ends, and those of a window or nothing.
@@ -69,18 +70,21 @@ class Filler:
 
     def begin(self, lanes: Sequence[Lane]) -> None:
         """What is asked for from here on is for a forward at these points."""
-        addresses = [(p.data_ptr(), p.dtype) for p in self.params]
+        self.sources = [p.detach() for p in self.params]
+        addresses = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in self.sources]
         if addresses != self._addresses:
             self._forget_places()
             self._addresses = addresses
-        self.sources = [p.detach() for p in self.params]
+            self._groups = group_small(self.sources, SMALL)
+            self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
+            self._windows.clear()
         self.lanes = lanes
         self._drawing.begin(lanes, self.sources)
         self._held, self._window, self._together, self._made = {}, {}, {}, set()
         self._room = _KEPT
         self._elements = self._elements_again = 0
         if len(lanes) not in self._windows:
-            self._windows[len(lanes)] = Windows(self.params)
+            self._windows[len(lanes)] = Windows(self.sources)
         self._windows[len(lanes)].begin()
 
     def end(self) -> None:
@@ -187,7 +191,7 @@ class Filler:
         self._count(i, self.sources[i].numel())
         p = self.sources[i]
         memory = [self._piece(("own", i, k), p, p.numel()) for k in range(len(self.lanes))]
-        out = [m.view(p.shape) for m in memory]
+        out = [layouts.shaped(m, p) for m in memory]
         for o, lane in zip(out, self.lanes, strict=True):
             if lane is None:
                 o.copy_(p)
@@ -225,7 +229,10 @@ class Filler:
         Returns:
             For each lane a tensor of shape (*numbers, width).
         """
-        if not self._drawing.is_native or numbers[0].dtype is not torch.int64:
+        if (
+            not self._drawing.is_native_for([self.sources[i]])
+            or numbers[0].dtype is not torch.int64
+        ):
             return [F.embedding(n, w) for n, w in zip(numbers, self.values([i])[0], strict=True)]
         with self._timed():
             p = self.sources[i]
@@ -250,7 +257,7 @@ class Filler:
         self._count(i, p.numel())
         if self._drawing.in_windows:
             return self._in_window(i)
-        out = [o.view(p.shape) for o in self._take("large", p, p.numel())]
+        out = [layouts.shaped(o, p) for o in self._take("large", p, p.numel())]
         self._drawing.fill(("large", i), [i], [[o] for o in out])
         return [p if lane is None else out[k] for k, lane in enumerate(self.lanes)]
 
@@ -290,7 +297,7 @@ class Filler:
     def _own(self, name: tuple, like: torch.Tensor) -> torch.Tensor:
         if not self.keep:
             return torch.empty_like(like)
-        return self._piece(name, like, like.numel()).view(like.shape)
+        return layouts.shaped(self._piece(name, like, like.numel()), like)
 
     def _small(self, i: int) -> Values:
         """A small parameter's values; all of its group are made, and are there from here on."""
@@ -312,7 +319,7 @@ class Filler:
             memory = self._take(("group", g), own[0], starts[-1] + own[-1].numel())
             self._pieces[key] = [
                 {
-                    j: m[s : s + p.numel()].view(p.shape)
+                    j: layouts.shaped(m[s : s + p.numel()], p)
                     for j, s, p in zip(chosen, starts, own, strict=True)
                 }
                 for m in memory
@@ -329,7 +336,7 @@ class Filler:
         if held is None or held.numel() < size:
             self._forget_places()
             self._scratch.pop(key, None)
-            held = self._scratch[key] = torch.empty(size, dtype=like.dtype, device=like.device)
+            held = self._scratch[key] = like.new_empty(size)
         return held[:size]
 
     def _forget_places(self) -> None:

@@ -33,7 +33,9 @@ class InPlace:
     def session(self) -> Iterator[None]:
         """Keep the copy from here to the end of the block."""
         started = time.perf_counter()
-        self.copies = self._kept or [p.detach().clone() for p in self.params]
+        # As the passes read them, whatever the weights' own layout.
+        dense = dict(memory_format=torch.contiguous_format)
+        self.copies = self._kept or [p.detach().clone(**dense) for p in self.params]
         for copy, p in zip(self._kept, self.params, strict=bool(self._kept)):
             copy.copy_(p.detach())
         self._kept = self.copies if self.keep else []

@@ -135,10 +135,13 @@ class OnEntry:
 
 def _raise_as_it_is(error: Exception, forward: Callable[[], object]) -> NoReturn:
     """Raise what a perturbed forward raised, with a word about it if a plain one does not."""
+    works = True
     try:
         forward()
     except Exception:
-        raise error from None
+        works = False
+    if not works:
+        raise error
     raise RuntimeError(
         "The closure's forward works with plain weights, but not with perturbed ones: "
         f"{type(error).__name__}: {error} Use perturb='in_place'."

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 # Elements that a window may hold, even where the largest weight has fewer.
 _LEAST = 1 << 22
@@ -27,7 +26,7 @@ class Windows:
         params: The parameters, of which forwards ask for some.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter]):
+    def __init__(self, params: Sequence[torch.Tensor]):
         self._sizes = [p.numel() for p in params]
         self._kinds = [(p.dtype, p.device) for p in params]
         self._asked: list[int] = []
@@ -72,15 +71,18 @@ class Windows:
         return windows
 
 
-def group_small(params: Sequence[nn.Parameter], small: int) -> list[tuple[list[int], list[int]]]:
-    """Groups of small parameters of one kind: their numbers, and where each begins in scratch."""
+def group_small(params: Sequence[torch.Tensor], small: int) -> list[tuple[list[int], list[int]]]:
+    """Groups of small parameters of one kind: their numbers, and where each begins in scratch.
+
+    What is not row-major is filled one by one, so that such parameters have groups of their own.
+    """
     groups: list[tuple[list[int], list[int]]] = []
     end: dict[int, int] = {}
     open_group: dict[tuple, int] = {}
     for i, p in enumerate(params):
         if p.numel() > small:
             continue
-        kind = (p.dtype, p.device)
+        kind = (p.dtype, p.device, p.is_contiguous())
         g = open_group.get(kind)
         if g is None or end[g] + p.numel() > GROUP:
             g = open_group[kind] = len(groups)

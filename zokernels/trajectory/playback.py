@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from zokernels import masks, ops
-from zokernels.backends import checks, rules, shards
+from zokernels import masks, passes
+from zokernels.backends import layouts, rules
 from zokernels.estimators import ROUNDING, derive_seed
 from zokernels.trajectory.format import Scalars, TrajectoryError
 from zokernels.trajectory.reader import Trajectory
@@ -221,9 +221,9 @@ class _Player:
             backend=self.backend,
         )
         if described["rule"] == "add_noise":
-            ops.add_noise_(params, seeds, coeffs, **options)
+            passes.add_noise_(params, seeds, coeffs, **options)
             return
-        ops.apply_update_(
+        passes.apply_update_(
             params,
             [self._state(of, place) for place in range(len(which))],
             described["rule"],
@@ -242,7 +242,9 @@ class _Player:
         names = rules.state_names(described["rule"], described["numbers"]["amsgrad"])
         for name, dtype in zip(names, described["states"][place], strict=True):
             if name not in state:
-                state[name] = torch.zeros_like(p, dtype=getattr(torch, dtype))
+                state[name] = torch.zeros_like(
+                    p, dtype=getattr(torch, dtype), memory_format=torch.contiguous_format
+                )
         return state
 
 
@@ -255,10 +257,12 @@ def _joins(last: Scalars, after: Scalars) -> bool:
 def _check_written(trajectory: Trajectory, tensors: Sequence[torch.Tensor]) -> None:
     """Refuse, before a byte is written, tensors that no pass would take."""
     try:
+        written = {}
         for described in trajectory.passes:
-            chosen = [tensors[i] for i in described["parameters"]]
-            checks.check_tensors(chosen, "the parameters")
-            masks.resolve(masks.from_plain(described["mask"]), chosen)
-        checks.check_apart([shards.local(t) for t in tensors])
+            chosen = described["parameters"]
+            masks.resolve(masks.from_plain(described["mask"]), [tensors[i] for i in chosen])
+            for i in chosen:
+                written[f"Parameter {trajectory.header['parameters'][i]['name']!r}"] = tensors[i]
+        layouts.check_apart(written)
     except (TypeError, ValueError) as error:
         raise TrajectoryError(f"{trajectory.path} can't be replayed: {error}") from None

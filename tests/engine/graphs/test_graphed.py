@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from anywhere import There
 from conftest import same_bits
 from torch import nn
 
@@ -297,7 +298,19 @@ REFUSED = {
     "window": (lambda m: zk.ZOSGDMomentum(m, window=4), "window"),
     "bias correction": (lambda m: zk.ZOAdam(m, bias_correction=True), "bias_correction"),
     "float64": (lambda m: zk.ZOSGD(m.double()), "float64"),
+    "layout": (lambda m: zk.ZOSGD(transposed(m)), "not contiguous"),
+    "devices": (lambda m: zk.ZOSGD(halved(m)), "on cpu, cpu:1, but a graph is .* one device"),
 }
+
+
+def transposed(model):
+    model.head.weight.data = model.head.weight.data.t().contiguous().t()
+    return model
+
+
+def halved(model):
+    model.head.weight = torch.nn.Parameter(model.head.weight.data.as_subclass(There))
+    return model
 
 
 @pytest.mark.parametrize("case", REFUSED)

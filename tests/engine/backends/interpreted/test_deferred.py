@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from anywhere import There
 from conftest import same_bits, varied
 from test_graphed import batches, loss_fn, pair
 from test_ops import mask_of
@@ -114,6 +115,27 @@ def test_steps_whose_passes_were_prepared_are_those_of_the_reference(mode, mask,
             opt.step(lambda model=model: model(input_ids=batch).mean())
         assert all(getattr(p, "off", None) is None for p in opt._perturbers.all())
         weights.append([p.detach().clone() for p in model.parameters()])
+    assert all(map(same_bits, *weights))
+
+
+def halved(model):
+    model.norm.weight = torch.nn.Parameter(model.norm.weight.data.as_subclass(There))
+    model.norm.bias = torch.nn.Parameter(model.norm.bias.data.as_subclass(There))
+    return model
+
+
+@pytest.mark.parametrize("mode", ["on_entry", "in_place"])
+def test_passes_on_several_devices_are_prepared_on_each(mode, few_are_small):
+    batch = torch.randn(2, 12, generator=torch.Generator().manual_seed(1))
+    weights = []
+    for place, backend in ((lambda m: m, "reference"), (halved, "triton")):
+        torch.manual_seed(0)
+        model = place(Small())
+        opt = zk.ZOSGD(model, lr=0.1, perturb=mode, backend=backend)
+        for _ in range(2):
+            losses = iter([1.5, 1.0])
+            opt.step(lambda m=model, losses=losses: (m(input_ids=batch), next(losses))[1])
+        weights.append([p.detach().as_subclass(torch.Tensor) for p in model.parameters()])
     assert all(map(same_bits, *weights))
 
 
