@@ -14,7 +14,7 @@ from torch import nn
 
 from zokernels import masks
 from zokernels.estimators import ROUNDING, Estimate, Point, derive_seed, estimate
-from zokernels.optim import sparse
+from zokernels.optim import accumulation, sparse
 from zokernels.optim.construction import Constructed
 from zokernels.optim.forward import (
     Closure,
@@ -92,6 +92,7 @@ class ZOOptimizer(Constructed):
                 finite. The weights are those of the last good step.
         """
         closure = check_closure(closure)
+        accumulation.notice(self)
         started = time.perf_counter()
         self.timing = StepTiming()
         self.projected_gradients = []
