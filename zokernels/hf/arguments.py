@@ -68,15 +68,16 @@ def options(
     told = dict(lr=args.learning_rate, weight_decay=args.weight_decay, seed=args.seed)
     if issubclass(cls, ZOAdam):
         told |= dict(betas=(args.adam_beta1, args.adam_beta2), adam_eps=args.adam_epsilon)
+    found = {**told, **given}
     if _compiles(accelerator):
         if given.get("perturb") in ("on_entry", "paired"):
             raise ValueError(
-                f"perturb={given['perturb']!r} was asked for, but torch_compile compiles the model "
-                "after its optimizer is made, and a compiled model would go on with the weights "
-                "it was compiled with; use perturb='in_place', or leave torch_compile off."
+                f"perturb={given['perturb']!r} was asked for, but the model will be compiled "
+                "(torch_compile) and would go on with the weights it was compiled with; use "
+                "perturb='in_place', or leave torch_compile off."
             )
-        told["perturb"] = "in_place"
-    return {**told, **given}
+        found["perturb"] = "in_place"
+    return found
 
 
 def warn(args: Any, accelerator: Any, cls: type[ZOOptimizer], given: dict[str, Any]) -> None:
@@ -96,8 +97,8 @@ def warn(args: Any, accelerator: Any, cls: type[ZOOptimizer], given: dict[str, A
         )
     if _compiles(accelerator) and not given.get("perturb"):
         _say(
-            "torch_compile compiles the model, which would not see perturbed layers: perturbing in "
-            "place, which keeps a copy of the trainable weights."
+            "The model will be compiled (torch_compile) and would not see perturbed layers: "
+            "perturbing in place, which keeps a copy of the trainable weights."
         )
 
 
@@ -127,6 +128,6 @@ def _plain(value: Any) -> Any:
 
 
 def _own_rate(cls: type[ZOOptimizer]) -> float:
-    """The rate that the optimizer has by itself."""
-    signatures = (inspect.signature(c).parameters for c in cls.__mro__)
-    return next(parameters["lr"].default for parameters in signatures if "lr" in parameters)
+    """The rate that the optimizer, or the one it is made from, has by itself."""
+    found = (inspect.signature(c).parameters.get("lr") for c in cls.__mro__)
+    return next(lr.default for lr in found if lr is not None and lr.default is not lr.empty)

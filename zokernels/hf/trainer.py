@@ -49,12 +49,14 @@ class ZOTrainerMixin:
     """Makes a Trainer train by forward passes; stands first among the bases.
 
     The optimizer and its options come by ``optimizer_cls_and_kwargs=(ZOSGD, {"eps": 1e-3})``; the
-    default is `ZOSGD`. Learning rate, weight decay and seed are those of the arguments unless
-    given there, and ``betas`` and ``adam_eps`` of `ZOAdam` too. What of the arguments has no effect
-    is said once. The logged gradient norm is the projected gradient's absolute value (for several
-    queries the root of their mean square). ``max_grad_norm`` has no effect. Of several processes
-    (torchrun, ``accelerate launch``) each takes its share of the batch, or with
-    ``{"parallel": "query"}`` its share of the directions.
+    default is `ZOSGD`. Learning rate, weight decay, seed, and `ZOAdam`'s ``betas`` and ``adam_eps``
+    are those of the arguments unless given there; what of the arguments has no effect is said
+    once. The logged gradient norm is the projected gradient's absolute value (for several queries
+    the root of their mean square). Of several processes (torchrun, ``accelerate launch``) each
+    takes its share of the batch, or with ``{"parallel": "query"}`` its share of the directions.
+
+    Another Trainer's ``training_step`` runs for each batch, and its ``compute_loss`` is what a step
+    evaluates.
 
     Example:
         >>> class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
