@@ -191,8 +191,9 @@ def test_training_under_no_grad_is_the_same(tmp_path):
             trainer.train()
         found.append(weights(trainer))
     assert same(*found)
+    trainer = trainer_of(tmp_path, max_steps=2)
     with torch.inference_mode(), pytest.raises(RuntimeError, match="use torch.no_grad instead"):
-        trainer_of(tmp_path, max_steps=2).train()
+        trainer.train()
 
 
 def test_a_run_that_stops_between_two_micro_batches_leaves_none_to_the_next(tmp_path):
