@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from zokernels import masks, noise
@@ -16,6 +17,22 @@ _OF_THE_RUN = (
     "seed", "step", "num_queries", "two_sided", "block_order", "sparsity", "resample_every",
     "threshold",
 )  # fmt: skip
+
+# What a param group has for each of its parameters, besides its mask.
+_BY_PARAMETER = ("params", "streams", "blocks", "pruned")
+
+
+def part(group: dict, places: Sequence[int]) -> dict:
+    """The group of some of a group's parameters, before its first step: each keeps what is its own.
+
+    Args:
+        group: As the optimizer holds it, with its streams, the numbers of its blocks and its mask.
+        places: Positions in it.
+    """
+    own = {name: group[name] for name in _BY_PARAMETER if group.get(name) is not None}
+    taken = {name: [values[i] for i in places] for name, values in own.items()}
+    mask = masks.take(masks.from_plain(group["mask"]), places)
+    return {**group, **taken, "mask": masks.to_plain(mask)}
 
 
 def join_run(group: dict, first: dict) -> None:

@@ -1,26 +1,30 @@
-"""Zeroth-order optimizers inside ``transformers.Trainer``. Importing this imports transformers.
+"""``transformers.Trainer`` by forward passes.
 
 The Trainer keeps its loop: schedules, callbacks, logging, evaluation, saving, resuming. The mixin
-replaces what belongs to backpropagation. Micro-batches are collected, and at the last one of a
-step the optimizer takes its whole step on their summed loss: one direction for all of them, so
-that accumulation is exact, for every optimizer and also for those that look at the loss again
-after an update. The Trainer's own call of ``optimizer.step()`` then finds nothing left to do.
+replaces what belongs to backpropagation. A training step runs as the Trainer has it, but with a
+constant in place of the loss: what the loss would be of is collected, and the constant's backward
+tells by which factor it counts. After a step's last micro-batch the optimizer takes its whole step
+on the weighted sum: one direction for all of them, so that accumulation is exact, for every
+optimizer and also for those that look at the loss again after an update. The Trainer's own call of
+``optimizer.step()`` then finds nothing left to do.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from transformers import Trainer
 
-from zokernels import masks
+from zokernels.hf import arguments
 from zokernels.optim import ZOSGD
 from zokernels.optim.base import Closure, ZOOptimizer
-
-__all__ = ["ZOTrainer", "ZOTrainerMixin"]
+from zokernels.optim.groups import part
 
 
 class _StepsAhead:
@@ -45,18 +49,21 @@ class ZOTrainerMixin:
     """Makes a Trainer train by forward passes; stands first among the bases.
 
     The optimizer and its options come by ``optimizer_cls_and_kwargs=(ZOSGD, {"eps": 1e-3})``; the
-    default is `ZOSGD`. Learning rate, weight decay and seed are those of the arguments unless
-    given there. The logged gradient norm is the projected gradient's absolute value (for several
-    queries the root of their mean square). ``max_grad_norm`` has no effect. Of several processes
-    (torchrun, ``accelerate launch``) each takes its share of the batch, or with
-    ``{"parallel": "query"}`` its share of the directions.
+    default is `ZOSGD`. Learning rate, weight decay, seed, and `ZOAdam`'s ``betas`` and ``adam_eps``
+    are those of the arguments unless given there; what of the arguments has no effect is said
+    once. The logged gradient norm is the projected gradient's absolute value (for several queries
+    the root of their mean square). Of several processes (torchrun, ``accelerate launch``) each
+    takes its share of the batch, or with ``{"parallel": "query"}`` its share of the directions.
+
+    Another Trainer's ``training_step`` runs for each batch, and its ``compute_loss`` is what a step
+    evaluates.
 
     Example:
         >>> class ZOSFTTrainer(ZOTrainerMixin, SFTTrainer): ...
 
     Raises:
         TypeError: If a subclass names a Trainer before the mixin, or the optimizer is none of
-            this project's.
+            this project's, or the Trainer's own training step has a loss besides ``compute_loss``.
         ValueError: If the arguments ask for loss scaling (``fp16=True``), a sharded engine, or
             several GPUs in one process.
     """
@@ -74,10 +81,18 @@ class ZOTrainerMixin:
                     f"class {cls.__name__}(ZOTrainerMixin, {base.__name__})."
                 )
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        optimizer_cls_and_kwargs: tuple[type[ZOOptimizer], dict[str, Any]] | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         trainer: Any = self
-        _check(trainer.args, trainer.accelerator)
+        # The constructors of most other Trainers have no such argument to hand on.
+        if optimizer_cls_and_kwargs is not None:
+            trainer.optimizer_cls_and_kwargs = optimizer_cls_and_kwargs
+        arguments.refuse(trainer.args, trainer.accelerator)
         if trainer.accelerator.num_processes > 1:
             # DDP would keep memory for gradients as large as the weights.
             prepare = trainer.accelerator.prepare_model
@@ -88,27 +103,29 @@ class ZOTrainerMixin:
                 "that it can perturb layer by layer; pass "
                 "optimizer_cls_and_kwargs=(ZOSGD, {'eps': 1e-3}) instead."
             )
-        self._collected: list[tuple[Any, Any]] = []
+        self._collected: list[tuple[Callable[[], torch.Tensor], float]] = []
         self._bad_steps = 0
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The optimizer over the whole model, with no weight decay of norms and biases."""
         trainer: Any = self
+        # A run that ended between two micro-batches leaves the first.
+        self._collected = []
         if trainer.optimizer is None:
             target = trainer.model if model is None else model
-            cls, options = trainer.optimizer_cls_and_kwargs or (ZOSGD, {})
+            cls, given = trainer.optimizer_cls_and_kwargs or (ZOSGD, {})
             if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
                 raise TypeError(
                     f"optimizer_cls_and_kwargs names {cls!r}, but it must be one of zokernels' "
                     "optimizers, such as ZOSGD; for others use transformers.Trainer itself."
                 )
-            args = trainer.args
-            given = {"lr": args.learning_rate, "seed": args.seed, **options}
-            decay = given.pop("weight_decay", args.weight_decay)
-            made = type(cls.__name__, (_StepsAhead, cls), {})(target, **given)
+            if trainer.is_world_process_zero():
+                arguments.warn(trainer.args, trainer.accelerator, cls, given)
+            options = arguments.options(trainer.args, trainer.accelerator, cls, given)
+            made = type(cls.__name__, (_StepsAhead, cls), {})(target, **options)
+            if options["weight_decay"]:
+                _decay_some(made, target, trainer.get_decay_parameter_names(target))
             trainer.optimizer = made
-            if decay:
-                _decay_some(made, target, trainer.get_decay_parameter_names(target), decay)
         return trainer.optimizer
 
     def training_step(
@@ -119,35 +136,71 @@ class ZOTrainerMixin:
         Returns:
             The step's loss, the mean over its two sides; zero before the last micro-batch, so
             that the sum that the Trainer keeps is the step's loss.
+
+        Raises:
+            TypeError: If the Trainer's own training step takes a loss of another function than
+                ``compute_loss``.
         """
         trainer: Any = self
-        model.train()
-        self._collected.append((trainer._prepare_inputs(inputs), num_items_in_batch))
+        with self._collecting(), torch.inference_mode(False), torch.enable_grad():
+            super().training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
+        if any(p.grad is not None for p in model.parameters()):
+            raise self._no_way_to_the_loss()
         if not trainer.accelerator.sync_gradients:
             return torch.zeros((), device=trainer.args.device)
         collected, self._collected = self._collected, []
-        optimizer = _inner(trainer.optimizer)
 
         def closure() -> torch.Tensor:
-            return sum(  # type: ignore[return-value]
-                self._part(model, inputs, count) for inputs, count in collected
-            )
+            return sum(factor * loss() for loss, factor in collected)  # type: ignore[return-value]
 
-        loss = optimizer.step_ahead(closure)
+        loss = _inner(trainer.optimizer).step_ahead(closure)
         self._bad_steps += not math.isfinite(float(loss))
         return loss.to(trainer.args.device)
 
-    def _part(self, model: Any, inputs: dict[str, Any], count: Any) -> torch.Tensor:
-        """A micro-batch's part of the loss, scaled as the Trainer scales it."""
+    @contextlib.contextmanager
+    def _collecting(self) -> Iterator[None]:
+        """Lets a training step compute no loss: what it would be of is collected."""
         trainer: Any = self
-        # Models may take labels out of the inputs; the next forward needs them too.
-        with trainer.compute_loss_context_manager():
-            loss = trainer.compute_loss(model, dict(inputs), num_items_in_batch=count)
-        scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
-        if scaled is None:
-            by_items = trainer.model_accepts_loss_kwargs and count is not None
-            scaled = by_items or trainer.compute_loss_func is not None
-        return loss if scaled else loss / trainer.current_gradient_accumulation_steps
+        own, compute_loss = vars(self).get("compute_loss"), trainer.compute_loss
+        found: list[tuple[Callable[[], torch.Tensor], torch.Tensor]] = []
+
+        def collect(
+            model: Any, inputs: Any, return_outputs: bool = False, **kwargs: Any
+        ) -> torch.Tensor:
+            if return_outputs:
+                raise self._no_way_to_the_loss()
+
+            def loss() -> torch.Tensor:
+                with trainer.compute_loss_context_manager():
+                    # Models may take labels out of the inputs; the next forward needs them too.
+                    return compute_loss(model, copy.copy(inputs), **kwargs)
+
+            constant = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            found.append((loss, constant))
+            return constant.clone()
+
+        trainer.compute_loss = collect
+        try:
+            yield
+        finally:
+            del trainer.compute_loss
+            if own is not None:
+                trainer.compute_loss = own
+        for loss, constant in found:
+            if constant.grad is None:
+                raise self._no_way_to_the_loss()
+            self._collected.append((loss, float(constant.grad)))
+        if not found:
+            raise self._no_way_to_the_loss()
+
+    def _no_way_to_the_loss(self) -> TypeError:
+        behind = type(self).__mro__[type(self).__mro__.index(ZOTrainerMixin) + 1 :]
+        name = next(c.__name__ for c in behind if "training_step" in vars(c))
+        return TypeError(
+            f"{name}.training_step has a loss that is not compute_loss's alone, but a step by "
+            "forward passes evaluates compute_loss, at several points; compute the whole loss in "
+            "compute_loss(model, inputs), and leave the rest to training_step."
+        )
 
     def _clip_grad_norm(self, model: Any) -> float:
         return self._get_grad_norm(model)
@@ -187,43 +240,11 @@ def _inner(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _check(args: Any, accelerator: Any) -> None:
-    if args.fp16:
-        raise ValueError(
-            "fp16=True scales the loss for the sake of gradients, of which there are none here; "
-            "leave it off and load the model with dtype=torch.float16, or use bf16=True."
-        )
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"There are {args.n_gpu} GPUs in one process, over which the Trainer would scatter "
-            "each forward; start a process for each by torchrun, or set CUDA_VISIBLE_DEVICES=0."
-        )
-    if getattr(accelerator.state, "deepspeed_plugin", None) or accelerator.distributed_type in (
-        "FSDP",
-        "DEEPSPEED",
-    ):
-        raise ValueError(
-            "DeepSpeed and FSDP shard gradients and optimizer state, of which there are none "
-            "here; run without them."
-        )
-
-
-def _decay_some(
-    optimizer: ZOOptimizer, model: torch.nn.Module, names: list[str], decay: float
-) -> None:
-    """Split the one group in two, the named parameters with weight decay; streams stay."""
+def _decay_some(optimizer: ZOOptimizer, model: torch.nn.Module, names: list[str]) -> None:
+    """Split the group in two, of which the named parameters keep its weight decay."""
     chosen = {id(p) for name, p in model.named_parameters() if name in set(names)}
-    whole = optimizer.param_groups.pop()
-    params = whole.pop("params")
-    mask = masks.from_plain(whole["mask"])
-    for decayed in (True, False):
-        places = [i for i, p in enumerate(params) if (id(p) in chosen) is decayed]
-        if places:
-            optimizer.add_param_group(
-                {
-                    **whole,
-                    "params": [params[i] for i in places],
-                    "mask": masks.to_plain(masks.take(mask, places)),
-                    "weight_decay": decay if decayed else 0.0,
-                }
-            )
+    (group,) = optimizer.param_groups
+    decayed = [i for i, p in enumerate(group["params"]) if id(p) in chosen]
+    spared = [i for i, p in enumerate(group["params"]) if id(p) not in chosen]
+    parts = [part(group, decayed), {**part(group, spared), "weight_decay": 0.0}]
+    optimizer.param_groups[:] = [one for one in parts if one["params"]]

@@ -7,62 +7,13 @@ import sys
 
 import pytest
 import torch
-from tiny import build, environment
+from tiny import environment
+from trainers import hf, losses, model_of, rows, same, trainer_of, transformers, weights
 
 import zokernels as zk
 from zokernels.optim.base import ZOOptimizer
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
-transformers = pytest.importorskip("transformers", reason="pip install 'zokernels[hf]'")
-hf = pytest.importorskip("zokernels.hf")
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    root = tmp_path_factory.mktemp("models")
-    return {kind: str(build(kind, root / kind)) for kind in ("opt", "llama")}
-
-
-def rows(count=24, width=7):
-    generator = torch.Generator().manual_seed(3)
-    ids = torch.randint(5, 30, (count, width), generator=generator)
-    return [{"input_ids": row, "labels": row.clone()} for row in ids]
-
-
-def trainer_of(folders, out, kind="opt", model=None, options=None, cls=None, data=None, **extra):
-    model = model or transformers.AutoModelForCausalLM.from_pretrained(folders[kind])
-    given = dict(
-        output_dir=str(out),
-        per_device_train_batch_size=4,
-        max_steps=4,
-        learning_rate=3e-3,
-        logging_steps=1,
-        save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=11,
-    )
-    args = transformers.TrainingArguments(**{**given, **extra})
-    chosen = (cls or zk.ZOSGD, {"eps": 2e-3, **(options or {})})
-    return hf.ZOTrainer(
-        model=model,
-        args=args,
-        train_dataset=data or rows(),
-        eval_dataset=rows(6),
-        optimizer_cls_and_kwargs=chosen,
-    )
-
-
-def weights(trainer):
-    return {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-
-
-def same(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def losses(trainer):
-    return [r["loss"] for r in trainer.state.log_history if "loss" in r]
 
 
 def test_importing_the_package_imports_no_transformers():
@@ -74,10 +25,10 @@ def test_importing_the_package_imports_no_transformers():
 
 
 @pytest.mark.parametrize("name", zk.optim.__all__)
-def test_every_optimizer_trains_and_logs_its_projected_gradient(folders, tmp_path, name):
+def test_every_optimizer_trains_and_logs_its_projected_gradient(tmp_path, name):
     cls = getattr(zk.optim, name)
     assert issubclass(cls, ZOOptimizer)
-    trainer = trainer_of(folders, tmp_path, "llama", cls=cls, max_steps=3)
+    trainer = trainer_of(tmp_path, "llama", cls=cls, max_steps=3)
     if name == "ForwardGrad":
         trainer.optimizer_cls_and_kwargs = (cls, {})
     if name == "HybridZO":
@@ -94,16 +45,16 @@ def test_every_optimizer_trains_and_logs_its_projected_gradient(folders, tmp_pat
     assert not any(p.grad is not None for p in trainer.model.parameters())
 
 
-def test_a_step_is_the_optimizers_own(folders, tmp_path):
+def test_a_step_is_the_optimizers_own(tmp_path):
     """The Trainer with a batch of everything gives the weights of a plain loop."""
     data = rows(4)
     options = {"num_queries": 2, "two_sided": False, "weight_decay": 0.1}
     trainer = trainer_of(
-        folders, tmp_path, data=data, options=options, lr_scheduler_type="constant", max_steps=2
+        tmp_path, data=data, options=options, lr_scheduler_type="constant", max_steps=2
     )
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     trainer.train()
-    model = transformers.AutoModelForCausalLM.from_pretrained(folders["opt"]).train()
+    model = model_of("opt").train()
     opt = zk.ZOSGD(model, lr=3e-3, eps=2e-3, num_queries=2, two_sided=False, seed=11)
     batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
     for _ in range(2):
@@ -119,7 +70,7 @@ def test_a_step_is_the_optimizers_own(folders, tmp_path):
 
 
 @pytest.mark.parametrize("length", [7, "mixed"])
-def test_accumulation_is_exact(folders, tmp_path, length):
+def test_accumulation_is_exact(tmp_path, length):
     """Eight rows at once, and four micro-batches of two, by the same direction."""
     data = rows(8)
     if length == "mixed":
@@ -128,7 +79,6 @@ def test_accumulation_is_exact(folders, tmp_path, length):
     found = []
     for size, parts in ((8, 1), (2, 4)):
         trainer = trainer_of(
-            folders,
             tmp_path / str(size),
             data=data,
             per_device_train_batch_size=size,
@@ -144,11 +94,11 @@ def test_accumulation_is_exact(folders, tmp_path, length):
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_resumed_run_ends_bit_for_bit_like_a_whole_one(folders, tmp_path, schedule):
+def test_a_resumed_run_ends_bit_for_bit_like_a_whole_one(tmp_path, schedule):
     extra = dict(lr_scheduler_type=schedule, max_steps=6, save_strategy="steps", save_steps=3)
-    whole = trainer_of(folders, tmp_path / "run", **extra)
+    whole = trainer_of(tmp_path / "run", **extra)
     whole.train()
-    second = trainer_of(folders, tmp_path / "run", **extra)
+    second = trainer_of(tmp_path / "run", **extra)
     second.train(resume_from_checkpoint=str(tmp_path / "run/checkpoint-3"))
     assert same(weights(whole), weights(second))
     assert losses(whole)[3:] == losses(second)[-3:]
@@ -157,22 +107,22 @@ def test_a_resumed_run_ends_bit_for_bit_like_a_whole_one(folders, tmp_path, sche
     assert group["seed"] == 11
 
 
-def test_a_save_after_a_step_holds_the_unperturbed_weights(folders, tmp_path):
-    trainer = trainer_of(folders, tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
+def test_a_save_after_a_step_holds_the_unperturbed_weights(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=2, save_strategy="steps", save_steps=2)
     trainer.train()
     saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-2")
     now = weights(trainer)
     assert all(torch.equal(p, now[n]) for n, p in saved.named_parameters())
 
 
-def test_evaluation_and_callbacks_run_between_the_steps(folders, tmp_path):
+def test_evaluation_and_callbacks_run_between_the_steps(tmp_path):
     seen = []
 
     class Watch(transformers.TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             seen.append((state.global_step, kwargs["lr_scheduler"].get_last_lr()[0]))
 
-    trainer = trainer_of(folders, tmp_path, eval_strategy="steps", eval_steps=2)
+    trainer = trainer_of(tmp_path, eval_strategy="steps", eval_steps=2)
     trainer.add_callback(Watch())
     trainer.train()
     assert [s for s, _ in seen] == [1, 2, 3, 4]
@@ -180,11 +130,11 @@ def test_evaluation_and_callbacks_run_between_the_steps(folders, tmp_path):
     assert sum("eval_loss" in r for r in trainer.state.log_history) == 2
 
 
-def test_lora_moves_the_adapter_only(folders, tmp_path):
+def test_lora_moves_the_adapter_only(tmp_path):
     peft = pytest.importorskip("peft")
-    base = transformers.AutoModelForCausalLM.from_pretrained(folders["llama"])
+    base = model_of("llama")
     model = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="CAUSAL_LM"))
-    trainer = trainer_of(folders, tmp_path, model=model)
+    trainer = trainer_of(tmp_path, model=model)
     before = weights(trainer)
     trainer.train()
     moved = {n for n, w in weights(trainer).items() if not torch.equal(w, before[n])}
@@ -192,17 +142,17 @@ def test_lora_moves_the_adapter_only(folders, tmp_path):
     assert all("lora_" in n for n in moved)
 
 
-def test_bf16_autocast_sees_both_sides(folders, tmp_path):
+def test_bf16_autocast_sees_both_sides(tmp_path):
     """A cache of casted weights would make the two sides equal and the slope zero."""
-    trainer = trainer_of(folders, tmp_path, bf16=True, options={"eps": 0.05}, max_steps=2)
+    trainer = trainer_of(tmp_path, bf16=True, options={"eps": 0.05}, max_steps=2)
     before = weights(trainer)
     trainer.train()
     assert trainer.optimizer.optimizer.projected_gradients[0] != 0
     assert not same(before, weights(trainer))
 
 
-def test_a_loss_that_is_not_finite_is_counted_in_the_log(folders, tmp_path):
-    trainer = trainer_of(folders, tmp_path, max_steps=3)
+def test_a_loss_that_is_not_finite_is_counted_in_the_log(tmp_path):
+    trainer = trainer_of(tmp_path, max_steps=3)
     whole, calls = trainer.compute_loss, []
 
     def compute_loss(*args, **kwargs):
@@ -215,15 +165,15 @@ def test_a_loss_that_is_not_finite_is_counted_in_the_log(folders, tmp_path):
     assert counted == [None, 1, None]
 
 
-def test_what_cannot_work_is_refused_with_the_way_out(folders, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(folders["opt"])
+def test_what_cannot_work_is_refused_with_the_way_out(tmp_path):
+    model = model_of("opt")
     args = transformers.TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
     with pytest.raises(TypeError, match="optimizer_cls_and_kwargs"):
         hf.ZOTrainer(model=model, args=args, optimizers=(zk.ZOSGD(model), None))
     args.fp16 = True
     with pytest.raises(ValueError, match="dtype=torch.float16"):
         hf.ZOTrainer(model=model, args=args)
-    trainer = trainer_of(folders, tmp_path, cls=torch.optim.SGD)
+    trainer = trainer_of(tmp_path, cls=torch.optim.SGD)
     with pytest.raises(TypeError, match="must be one of zokernels' optimizers"):
         trainer.train()
 
