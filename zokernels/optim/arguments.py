@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from zokernels.backends.checks import DTYPES, names
 
@@ -45,6 +46,11 @@ def check_trainable(model: nn.Module | None, params: list[torch.Tensor]) -> None
         if not p.requires_grad:
             continue
         name = f"Parameter {known.get(id(p), i)}"
+        if is_lazy(p):
+            raise ValueError(
+                f"{name} is trainable, but has no shape yet (of a lazy module), so that zokernels "
+                "finds no values to move; run the model on one batch first."
+            )
         if p.is_meta:
             raise ValueError(
                 f"{name} is trainable, but on the meta device (where accelerate's offloading and "

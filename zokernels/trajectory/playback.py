@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -15,9 +15,9 @@ from torch import nn
 from zokernels import masks, passes
 from zokernels.backends import layouts, rules
 from zokernels.estimators import ROUNDING, derive_seed
+from zokernels.trajectory.checksum import checksum, kind, shape
 from zokernels.trajectory.format import Scalars, TrajectoryError
 from zokernels.trajectory.reader import Trajectory
-from zokernels.trajectory.recorder import checksum
 
 M = TypeVar("M", bound=nn.Module | Sequence[torch.Tensor])
 States = dict[int, dict[str, torch.Tensor]]
@@ -93,7 +93,7 @@ def match(trajectory: Trajectory, model: nn.Module | Sequence[torch.Tensor]) -> 
             )
         t = named.pop(name)
         for what, is_, was in (
-            ("shape", list(t.shape), p["shape"]),
+            ("shape", shape(t), p["shape"]),
             ("type", str(t.dtype).removeprefix("torch."), p["dtype"]),
         ):
             if is_ != was:
@@ -108,11 +108,18 @@ def match(trajectory: Trajectory, model: nn.Module | Sequence[torch.Tensor]) -> 
             "load the model that the run began with."
         )
     for p, t in zip(trajectory.header["parameters"], found, strict=True):
-        if checksum(t) != p["check"]:
+        # Of what could not be read when the run began there is nothing to compare.
+        if p["check"] is None or (check := checksum(t)) == p["check"]:
+            continue
+        if check is None:
             raise TrajectoryError(
-                f"Parameter {p['name']!r} is not what it was when {path} was begun (their "
-                "checksums differ); load the base model of that run, before any training."
+                f"Parameter {p['name']!r} is {kind(t)} here, so it can't be compared with what "
+                f"it was when {path} was begun; load the base model into memory."
             )
+        raise TrajectoryError(
+            f"Parameter {p['name']!r} is not what it was when {path} was begun (their "
+            "checksums differ); load the base model of that run, before any training."
+        )
     return found
 
 
@@ -135,15 +142,17 @@ def play(
         backend: As for `zokernels.ops.add_noise_`.
         chunk: Steps in one pass.
     """
-    _check_written(trajectory, tensors)
+    # The others are frozen, and need not be of a kind that a pass could take.
+    written = {i: tensors[i] for described in trajectory.passes for i in described["parameters"]}
+    _check_written(trajectory, written)
     # All passes over no element at all: what one of them refuses is refused before a byte is
     # written by those before it.
-    empty = [t.detach().new_empty(0) for t in tensors]
+    empty = {i: t.detach().new_empty(0) for i, t in written.items()}
     try:
         _play(_Player(trajectory, empty, {}, backend, chunk), until)
     except (TypeError, ValueError, KeyError, OverflowError, struct.error) as error:
         raise TrajectoryError(f"{trajectory.path} can't be replayed: {error}") from None
-    _play(_Player(trajectory, tensors, states, backend, chunk), until)
+    _play(_Player(trajectory, written, states, backend, chunk), until)
 
 
 def _play(player: _Player, until: int) -> None:
@@ -159,7 +168,7 @@ class _Player:
     def __init__(
         self,
         trajectory: Trajectory,
-        tensors: Sequence[torch.Tensor],
+        tensors: Mapping[int, torch.Tensor],
         states: States,
         backend: str | None,
         chunk: int,
@@ -254,7 +263,7 @@ def _joins(last: Scalars, after: Scalars) -> bool:
     return len(last.coeffs) == len(after.coeffs) and last.mask_seed == after.mask_seed and counted
 
 
-def _check_written(trajectory: Trajectory, tensors: Sequence[torch.Tensor]) -> None:
+def _check_written(trajectory: Trajectory, tensors: Mapping[int, torch.Tensor]) -> None:
     """Refuse, before a byte is written, tensors that no pass would take."""
     try:
         written = {}

@@ -45,6 +45,7 @@ class Trajectory:
         passes: The descriptions that steps refer to.
         steps: The steps in order, skipped ones among them.
         torn: Bytes of a torn tail, 0 for none.
+        size: Bytes of the file, that tail included.
 
     Raises:
         TrajectoryError: If the file cannot be read, is none, is damaged, or is of a version that
@@ -57,6 +58,7 @@ class Trajectory:
         self.passes: list[dict[str, Any]] = []
         self.steps: list[Step] = []
         self.torn = 0
+        self.size = len(data)
         # Where the file may be cut: (size, check, descriptions) before each step, and at the end.
         self._marks: list[tuple[int, int, int]] = []
         self._read(data)
@@ -183,7 +185,9 @@ class Trajectory:
         for p in header["parameters"]:
             if not (isinstance(p["name"], str) and isinstance(p["dtype"], str)):
                 raise ValueError("a parameter without a name and a type")
-            if not all(isinstance(n, int) for n in (*p["shape"], p["stream"], p["check"])):
+            # No checksum of what could not be read.
+            check = 0 if p["check"] is None else p["check"]
+            if not all(isinstance(n, int) for n in (*p["shape"], p["stream"], check)):
                 raise ValueError(f"parameter {p['name']!r} has a number that is none")
         return header
 

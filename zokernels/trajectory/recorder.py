@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import zlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from zokernels import masks, noise, ops
-from zokernels.backends import shards
 from zokernels.estimators import ROUNDING, derive_seed
+from zokernels.trajectory import checksum as checksums
 from zokernels.trajectory import format as form
 from zokernels.trajectory.format import Scalars, Step, TrajectoryError
 from zokernels.trajectory.reader import Trajectory
@@ -78,8 +79,10 @@ class Recorder:
                 another process has the file.
 
         Raises:
-            TrajectoryError: If the file exists or cannot be written.
+            TrajectoryError: If the file exists or cannot be written, or a trained parameter is of a
+                kind that no pass can write.
         """
+        parameters = [_described(name, p, stream) for name, p, stream in named]
         header = {
             "version": form.VERSION,
             "noise": noise.VERSION,
@@ -90,19 +93,19 @@ class Recorder:
             "numbers": "binary64" if _is_wide([p for _, p, _ in named]) else "binary32",
             "groups": groups,
             "about": about or {},
-            "parameters": [
-                {
-                    "name": name,
-                    "shape": list(p.shape),
-                    "dtype": _dtype(p),
-                    "stream": stream,
-                    "check": checksum(p),
-                }
-                for name, p, stream in named
-            ],
+            "parameters": parameters,
         }
         packed = form.pack_json(header)
         writer = on_disk(lambda: Writer.create(Path(path), packed, sync_every))
+        if unknown := [p["name"] for p in parameters if p["check"] is None]:
+            names = ", ".join(unknown[:3])
+            if others := len(unknown[3:]):
+                names += f" and {others} others"
+            warnings.warn(
+                f"{path} has no checksum of {names}, whose numbers cannot be read, so that a "
+                "replay does not tell whether the base model has the same ones.",
+                stacklevel=4,
+            )
         return cls(writer or Nowhere(Path(path)), seed, named)
 
     @classmethod
@@ -117,7 +120,9 @@ class Recorder:
         """Goes on with a file after so many steps; the records behind them are cut off."""
         size, check, described = trajectory.mark(step)
         path = trajectory.path
-        writer = on_disk(lambda: Writer.reopen(path, size, check, sync_every)) or Nowhere(path)
+        whole = trajectory.size
+        writer = on_disk(lambda: Writer.reopen(path, size, check, whole, sync_every))
+        writer = writer or Nowhere(path)
         return cls(writer, trajectory.header["seed"], named, trajectory.passes[:described])
 
     def begin(self, step: int) -> None:
@@ -248,10 +253,26 @@ class Recorder:
             ) from None
 
 
-def checksum(p: torch.Tensor) -> int:
-    """CRC-32 of a tensor's elements in row-major order, little-endian; of the whole `DTensor`."""
-    flat = shards.whole(p.detach()).reshape(-1).contiguous()
-    return zlib.crc32(flat.view(torch.uint8).cpu().numpy().data) if flat.numel() else 0
+def _described(name: str, p: torch.Tensor, stream: int) -> dict[str, Any]:
+    """A parameter as the header has it."""
+    if is_lazy(p):
+        raise TrajectoryError(
+            f"Parameter {name!r} has no shape yet, since its lazy module has not run; run the "
+            "model on one batch, then make the optimizer and record."
+        )
+    if p.requires_grad and (kind := checksums.kind(p)) is not None:
+        raise TrajectoryError(
+            f"Parameter {name!r} is trained and is {kind}, which the passes of a replay cannot "
+            "write; freeze it (requires_grad_(False)) and train dense weights, such as an "
+            "adapter's, or do not record."
+        )
+    return {
+        "name": name,
+        "shape": checksums.shape(p),
+        "dtype": _dtype(p),
+        "stream": stream,
+        "check": checksums.checksum(p),
+    }
 
 
 def check_recordable(mask: dict | None) -> None:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from weakref import WeakSet
 
 from zokernels.trajectory import format as form
 from zokernels.trajectory.format import TrajectoryError
@@ -40,6 +43,8 @@ class Writer:
         self._pending = b""
         self._sync_every = sync_every
         self._synced = time.monotonic()
+        _open.add(self)
+        _close_in_children()
 
     @classmethod
     def create(cls, path: Path, header: bytes, sync_every: float = 1.0) -> Writer:
@@ -48,25 +53,27 @@ class Writer:
         Raises:
             TrajectoryError: If it exists, or cannot be written.
         """
-        if path.exists():
-            raise TrajectoryError(
-                f"{path} exists, and a trajectory never replaces another; name a new file, or go "
-                "on with it by resume."
-            )
         first, check = form.frame(form.HEADER, header, 0)
-        draft = path.with_name(path.name + ".new")
+        # A name of its own: another process may be beginning the same file.
+        draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         try:
-            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+            fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
             try:
                 _lock(fd, path)
                 _write(fd, form.MAGIC + first)
                 os.fsync(fd)
-                os.rename(draft, path)
+                _give_name(draft, path)
                 sync_folder(path.parent)
             except BaseException:
                 os.close(fd)
-                draft.unlink(missing_ok=True)
                 raise
+            finally:
+                draft.unlink(missing_ok=True)
+        except FileExistsError:
+            raise TrajectoryError(
+                f"{path} exists, and a trajectory never replaces another; name a new file, or go "
+                "on with it by resume."
+            ) from None
         except OSError as error:
             raise TrajectoryError(
                 f"The trajectory {path} cannot be begun: {error.strerror}; nothing was changed."
@@ -74,16 +81,24 @@ class Writer:
         return cls(path, fd, len(form.MAGIC + first), check, sync_every)
 
     @classmethod
-    def reopen(cls, path: Path, size: int, check: int, sync_every: float = 1.0) -> Writer:
+    def reopen(
+        cls, path: Path, size: int, check: int, whole: int, sync_every: float = 1.0
+    ) -> Writer:
         """Goes on after the first ``size`` bytes, whose check is ``check``; what follows is cut.
 
         Raises:
-            TrajectoryError: If the file cannot be written, or another process is recording to it.
+            TrajectoryError: If the file cannot be written, another process is recording to it, or
+                has done since it was read, when it had ``whole`` bytes.
         """
         try:
             fd = os.open(path, os.O_WRONLY | os.O_APPEND)
             try:
                 _lock(fd, path)
+                if os.fstat(fd).st_size != whole:
+                    raise TrajectoryError(
+                        f"Another process recorded to {path} since it was read; load the base "
+                        "model and resume again, to go on from its last step."
+                    )
                 os.ftruncate(fd, size)
                 os.fsync(fd)
             except BaseException:
@@ -120,8 +135,12 @@ class Writer:
             self._flush()
             self._sync()
         finally:
-            os.close(self._fd)
-            self._fd = -1
+            self._drop()
+
+    def _drop(self) -> None:
+        os.close(self._fd)
+        self._fd = -1
+        _open.discard(self)
 
     def _flush(self) -> None:
         if self._fd < 0:
@@ -150,6 +169,21 @@ class Writer:
         self._synced = time.monotonic()
 
 
+_open: WeakSet[Writer] = WeakSet()
+
+
+@cache
+def _close_in_children() -> None:
+    """A forked child (a worker of a DataLoader) may outlive this process; its file is free then."""
+
+    def close() -> None:
+        for writer in list(_open):
+            writer._drop()
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=close)
+
+
 class Nowhere(Writer):
     """The writer of a process that leaves the file to another one."""
 
@@ -171,6 +205,19 @@ def sync_folder(path: Path) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def _give_name(draft: Path, path: Path) -> None:
+    """Renames a file, unless another one has the name."""
+    try:
+        os.link(draft, path)
+    except FileExistsError:
+        raise
+    except OSError:
+        # A file system without links, such as FAT.
+        if path.exists():
+            raise FileExistsError(path) from None
+        os.rename(draft, path)
 
 
 def _write(fd: int, data: bytes) -> None:

@@ -180,6 +180,8 @@ def train(settings: Settings, command_line: str = "", resume: bool = False) -> d
             )
         else:
             watcher.say(ending(metrics, where))
+        if metrics["diverged"]:
+            watcher.say(metrics["diverged"])
     return metrics
 
 

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO
 
+from zokernels.lab.tasks import lock
 from zokernels.lab.tasks.errors import InputError
-from zokernels.lab.tasks.folder import write_text
+from zokernels.lab.tasks.folder import is_empty, write_text
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-COPY, LOCK = "sweep.yaml", ".lock"
+COPY = "sweep.yaml"
 
 
 class SweepFolder:
@@ -30,26 +25,32 @@ class SweepFolder:
 
     def __init__(self, path: Path, text: str) -> None:
         self.path, self.text = path, text
-        self._lock: IO[str] | None = None
+        self._lock: lock.FolderLock | None = None
 
     def __enter__(self) -> SweepFolder:
         path = self.path
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {path} is a file; name a folder.")
-        if path.is_dir() and any(path.iterdir()) and not (path / COPY).is_file():
-            raise InputError(f"--out {path} exists and is not the folder of a sweep; name another.")
         try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = (path / LOCK).open("w", encoding="utf-8")
-            if fcntl is not None:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists():
+                self._check_kind()
+            self._lock = lock.FolderLock(path, "sweep")
+            # Another process may have been here until now.
+            self._check_kind()
             write_text(path / COPY, self.text)
-        except BlockingIOError:
-            raise InputError(f"Another sweep is at work in --out {path}; wait for it.") from None
-        except OSError as error:
-            raise InputError(f"--out {path} cannot be written: {error.strerror}.") from None
+        except BaseException as error:
+            self.__exit__()
+            if isinstance(error, OSError):
+                raise InputError(f"--out {path} cannot be written: {error.strerror}.") from None
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._lock is not None:
-            self._lock.close()
+            self._lock.release()
+
+    def _check_kind(self) -> None:
+        if not self.path.is_dir():
+            raise InputError(f"--out {self.path} is a file; name a folder.")
+        if not (is_empty(self.path) or (self.path / COPY).is_file()):
+            raise InputError(
+                f"--out {self.path} exists and is not the folder of a sweep; name another."
+            )

@@ -22,7 +22,7 @@ _SETTINGS = (
 _METRICS = (
     "metric dev_accuracy_before dev_accuracy_after dev_standard_error_after dev_examples "
     "dev_majority forwards backwards non_finite_steps mean_loss_first_tenth mean_loss_last_tenth "
-    "trained_weights all_weights threads step_seconds seconds machine".split()
+    "trained_weights all_weights threads step_seconds seconds machine diverged".split()
 )
 _FIXED = ("part", "model", *_SETTINGS, "seed", "status", *_METRICS, "torch", "zokernels")
 
@@ -106,6 +106,8 @@ def _cell(group: Sequence[Run], outcomes: dict[Path, Outcome]) -> Cell:
             notes.append(f"seed {run.settings.seed} {outcome.status}{why}")
         elif metrics["failure"]:
             notes.append(f"seed {run.settings.seed} failed ({metrics['failure']})")
+        elif metrics.get("diverged"):
+            notes.append(f"seed {run.settings.seed} diverged")
     if len(group) == 1 and done:
         notes.append("one seed")
     return Cell(

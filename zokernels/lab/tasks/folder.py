@@ -1,5 +1,7 @@
 """The run folder: what is in it, and when one may be replaced."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
+from zokernels.lab.tasks import lock
 from zokernels.lab.tasks.errors import InputError, RunError
 
 CONFIG, METRICS, LOG = "config.json", "metrics.json", "metrics.jsonl"
@@ -111,6 +114,17 @@ def is_run(path: Path) -> bool:
     return isinstance(config, dict) and MARK in config
 
 
+def is_finished(path: Path) -> bool:
+    """Whether the run in this folder came to its end."""
+    metrics = read_json(path / METRICS)
+    return isinstance(metrics, dict) and not (metrics.get("interrupted") or metrics.get("failure"))
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a folder holds nothing but what a process left that was killed as it began."""
+    return all(p.name == lock.NAME or p.name.startswith(f".{CONFIG}.") for p in path.iterdir())
+
+
 def check_json(path: Path | None) -> None:
     """Refuses, before a run is begun, a ``--json`` that could not be written at its end."""
     if path is None:
@@ -125,7 +139,7 @@ def check_json(path: Path | None) -> None:
 
 
 class RunFolder:
-    """A folder that one run fills.
+    """A folder that one run fills; a context in which no other process does.
 
     Args:
         path: Where; it may be absent or empty.
@@ -133,31 +147,70 @@ class RunFolder:
         resume: Whether an earlier run there is to go on.
 
     Raises:
-        InputError: If it holds something else, or an earlier run and not ``overwrite``. Nothing
-            is written or removed before ``begin``.
+        InputError: On entry, if it holds something else, an earlier run and not ``overwrite``, or
+            another process is at work in it. Nothing is written or removed before ``begin``.
     """
 
     def __init__(self, path: Path, overwrite: bool = False, resume: bool = False) -> None:
         self.path = path
+        self._kept = not (overwrite or resume)
+        self._resumed = resume
+        self._lock: lock.FolderLock | None = None
         self._log: IO[str] | None = None
+
+    def __enter__(self) -> RunFolder:
+        # An absent folder stays absent until there is something to write.
         try:
-            if path.exists() and not path.is_dir():
-                raise InputError(f"--out {path} is a file; name a folder.")
-            if not path.exists() or not any(path.iterdir()):
-                return
+            if self.path.exists():
+                self._take()
         except OSError as error:
-            raise InputError(f"--out {path} cannot be read: {error.strerror}.") from None
-        if not is_run(path):
-            raise InputError(f"--out {path} exists and is not a run folder; choose another.")
-        if not overwrite and not resume:
+            raise self._unusable(error) from None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._log is not None:
+            self._log.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _take(self) -> None:
+        if self._lock is not None:
+            return
+        if self.path.exists():
+            self._check_kind()
+        self._lock = lock.FolderLock(self.path, "run")
+        try:
+            # Another process may have been here until now.
+            self._check_kind()
+            self._check_earlier()
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _check_kind(self) -> None:
+        if not self.path.is_dir():
+            raise InputError(f"--out {self.path} is a file; name a folder.")
+        if not (is_empty(self.path) or is_run(self.path)):
+            raise InputError(f"--out {self.path} exists and is not a run folder; choose another.")
+
+    def _check_earlier(self) -> None:
+        if self._kept and is_run(self.path):
             raise InputError(
-                f"--out {path} holds an earlier run; choose another or pass --overwrite."
+                f"--out {self.path} holds an earlier run; choose another or pass --overwrite."
             )
+        if self._resumed and is_finished(self.path):
+            raise InputError(
+                f"--resume {self.path}: that run is finished; see {self.path / REPORT}."
+            )
+
+    def _unusable(self, error: OSError) -> InputError:
+        return InputError(f"--out {self.path} cannot be written: {error.strerror}.")
 
     def begin(self, config: dict[str, Any]) -> None:
         """Removes an earlier run's files and writes the new configuration."""
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._take()
+            self._remove_drafts()
             for name in (METRICS, LOG, PLOT, REPORT, TRAJECTORY, CHECKPOINT):
                 (self.path / name).unlink(missing_ok=True)
             if (self.path / WEIGHTS).is_dir():
@@ -165,20 +218,23 @@ class RunFolder:
             write_json(self.path / CONFIG, {MARK: 1, **config})
             self._log = (self.path / LOG).open("w", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"--out {self.path} cannot be written: {error.strerror}.") from None
+            raise self._unusable(error) from None
 
     def resume(self, records: list[dict[str, Any]]) -> None:
         """Goes on with an earlier run's log, of which these records stay."""
         lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records)
         try:
-            # Drafts of a process that was killed while it wrote them.
-            for name in (CONFIG, METRICS, LOG, REPORT):
-                for draft in self.path.glob(f".{name}.*"):
-                    draft.unlink()
+            self._remove_drafts()
             write_text(self.path / LOG, lines)
             self._log = (self.path / LOG).open("a", encoding="utf-8")
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror}.") from None
+            raise self._unusable(error) from None
+
+    def _remove_drafts(self) -> None:
+        """Those of a process that was killed while it wrote them."""
+        for name in (CONFIG, METRICS, LOG, REPORT):
+            for draft in self.path.glob(f".{name}.*"):
+                draft.unlink()
 
     def log(self, record: dict[str, Any]) -> None:
         """Appends a line to the metrics, readable at once."""
@@ -186,9 +242,3 @@ class RunFolder:
             raise RuntimeError("The run folder has not begun.")
         self._log.write(json.dumps(record, allow_nan=False) + "\n")
         self._log.flush()
-
-    def close(self) -> None:
-        """Closes the log."""
-        if self._log is not None:
-            self._log.close()
-            self._log = None

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import zokernels as zk
-from zokernels.lab.tasks import chat, data, folder, get_task, learner, optimizers
+from zokernels.lab.tasks import chat, data, get_task, learner, optimizers
 from zokernels.lab.tasks.batches import batches
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import KINDS
@@ -41,7 +41,6 @@ def prepare(run: Run) -> Iterator[list[Example]]:
         )
     optimizers.check(s)
     run.task = get_task(s.task).with_template(s.template)
-    run.out = folder.RunFolder(s.out, s.overwrite, run.resume)
     run.splits = data.load(run.task, s.data)
     if s.shots:
         run.splits = data.few(run.splits, s.shots, s.seed)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 import zokernels as zk
-from zokernels.lab.tasks import folder, learner, optimizers
+from zokernels.lab.tasks import folder, learner, lock, optimizers
 from zokernels.lab.tasks.errors import InputError, RunError
 from zokernels.lab.tasks.resume import read_settings
 from zokernels.lab.tasks.settings import Settings
@@ -75,8 +75,9 @@ def rebuild(
     }
     if out is not None:
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            folder.write_folder(out, made.save)
+            with lock.FolderLock(out, "replay"):
+                _check_new(out)
+                folder.write_folder(out, made.save)
         except OSError as error:
             raise RunError(f"--out {out} could not be written: {error.strerror}.") from None
     if verify:
@@ -107,7 +108,12 @@ def _check(run: Path, out: Path | None, verify: bool) -> None:
         )
     if out is None and not verify:
         raise InputError("--out is missing: name a new folder for the model, or pass --verify.")
-    if out is not None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if out is not None:
+        _check_new(out)
+
+
+def _check_new(out: Path) -> None:
+    if out.exists() and not (out.is_dir() and folder.is_empty(out)):
         raise InputError(f"--out {out} exists and is not empty; name a new folder.")
 
 

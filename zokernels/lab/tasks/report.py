@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zokernels.lab.tasks import folder, optimizers
+from zokernels.lab.tasks import divergence, folder, optimizers
 from zokernels.lab.tasks.history import PARTS
 from zokernels.lab.tasks.models import KINDS
 from zokernels.lab.tasks.settings import Settings
@@ -92,6 +92,7 @@ def metrics(run: Run) -> dict[str, Any]:
         "share_update": _share(clock["update"], clock["total"]),
         "interrupted": stopped,
         "failure": run.failure,
+        "diverged": divergence.sentence(history.losses, before, after, run.task.metric, s.lr),
         "seed": s.seed,
         "versions": versions(),
         "threads": torch.get_num_threads(),
@@ -169,6 +170,7 @@ def text(run: Run, m: dict[str, Any]) -> str:
         "",
         _verdict(m),
         "",
+        *([f"**{m['diverged']}**", ""] if m["diverged"] else []),
         f"![Loss and accuracy]({folder.PLOT})",
         "",
         "| | |",

@@ -26,8 +26,7 @@ def settings_of(path: Path) -> Settings:
             f"--resume {path} is not a run folder, or the run ended before it wrote anything; "
             "name the --out of a run, or start it again."
         )
-    metrics = folder.read_json(path / folder.METRICS) or {"interrupted": True}
-    if not (metrics.get("interrupted") or metrics.get("failure")):
+    if folder.is_finished(path):
         raise InputError(f"--resume {path}: that run is finished; see {path / folder.REPORT}.")
     return read_settings(path)
 

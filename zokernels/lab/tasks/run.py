@@ -1,5 +1,6 @@
 """One run: load, evaluate, train by forward passes, evaluate, and write down what happened."""
 
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -10,6 +11,7 @@ from zokernels.lab.tasks.evaluate import evaluate
 from zokernels.lab.tasks.interrupt import stop_on_interrupt
 from zokernels.lab.tasks.prepare import prepare
 from zokernels.lab.tasks.state import Run
+from zokernels.lab.tasks.task import Example
 from zokernels.lab.tasks.train import train
 
 
@@ -26,7 +28,12 @@ class Finetune(Run):
             RunError: If losses stayed non-finite; the run folder is complete all the same. If
                 the folder could not be written; then the run can be resumed.
         """
-        order = prepare(self)
+        s = self.settings
+        with folder.RunFolder(s.out, s.overwrite, self.resume) as self.out:
+            return self._run(prepare(self))
+
+    def _run(self, order: Iterator[list[Example]]) -> dict[str, Any]:
+        """What is left once everything is prepared."""
         out = self.settings.out
         try:
             resume.begin(self)
@@ -56,7 +63,6 @@ class Finetune(Run):
                 f"is more memory go on with: zokernels finetune --resume {out}"
             ) from error
         finally:
-            self.out.close()
             if self.optimizer.trajectory:
                 with suppress(zk.TrajectoryError):
                     self.optimizer.trajectory.close()
