@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from zokernels.perturb.dispatch import DATA, METADATA, writes
-from zokernels.perturb.weight import Entry, PerturbedWeight, Unshareable, is_perturbed
+from zokernels.perturb.weight import Entry, Misused, PerturbedWeight, Unshareable, is_perturbed
 
 # A vocabulary smaller than this gains nothing.
 _FEWEST_ROWS = 8192
@@ -105,14 +105,24 @@ class PerturbedLogits(torch.Tensor):
         """The logits that these are a view of, or these themselves."""
         return self if self.of is None else self.of
 
+    def check_hidden(self) -> None:
+        """Raise Misused if the hidden states were written after the model's head got them."""
+        if _versions(self.hidden) != self.versions:
+            raise Misused(
+                "The hidden states that logits wait to be made of were written in place; give the "
+                "optimizer lazy_logits=False."
+            )
+
     def copy_of(self, hidden: Hidden, wide: torch.dtype | None = None) -> PerturbedLogits:
         """The same head's logits of other hidden states, in memory of their own."""
+        self.check_hidden()
         return self._make(self.entry, hidden, self.lane, self.weight, self.bias, wide or self.wide)
 
     def view_by(
         self, step: Callable[[torch.Tensor], torch.Tensor], hidden: Hidden, in_order: bool
     ) -> PerturbedLogits:
         """A view: what ``step`` makes of these logits, whose hidden states are these."""
+        self.check_hidden()
         view = (self, step, in_order)
         return self._make(self.entry, hidden, self.lane, self.weight, self.bias, self.wide, view)
 
@@ -176,13 +186,9 @@ class PerturbedLogits(torch.Tensor):
             flat: Each lane's hidden states, of shape (rows, width).
 
         Raises:
-            RuntimeError: If the hidden states have been written since the model's head got them.
+            Misused: If the hidden states have been written since the model's head got them.
         """
-        if _versions(self.hidden) != self.versions:
-            raise RuntimeError(
-                "The hidden states that logits wait to be made of were written in place; give the "
-                "optimizer lazy_logits=False."
-            )
+        self.check_hidden()
         filler = self.entry.filler
         # A product with a few rows of a strided slice takes a hundred times as long in bfloat16.
         flat = [h.contiguous() for h in flat]
