@@ -77,6 +77,7 @@ class GraphedStep:
         *,
         capture: bool = True,
     ):
+        opt._look()
         support.check(opt, capture)
         self.opt = opt
         self._loss_fn = loss_fn
@@ -90,8 +91,10 @@ class GraphedStep:
         # Its own, since the graph holds the addresses of its memory. Logits that wait ask how many
         # positions count, and only the host could say it.
         self._perturber = opt._perturbers.make(self._params, lazy_logits=False, keep=True)
-        with torch.no_grad(), same_randomness(opt.model, self._params):
-            kind = self._try()
+        alike = same_randomness(opt.model, self._params)
+        with torch.no_grad(), alike, opt._perturbers.forwards():
+            with opt._buffers.kept():
+                kind = self._try()
             self._numbers = StepNumbers(opt, groups)
             kinds = [g for g, (_, chosen) in enumerate(groups) for _ in chosen]
             like = self._direction(0, 1.0)
@@ -262,7 +265,8 @@ class GraphedStep:
         if self._graph is not None:
             self._graph.replay()
         else:
-            with same_randomness(self.opt.model, self._params):
+            alike = same_randomness(self.opt.model, self._params)
+            with self.opt._buffers.kept(), alike, self.opt._perturbers.forwards():
                 self._body()
         # Autograd then notices when a tensor it saved was written behind its back.
         torch.autograd.graph.increment_version([p for p in self._params if not p.is_inference()])
@@ -338,6 +342,7 @@ class GraphedStep:
             )
 
     def _check_settings(self) -> None:
+        self.opt._look()
         now = support.settings(self.opt)
         changed = [str(a[0]) for a, b in zip(now, self._settings, strict=False) if a != b]
         if changed or len(now) != len(self._settings):

@@ -13,11 +13,13 @@ from zokernels.backends import shards
 from zokernels.distributed import Distributed, connect
 from zokernels.optim import blocks as partitions
 from zokernels.optim import sparse
+from zokernels.optim.buffers import Buffers
 from zokernels.optim.forward import StepTiming
 from zokernels.optim.groups import check_group, join_run
 from zokernels.optim.perturbers import Perturbers
 from zokernels.optim.recording import Recorded
 from zokernels.optim.state import own_states, restore_states
+from zokernels.optim.world import World
 from zokernels.perturb import choose_mode
 
 
@@ -54,6 +56,7 @@ class Constructed(Recorded, torch.optim.Optimizer):
         self.parallel = connect(parallel)
         shards.settle(self.model)
         self.perturb = choose_mode(self.model, perturb)
+        self._wanted = perturb
         self.lazy_logits = lazy_logits
         self.backend = backend
         self.max_bad_steps = max_bad_steps
@@ -61,12 +64,13 @@ class Constructed(Recorded, torch.optim.Optimizer):
         self.timing = StepTiming()
         self.bad_steps = 0
         self._last_stream = -1
-        self._numbers: dict[int, int] = {}
+        self._numbers: dict[str, int] = {}
+        self._buffers = Buffers(self.model)
         self._perturbers = Perturbers(self.model, self.perturb, lazy_logits)
         # L(θ) on the step's batch, until a weight changes.
         self._base_loss: float | None = None
         if self.model is not None:
-            self._numbers = {id(p): i for i, p in enumerate(self.model.parameters())}
+            self._numbers = {n: i for i, (n, _) in enumerate(self.model.named_parameters())}
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
             if not params:
@@ -96,6 +100,11 @@ class Constructed(Recorded, torch.optim.Optimizer):
         super().__init__(params, defaults)
         if sparsity is not None:
             sparse.install(self.param_groups)
+        self._world = World.read(self._optimizers(), self.model)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """This one, and what else trains parts of the model in its steps."""
+        return [self]
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; their streams continue the count, or are their places in the module."""
@@ -114,9 +123,11 @@ class Constructed(Recorded, torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+        named = self.model.named_parameters() if self.model is not None else ()
+        names = {id(p): n for n, p in named}
         streams = []
         for p in group["params"]:
-            self._last_stream = self._numbers.get(id(p), self._last_stream + 1)
+            self._last_stream = self._numbers.get(names.get(id(p), ""), self._last_stream + 1)
             streams.append(self._last_stream)
         if self._numbers:
             self._last_stream = max(self._last_stream, len(self._numbers) - 1)

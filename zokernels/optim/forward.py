@@ -144,7 +144,7 @@ class Losses:
 def same_randomness(
     model: nn.Module | None, params: list[nn.Parameter]
 ) -> Iterator[Callable[[], None]]:
-    """Dropout off, buffers kept; yields a function that makes the next forward draw as the first.
+    """Dropout off; yields a function that makes the next forward draw as the first.
 
     The root keeps its training flag, since trainers read it to tell training from evaluation;
     what it draws itself is replayed.
@@ -159,11 +159,9 @@ def same_randomness(
             torch.cuda.set_rng_state(device_state, device)
 
     switched: list[nn.Module] = []
-    buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     if model is not None:
         leaf = not any(True for _ in model.children())
         switched = [m for m in model.modules() if m.training and (leaf or m is not model)]
-        buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
     for m in switched:
         m.training = False
     try:
@@ -172,6 +170,3 @@ def same_randomness(
         shards.settle(model)
         for m in switched:
             m.training = True
-        for buffer, copy, version in buffers:
-            if buffer._version != version:
-                buffer.copy_(copy)

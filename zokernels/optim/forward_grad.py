@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zokernels import masks, ops
-from zokernels.backends import shards
+from zokernels.backends import shards, tracer
 from zokernels.estimators import Estimate
 from zokernels.optim.forward import Forward
 from zokernels.optim.groups import Chosen, join_masks
@@ -69,9 +69,14 @@ class ForwardGrad(ZOSGD):
             )
         self._layers: _Layers | None = None
 
+    def _forget(self) -> None:
+        super()._forget()
+        self._layers = None
+
     def _sweep(self, forward: Forward) -> list[Estimate]:
-        # All forwards of a step go the same way, those without a tangent too.
-        with _differentiable_attention():
+        # All forwards of a step go the same way, those without a tangent too; what is compiled has
+        # no forward-mode derivative.
+        with _differentiable_attention(), tracer.eager():
             return super()._sweep(forward)
 
     def _estimate(self, forward: Forward, block: int | None) -> Estimate:

@@ -19,8 +19,13 @@ def is_compiled(model: nn.Module) -> bool:
     )
 
 
-def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
+def choose_mode(model: nn.Module | None, wanted: str | None, ran_compiled: bool = False) -> str:
     """One of `MODES`: what was asked for, or the best that works.
+
+    Args:
+        model: The module; None where only parameters are known.
+        wanted: A mode, or None for the best.
+        ran_compiled: Whether forwards enter the model by something compiled, though it isn't itself.
 
     Raises:
         ValueError: If the mode is unknown or cannot work.
@@ -43,19 +48,20 @@ def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
                 "perturb their own parts before they are gathered; use perturb='in_place'."
             )
         return "in_place"
-    if is_compiled(model):
+    compiled = is_compiled(model)
+    if wanted is None and (compiled or ran_compiled):
+        warnings.warn(
+            "The model is compiled and would not see perturbed layers: perturbing in place, which "
+            "keeps a copy of the trainable weights.",
+            stacklevel=4,
+        )
+        return "in_place"
+    if compiled:
         if wanted in ("on_entry", "paired"):
             raise ValueError(
                 f"perturb={wanted!r} was asked for, but the model is compiled and would go on with "
                 "the weights it was compiled with; use perturb='in_place', or pass the model "
                 "before torch.compile."
-            )
-        if wanted is None:
-            warnings.warn(
-                "The model is compiled and would not see perturbed layers: perturbing in place, "
-                "which "
-                "keeps a copy of the trainable weights.",
-                stacklevel=4,
             )
         return "in_place"
     return wanted or "on_entry"
