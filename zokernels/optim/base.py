@@ -146,7 +146,7 @@ class ZOOptimizer(Constructed):
         swaps = world.swaps_since(before)
         check_states(optimizers, swaps, before, world)
         if self.trajectory:
-            self.trajectory.check(world.named, [swap.new for swap in swaps])
+            self.trajectory.check([(swap.name, swap.new) for swap in swaps])
         if swaps:
             take_over(optimizers, swaps)
             world = World.read(optimizers, self.model)

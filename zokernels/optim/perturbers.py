@@ -47,8 +47,8 @@ class Perturbers:
             self.clear()
             if self.mode != "in_place":
                 warnings.warn(
-                    f"The closure enters the model by something compiled, which runs eagerly in "
-                    f"the steps, since perturb={self.mode!r} was asked for; use perturb='in_place', "
+                    "The closure enters the model by something compiled, which runs eagerly in the "
+                    f"steps, since perturb={self.mode!r} was asked for; use perturb='in_place', "
                     "which keeps a copy of the trainable weights, to run it compiled.",
                     stacklevel=2,
                 )
@@ -73,7 +73,7 @@ class Perturbers:
     ) -> InPlace | OnEntry:
         """One that is nobody else's; with ``keep`` its memory keeps its addresses."""
         if self.mode == "in_place" or self.model is None:
-            return InPlace(params, keep)
+            return InPlace(params, keep, self.model)
         kind = Paired if self.mode == "paired" else OnEntry
         return kind(self.model, params, lazy_logits, keep)
 

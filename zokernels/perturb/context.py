@@ -57,7 +57,7 @@ def perturbed(
                 "pair; use None, 'on_entry' or 'in_place'."
             )
         if mode == "in_place":
-            with InPlace(params).at(direction):
+            with InPlace(params, model=model).at(direction):
                 yield model
             return
         layers = OnEntry(model, params)

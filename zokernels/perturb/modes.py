@@ -25,7 +25,7 @@ def choose_mode(model: nn.Module | None, wanted: str | None, ran_compiled: bool 
     Args:
         model: The module; None where only parameters are known.
         wanted: A mode, or None for the best.
-        ran_compiled: Whether forwards enter the model by something compiled, though it isn't itself.
+        ran_compiled: Whether forwards enter it by something compiled, though it is not itself.
 
     Raises:
         ValueError: If the mode is unknown or cannot work.

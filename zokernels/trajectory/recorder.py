@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ class Recorder:
         self._writer = writer
         self._seed = seed
         self._tensors = [p for _, p, _ in named]
-        self._shapes = [tuple(p.shape) for p in self._tensors]
+        self._begun_with = [(name, tuple(p.shape)) for name, p, _ in named]
         self._places = {id(p): i for i, p in enumerate(self._tensors)}
         self._wide = _is_wide(self._tensors)
         self._known: dict[Any, int] = {}
@@ -121,26 +121,26 @@ class Recorder:
         writer = on_disk(lambda: Writer.reopen(path, size, check, sync_every)) or Nowhere(path)
         return cls(writer, trajectory.header["seed"], named, trajectory.passes[:described])
 
-    def check(self, named: Mapping[str, torch.Tensor], joined: Sequence[torch.Tensor]) -> None:
+    def check(self, joined: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Refuse weights that the log can't know, before a step is made with them.
 
         Args:
-            named: The model's parameters by name.
-            joined: Those that have come in the place of others.
+            joined: The parameters that take the place of others, by name.
 
         Raises:
-            TrajectoryError: Naming one that is not what was recorded, or has another shape.
+            TrajectoryError: Naming one that is new to the log, or has another shape than it had.
         """
-        for name, p in named.items():
-            place = self._places.get(id(p))
-            new = place is None and any(p is q for q in joined)
-            if new or (place is not None and tuple(p.shape) != self._shapes[place]):
-                what = "replaced" if new else f"resized to {tuple(p.shape)}"
-                raise TrajectoryError(
-                    f"Parameter {name!r} was {what} after the trajectory {self.path} was begun, so "
-                    "that a replay could not make its weights; begin a new one: "
-                    "opt.record(PATH)."
-                )
+        changed = [(n, "replaced") for n, p in joined if id(p) not in self._places]
+        changed += [
+            (name, f"resized from {shape} to {tuple(p.shape)}")
+            for p, (name, shape) in zip(self._tensors, self._begun_with, strict=True)
+            if tuple(p.shape) != shape
+        ]
+        for name, what in changed:
+            raise TrajectoryError(
+                f"Parameter {name!r} was {what} after the trajectory {self.path} was begun, so "
+                "that a replay could not make its weights; begin a new one: opt.record(PATH)."
+            )
 
     def begin(self, step: int) -> None:
         """A step begins.
