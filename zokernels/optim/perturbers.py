@@ -40,8 +40,11 @@ class Perturbers:
         Raises:
             ValueError: If that can't work any more.
         """
+        before = self.mode
         if self.mode != "in_place":
             self.mode = choose_mode(self.model, wanted, self.ran_compiled)
+        if self.mode != before:
+            self.clear()
         if self.ran_compiled and not self._has_told:
             self._has_told = True
             self.clear()
