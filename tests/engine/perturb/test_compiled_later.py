@@ -121,7 +121,7 @@ def test_blocks_in_place_do_not_return_layers_from_memory_to_what_is_compiled():
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             for _ in range(3):
-                opt.step(lambda call=call: call(x).square().mean())
+                opt.step(lambda call=call, x=x: call(x).square().mean())
                 slopes += opt.projected_gradients
         found.append((slopes, len([w for w in said if "run whole" in str(w.message)])))
     (expected, none), (slopes, one) = found
