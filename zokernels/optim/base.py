@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zokernels import masks
+from zokernels.backends import shards
 from zokernels.backends.tracer import untraced
 from zokernels.estimators import ROUNDING, Estimate, Point, derive_seed, estimate
 from zokernels.optim import sparse
@@ -141,6 +142,8 @@ class ZOOptimizer(Constructed):
             TrajectoryError: If weights were replaced that the trajectory can't know.
             ValueError: If nothing is trainable, or the mode asked for can't work any more.
         """
+        # What is gathered for a forward stands in the place of the parameters.
+        shards.settle(self.model)
         optimizers, before = self._optimizers(), self._world
         world = World.read(optimizers, self.model)
         swaps = world.swaps_since(before)

@@ -62,12 +62,19 @@ class ForwardGrad(ZOSGD):
             )
         # With ε = 1 a difference over ε is the derivative itself.
         super().__init__(params, lr, 1.0, two_sided=False, perturb=perturb, **common)
+        self._refuse_shards()
+        self._layers: _Layers | None = None
+
+    def _refuse_shards(self) -> None:
         if any(shards.is_sharded(p) for group in self.param_groups for p in group["params"]):
             raise ValueError(
                 "The weights are cut over processes (DTensors), through whose gathering no "
                 "forward-mode derivative goes; use ZOSGD, or whole weights in each process."
             )
-        self._layers: _Layers | None = None
+
+    def _look(self) -> None:
+        super()._look()
+        self._refuse_shards()
 
     def _forget(self) -> None:
         super()._forget()

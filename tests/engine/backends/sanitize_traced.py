@@ -1,4 +1,4 @@
-"""Native passes from code that torch.compile's tracer rewrites; run by sanitize.py under its checks.
+"""Native passes from code that the tracer of torch.compile rewrites; sanitize.py runs it.
 
 The tracer drops a local that is not used again: memory that only an address is left of is freed
 before the pass reads it. Here the tracer is let in on purpose; the ops themselves keep it out.
