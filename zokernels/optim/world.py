@@ -100,12 +100,23 @@ class World:
 
     def tell_of_thawed(self, before: World) -> None:
         """Say which parameters have become trainable that no param group holds."""
-        thawed = [name for name in self.unheld if name not in before.unheld]
+        fresh = [name for name in self.unheld if name not in before.unheld]
+        forms = set(self.forms.values())
+        aliases = [name for name in fresh if _form(self.named[name]) in forms]
+        thawed = [name for name in fresh if name not in aliases]
         if thawed:
             warnings.warn(
-                f"{_some(thawed)} became trainable after the optimizer was made, and no param "
-                "group holds it, so that it is not trained; add it: "
+                f"{_some(thawed)} became trainable after the optimizer was made, or joined the "
+                "model, and no param group holds it, so that it is not trained; add it: "
                 'opt.add_param_group({"params": [...]}).',
+                stacklevel=2,
+            )
+        # So load_state_dict(assign=True) leaves what was tied.
+        if aliases:
+            warnings.warn(
+                f"{_some(aliases)} lies in the memory of a parameter that is trained, but is "
+                "another one, so that it moves with it and may be perturbed without it; tie them "
+                "again: model.tie_weights(), or one.weight = other.weight.",
                 stacklevel=2,
             )
 

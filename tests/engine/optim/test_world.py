@@ -244,6 +244,24 @@ def test_what_is_thawed_later_is_named_once_and_trains_when_added(mode):
     assert not torch.equal(before, model[0].weight)
 
 
+def test_tied_weights_that_a_load_took_apart_are_named():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 5, bias=False))
+    model[1].weight = model[0].weight
+    opt = zk.ZOSGD(model, lr=1e-2)
+    model.load_state_dict(model.state_dict(), assign=True)
+
+    def closure():
+        return model(torch.arange(3)).square().mean()
+
+    with pytest.warns(UserWarning, match="'1.weight' lies in the memory of.*tie_weights"):
+        opt.step(closure)
+    model[1].weight = model[0].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        opt.step(closure)
+
+
 def test_what_was_left_out_on_purpose_is_not_named():
     model = made()
     opt = zk.ZOSGD(model[2].parameters(), lr=1e-2, model=model)

@@ -179,6 +179,7 @@ def test_a_captured_step_without_a_graph():
     assert all(map(torch.equal, *(m.parameters() for m in models)))
 
 
+@pytest.mark.hf
 @pytest.mark.parametrize("mode", [None, "on_entry"])
 def test_the_trainer_compiles_the_model_beside_the_optimizer(tmp_path, mode):
     transformers = pytest.importorskip("transformers")
