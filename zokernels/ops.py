@@ -18,6 +18,7 @@ from typing_extensions import Unpack
 from zokernels.backends import checks, rules, select, shards
 from zokernels.backends.keywords import PassKeywords, RuleKeywords, defaults, takes
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
+from zokernels.backends.tracer import untraced
 
 __all__ = ["PassKeywords", "RuleKeywords", "add_noise", "add_noise_", "apply_update_", "listening"]
 
@@ -60,6 +61,7 @@ def taking(taker: Taker) -> Iterator[None]:
         _taker.reset(token)
 
 
+@untraced
 @takes(checks.numbers_of_pass)
 def add_noise_(
     params: Sequence[torch.Tensor],
@@ -92,6 +94,7 @@ def add_noise_(
     tell("add_noise", params, seeds, coeffs, **how)
 
 
+@untraced
 @takes(checks.numbers_of_pass)
 def add_noise(
     params: Sequence[torch.Tensor],
@@ -113,6 +116,7 @@ def add_noise(
     _run(AddNoise(**numbers, out=out), how)
 
 
+@untraced
 @takes(checks.numbers_of_pass, rules.numbers)
 def apply_update_(
     params: Sequence[torch.Tensor],

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import needs_native
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import zokernels as zk
 from zokernels import masks
@@ -55,6 +56,11 @@ def test_bad_input_is_refused_before_a_byte_is_written(name):
     with pytest.raises(error, match=words):
         zk.ops.add_noise_(make(p), **{**GOOD, **change})
     assert torch.equal(p, before)
+
+
+def test_a_tensor_without_memory_is_refused():
+    with FakeTensorMode(), pytest.raises(ValueError, match="without memory.*traced"):
+        zk.ops.add_noise_([torch.ones(40)], **GOOD)
 
 
 def test_out_must_fit():

@@ -154,7 +154,12 @@ def check_out(params: Sequence[torch.Tensor], out: Sequence[torch.Tensor]) -> No
 
 
 def check_apart(tensors: Sequence[torch.Tensor]) -> None:
-    """Raise if two of the tensors share memory."""
+    """Raise if two of the tensors share memory, or one has none, as in a tracer's rehearsal."""
+    if any(t.numel() and not t.data_ptr() for t in tensors):
+        raise ValueError(
+            "A tensor of the call is a fake one, without memory, whose weights can't be written; "
+            "call the op outside of what is traced or exported."
+        )
     spans = sorted(
         (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), i)
         for i, t in enumerate(tensors)

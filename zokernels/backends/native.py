@@ -71,6 +71,9 @@ class _Pass(ctypes.Structure):
         ("adam_eps", ctypes.c_float),
         ("threads", ctypes.c_int32),
     ]
+    # Whose memory the addresses are: an address keeps nothing alive, nor does a caller's local that
+    # is not used again, where something rewrites the caller's code.
+    owners: tuple[Any, ...] = ()
 
 
 def add_noise(plan: AddNoise) -> None:
@@ -107,8 +110,8 @@ class Prepared:
         if mirrors is not None:
             for tensor, mirror in zip(self._tensors, mirrors, strict=True):
                 tensor.mirror = mirror.data_ptr()
-        self._mirrors = mirrors
         self._args = _arguments(plan, self._tensors, rule=_ADD_NOISE)
+        self._args.owners += (mirrors,)
         self._size = plan.params[0].element_size()
         self._start = plan.params[0].data_ptr()
 
@@ -148,11 +151,14 @@ class Prepared:
         ):  # fmt: skip
             if steps is not None:
                 table[:, getattr(_Tensor, name).offset // 8] += steps
+        owners = self._args.owners
+        self._args.owners = (*owners, table)
         self._args.tensors = ctypes.cast(table.data_ptr(), ctypes.POINTER(_Tensor))
         self._args.tensor_count = count
         _run(self._args)
         self._args.tensors = self._tensors
         self._args.tensor_count = 1
+        self._args.owners = owners
 
     def _set(self, seeds: Sequence[int], coeffs: Sequence[float]) -> None:
         for k, (seed, coeff) in enumerate(zip(seeds, coeffs, strict=True)):
@@ -175,7 +181,7 @@ def _tensors(plan: Pass, targets: Sequence[torch.Tensor]) -> Any:
 
 
 def _arguments(plan: Pass, tensors: Any, **of_rule: Any) -> _Pass:
-    return _Pass(
+    args = _Pass(
         tensors=tensors,
         tensor_count=len(plan.params),
         seeds=(ctypes.c_uint64 * len(plan.seeds))(*plan.seeds),
@@ -189,6 +195,8 @@ def _arguments(plan: Pass, tensors: Any, **of_rule: Any) -> _Pass:
         threads=torch.get_num_threads(),
         **of_rule,
     )
+    args.owners = (plan,)
+    return args
 
 
 def _run(args: _Pass) -> None:

@@ -12,13 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from zokernels import ops
+from zokernels.backends import tracer
 from zokernels.graphs import support
 from zokernels.graphs.batch import StaticBatch
 from zokernels.graphs.numbers import StepNumbers
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.forward import StepTiming, same_randomness
 from zokernels.optim.groups import join_masks
-from zokernels.perturb import DeferredDirection, Direction, Move, Paired
+from zokernels.perturb import DeferredDirection, Direction, InPlace, Move, Paired
 
 
 class _Done(NamedTuple):
@@ -77,6 +78,7 @@ class GraphedStep:
         *,
         capture: bool = True,
     ):
+        opt._look()
         support.check(opt, capture)
         self.opt = opt
         self._loss_fn = loss_fn
@@ -88,11 +90,8 @@ class GraphedStep:
         self._device = self._params[0].device
         opt._begin(self._params)
         self._batch = StaticBatch(example_batch, self._device)
-        # Its own, since the graph holds the addresses of its memory. Logits that wait ask how many
-        # positions count, and only the host could say it.
-        self._perturber = opt._perturbers.make(self._params, lazy_logits=False, keep=True)
         with torch.no_grad(), same_randomness(opt.model, self._params):
-            kind = self._try()
+            kind = self._perturb_and_try()
             self._numbers = StepNumbers(opt, groups)
             kinds = [g for g, (_, chosen) in enumerate(groups) for _ in chosen]
             like = self._direction(0, 1.0)
@@ -104,7 +103,8 @@ class GraphedStep:
                 for one, other in zip(self._lanes[::2], self._lanes[1::2], strict=True):
                     assert one is not None
                     one.other = other
-            self._prepare(capture)
+            with self._as_compiled():
+                self._prepare(capture)
         # Outside of the graph: what it gives is overwritten by the next step.
         self._kind = kind
         self._settings = support.settings(opt)
@@ -158,6 +158,25 @@ class GraphedStep:
         """
         self._settle()
         self._raise_if_bad()
+
+    def _perturb_and_try(self) -> torch.dtype:
+        """Make what perturbs the model, by the mode that works for its forwards, and try them."""
+        opt, mode = self.opt, ""
+        # The first try shows whether they enter the model by something compiled.
+        while opt.perturb != mode:
+            mode = opt.perturb
+            # Its own, since the graph holds the addresses of its memory. Logits that wait ask how
+            # many positions count, and only the host could say it.
+            self._perturber = opt._perturbers.make(self._params, lazy_logits=False, keep=True)
+            with opt._buffers.kept(), opt._perturbers.forwards():
+                kind = self._try()
+            opt._look()
+        return kind
+
+    def _as_compiled(self) -> contextlib.AbstractContextManager[None]:
+        """Around forwards: what is compiled runs so where it sees perturbed weights."""
+        in_place = isinstance(self._perturber, InPlace)
+        return contextlib.nullcontext() if in_place else tracer.eager()
 
     def _try(self) -> torch.dtype:
         """Run the forwards once as `opt.step` does, so that the perturber knows the model.
@@ -263,7 +282,8 @@ class GraphedStep:
         if self._graph is not None:
             self._graph.replay()
         else:
-            with same_randomness(self.opt.model, self._params):
+            alike = same_randomness(self.opt.model, self._params)
+            with self.opt._buffers.kept(), alike, self._as_compiled():
                 self._body()
         # Autograd then notices when a tensor it saved was written behind its back.
         torch.autograd.graph.increment_version([p for p in self._params if not p.is_inference()])
@@ -340,6 +360,7 @@ class GraphedStep:
             )
 
     def _check_settings(self) -> None:
+        self.opt._look()
         now = support.settings(self.opt)
         changed = [str(a[0]) for a, b in zip(now, self._settings, strict=False) if a != b]
         if changed or len(now) != len(self._settings):

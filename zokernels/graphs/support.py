@@ -84,7 +84,9 @@ def settings(optimizer: ZOOptimizer) -> list[tuple]:
 
 
 def _known(value: Any) -> Any:
-    return value.data_ptr() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.data_ptr(), value.shape, value.dtype
+    return value
 
 
 def _refused(group: dict) -> dict[str, str]:

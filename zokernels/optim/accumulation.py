@@ -12,10 +12,41 @@ from collections.abc import Sequence
 from zokernels.estimators import Point
 
 
-def is_partial() -> bool:
-    """Whether accelerate says that further batches of this step are to come."""
-    state = sys.modules.get("accelerate.state")
-    return state is not None and not state.GradientState().sync_gradients
+class Accumulating:
+    """What an optimizer has for the batches of a step.
+
+    Attributes:
+        accumulates: For authors of rules: whether all that a step asks of a batch is its losses at
+            the points of an estimate.
+        step_was_skipped: What accelerate asks its own wrapper of an optimizer.
+    """
+
+    accumulates = True
+    step_was_skipped = False
+    # The wrapper would drop every closure but the last of a step. `Accelerator.prepare` leaves
+    # alone what says this.
+    _is_accelerate_prepared = True
+
+    def __init__(self) -> None:
+        self._batches = Batches()
+
+    def _is_partial(self, in_blocks: bool) -> bool:
+        """Whether accelerate says that further batches of this step are to come.
+
+        Raises:
+            RuntimeError: If such a step takes more than losses at points that are known before.
+        """
+        state = sys.modules.get("accelerate.state")
+        if state is None or state.GradientState().sync_gradients:
+            return False
+        if in_blocks or not self.accumulates:
+            raise RuntimeError(
+                f"{type(self).__name__}{' with blocks' if in_blocks else ''} can't take a step "
+                "over several batches that come one by one (accelerator.accumulate): it looks "
+                "at a batch again after it has seen the others. Take the parts into one closure: "
+                "opt.step(lambda: sum(model(**part).loss for part in parts) / len(parts))."
+            )
+        return True
 
 
 class Batches:
@@ -24,16 +55,15 @@ class Batches:
     def __init__(self) -> None:
         self._losses: dict[Point, list[float]] = {}
 
-    def __bool__(self) -> bool:
-        """Whether there is a batch before the present one."""
-        return bool(self._losses)
+    def mean(self, points: Sequence[Point], losses: Sequence[float], keep: bool) -> list[float]:
+        """The means over the batches so far, of which these are the last one's losses.
 
-    def add(self, points: Sequence[Point], losses: Sequence[float]) -> None:
-        """Keep a batch's losses."""
-        for point, loss in zip(points, losses, strict=True):
-            self._losses.setdefault(point, []).append(loss)
-
-    def mean(self, points: Sequence[Point], losses: Sequence[float]) -> list[float]:
-        """The means over all batches, of which these are the last one's losses."""
+        Args:
+            points: Where they were taken.
+            losses: One at each.
+            keep: Whether further batches are to come.
+        """
         every = [[*self._losses.get(p, ()), x] for p, x in zip(points, losses, strict=True)]
+        if keep:
+            self._losses.update(zip(points, every, strict=True))
         return [sum(own) / len(own) for own in every]

@@ -13,8 +13,11 @@ import torch
 from torch import nn
 
 from zokernels import masks
+from zokernels.backends import shards
+from zokernels.backends.tracer import untraced
 from zokernels.estimators import ROUNDING, Estimate, Point, derive_seed, estimate
 from zokernels.optim import sparse
+from zokernels.optim.accumulation import Batches
 from zokernels.optim.construction import Constructed
 from zokernels.optim.forward import (
     Closure,
@@ -24,7 +27,8 @@ from zokernels.optim.forward import (
     check_closure,
     same_randomness,
 )
-from zokernels.optim.groups import Chosen, join_masks, trainable
+from zokernels.optim.groups import Chosen, join_masks
+from zokernels.optim.world import World, check_states, take_over
 from zokernels.perturb import Direction, Move
 
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
@@ -76,6 +80,7 @@ class ZOOptimizer(Constructed):
         ValueError: If an argument is out of range, or a trainable parameter can't be written.
     """
 
+    @untraced
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> torch.Tensor:  # type: ignore[override]
         """One step.
@@ -85,12 +90,14 @@ class ZOOptimizer(Constructed):
                 (two-sided) or q + 1 times, each time on the same batch, or this process's share.
 
         Returns:
-            The mean of L₊ and L₋, or one-sided the base loss: a detached scalar.
+            The mean of L₊ and L₋, or one-sided the base loss: a detached scalar. In accelerate's
+            ``accumulate`` that of the batches so far, of which the last one's call moves weights.
 
         Raises:
-            ValueError: If there is no closure, or it returns no loss, or one that is not a scalar.
+            ValueError: If there is no closure, or it returns no loss, or one that is not a scalar;
+                or nothing that the optimizer holds is trainable.
             TypeError: If it is no function.
-            RuntimeError: If it calls backward.
+            RuntimeError: If it calls backward, or a parameter that is trained has left the model.
             TrajectoryError: If the trajectory cannot take the record. The step is done, and the
                 record is written by the next one.
             FloatingPointError: After ``max_bad_steps`` steps in a row with a loss that is not
@@ -101,16 +108,22 @@ class ZOOptimizer(Constructed):
         self.timing = StepTiming()
         self.projected_gradients = []
         self._base_loss = None
+        self._look()
         group = self.param_groups[0]
         sparse.redraw(self.param_groups)
         self.parallel.check(self)
-        params = [g["params"][i] for g in self.param_groups for i in trainable(g)]
+        params = [g["params"][i] for g, chosen in self._chosen(None) for i in chosen]
         self._begin(params)
         if self.trajectory:
             self.trajectory.begin(group["step"])
-        with same_randomness(self.model, params) as replay_random:
+        forwards = self._perturbers.forwards(in_blocks=group["blocks"] is not None)
+        alike = same_randomness(self.model, params)
+        with self._buffers.kept(), alike as replay_random, forwards:
             forward = Forward(closure, replay_random)
+            if self._is_partial(in_blocks=group["blocks"] is not None):
+                return forward.tensor(self._estimate(forward, None, partial=True).loss)
             found = self._sweep(forward)
+        self._batches = Batches()
         self._count_flat(d for one in found for d in one.differences)
         if all(one.is_finite for one in found):
             self.bad_steps = 0
@@ -129,8 +142,37 @@ class ZOOptimizer(Constructed):
                 f"{found[-1].losses}), so no weight was changed in them; lower lr or eps, or look "
                 "at the data."
             )
-        loss = sum(one.loss for one in found) / len(found)
-        return torch.tensor(loss, dtype=forward.kind.dtype, device=forward.kind.device)
+        return forward.tensor(sum(one.loss for one in found) / len(found))
+
+    def _look(self) -> None:
+        """Read the model and the param groups as they are: what the whole step goes by.
+
+        Raises:
+            RuntimeError: If what is trained has left the model, or outgrown its state.
+            TrajectoryError: If weights were replaced that the trajectory can't know.
+            ValueError: If nothing is trainable, or the mode asked for can't work any more.
+        """
+        # What is gathered for a forward stands in the place of the parameters.
+        shards.settle(self.model)
+        optimizers, before = self._optimizers(), self._world
+        world = World.read(optimizers, self.model)
+        swaps = world.swaps_since(before)
+        check_states(optimizers, swaps, before, world)
+        if self.trajectory:
+            self.trajectory.check([(swap.name, swap.new) for swap in swaps])
+        if swaps:
+            take_over(optimizers, swaps)
+            world = World.read(optimizers, self.model)
+        world.check_anything_is_trained()
+        world.tell_of_thawed(before)
+        if not world.is_as(before):
+            self._forget()
+        self._world = world
+        self.perturb = self._perturbers.choose(self._wanted)
+
+    def _forget(self) -> None:
+        """Drop what was made for the model as it was."""
+        self._perturbers.clear()
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
         """Every block's estimate, and its update: at once, or when all of them are known."""
@@ -150,7 +192,7 @@ class ZOOptimizer(Constructed):
                 self._apply(one, block)
         return found
 
-    def _estimate(self, forward: Forward, block: int | None) -> Estimate:
+    def _estimate(self, forward: Forward, block: int | None, partial: bool = False) -> Estimate:
         groups = self._chosen(block)
         eps = [float(g["eps"]) for g, chosen in groups for _ in chosen]
         with self._losses(forward, block, groups) as losses:
@@ -160,7 +202,7 @@ class ZOOptimizer(Constructed):
                     ([Move((side * e,)) for e in eps] if side else None, [seed], 0)
                     for seed, side in points
                 ]
-                return losses.of(sides)
+                return self._batches.mean(points, losses.of(sides), keep=partial)
 
             def along(seeds: list[int]) -> Estimate:
                 two_sided = self.param_groups[0]["two_sided"]
@@ -168,7 +210,7 @@ class ZOOptimizer(Constructed):
                 return estimate(losses_at, seeds, two_sided, losses.together, to_the_end)
 
             found = self.parallel.join(along, self._seeds(block), self)
-            if found.is_finite:
+            if found.is_finite and not partial:
                 loss_of = self.parallel.agreed(lambda *point: losses.of([point])[0], self)
                 self._judge(found, loss_of, groups)
         return found
@@ -256,9 +298,12 @@ class ZOOptimizer(Constructed):
         """The numbers of the blocks with trainable parameters; [None] if there are no blocks."""
         if self.param_groups[0]["blocks"] is None:
             return [None]
-        return sorted({g["blocks"][i] for g in self.param_groups for i in trainable(g)})
+        return sorted({g["blocks"][i] for g, chosen in self._chosen(None) for i in chosen})
 
     def _chosen(self, block: int | None) -> Chosen:
-        """The groups with trainable parameters in a block, and the positions of these."""
-        found = [(g, trainable(g, block)) for g in self.param_groups]
+        """The groups with parameters that the step trains in a block, and their positions."""
+        found = [
+            (g, [i for i in trained if block is None or g["blocks"][i] == block])
+            for g, trained in zip(self.param_groups, self._world.trainable, strict=False)
+        ]
         return [(g, chosen) for g, chosen in found if chosen]

@@ -32,6 +32,7 @@ class ZOSGDConservative(ZOSGD):
     """
 
     side = 0
+    accumulates = False
 
     def _check_rule(self, group: dict) -> None:
         if group["maximize"] != self.param_groups[0]["maximize"]:

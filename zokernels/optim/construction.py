@@ -14,20 +14,23 @@ from zokernels.backends import layouts, shards
 from zokernels.distributed import Distributed, connect
 from zokernels.optim import blocks as partitions
 from zokernels.optim import notices, sparse
+from zokernels.optim.accumulation import Accumulating
 from zokernels.optim.arguments import check_trainable, module_of
+from zokernels.optim.buffers import Buffers
 from zokernels.optim.forward import StepTiming
 from zokernels.optim.groups import check_group, describe, join_run
 from zokernels.optim.perturbers import Perturbers
 from zokernels.optim.recording import Recorded
 from zokernels.optim.state import check_loadable, own_states, restore_states
+from zokernels.optim.world import World
 from zokernels.perturb import choose_mode
 
 # What a copy does not take over: the log, which goes on with the original; caches, which are of its
 # own parameters; and the method that a scheduler has wrapped, which steps the original.
-_NOT_COPIED = {"trajectory", "_perturbers", "_layers", "step"}
+_NOT_COPIED = {"trajectory", "_perturbers", "_layers", "_buffers", "_world", "step"}
 
 
-class Constructed(Recorded, torch.optim.Optimizer):
+class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
     """An optimizer's settings and param groups; `zokernels.optim.base.ZOOptimizer` says which."""
 
     def __init__(
@@ -56,6 +59,7 @@ class Constructed(Recorded, torch.optim.Optimizer):
         model: nn.Module | None = None,
         rule_defaults: dict[str, Any] | None = None,
     ):
+        Accumulating.__init__(self)
         # A module may have a length, and so be false.
         found = module_of(params)
         self.model = model if found is None else found
@@ -64,6 +68,7 @@ class Constructed(Recorded, torch.optim.Optimizer):
         if self.model is None and perturb is None:
             notices.of_a_list(type(self).__name__)
         self.perturb = choose_mode(self.model, perturb)
+        self._wanted = perturb
         self.lazy_logits = lazy_logits
         self.backend = backend
         self.max_bad_steps = max_bad_steps
@@ -73,8 +78,11 @@ class Constructed(Recorded, torch.optim.Optimizer):
         self._flat_in_a_row = 0
         self._has_begun = self._has_told_of_flat_steps = False
         self._last_stream = -1
+        self._numbers: dict[str, int] = {}
         # L(θ) on the step's batch, until a weight changes.
         self._base_loss: float | None = None
+        if self.model is not None:
+            self._numbers = {n: i for i, (n, _) in enumerate(self.model.named_parameters())}
         if isinstance(params, nn.Module):
             params = [p for p in params.parameters() if p.requires_grad]
             if not params:
@@ -105,6 +113,12 @@ class Constructed(Recorded, torch.optim.Optimizer):
         super().__init__(params, defaults)
         if sparsity is not None:
             sparse.install(self.param_groups)
+        # What the first step compares the model with.
+        self._world = World.read(self._optimizers(), self.model)
+
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        """This one, and what else trains parts of the model in its steps."""
+        return [self]
 
     def add_param_group(self, param_group: dict) -> None:
         """Add parameters; their streams continue the count, or are their places in the module."""
@@ -126,14 +140,14 @@ class Constructed(Recorded, torch.optim.Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
-        whole = () if self.model is None else self.model.parameters()
-        known = {id(p): i for i, p in enumerate(whole)}
+        named = self.model.named_parameters() if self.model is not None else ()
+        names = {id(p): n for n, p in named}
         streams = []
         for p in group["params"]:
-            self._last_stream = known.get(id(p), self._last_stream + 1)
+            self._last_stream = self._numbers.get(names.get(id(p), ""), self._last_stream + 1)
             streams.append(self._last_stream)
-        if known:
-            self._last_stream = max(self._last_stream, len(known) - 1)
+        if self._numbers:
+            self._last_stream = max(self._last_stream, len(self._numbers) - 1)
         group["streams"] = streams
         join_run(group, self.param_groups[0])
         if group["threshold"] is not None:
@@ -143,6 +157,14 @@ class Constructed(Recorded, torch.optim.Optimizer):
     @functools.cached_property
     def _perturbers(self) -> Perturbers:
         return Perturbers(self.model, self.perturb, self.lazy_logits)
+
+    @functools.cached_property
+    def _buffers(self) -> Buffers:
+        return Buffers(self.model)
+
+    @functools.cached_property
+    def _world(self) -> World:
+        return World.read(self._optimizers(), self.model)
 
     def __getstate__(self) -> dict[str, Any]:
         """What `copy`, `pickle` and `torch.save` take of it: the model and all that a step needs.

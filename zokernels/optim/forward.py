@@ -85,6 +85,10 @@ class Forward:
             self.kind = loss.detach().to(wide)
         return loss
 
+    def tensor(self, loss: float) -> torch.Tensor:
+        """A loss as a step returns it."""
+        return torch.tensor(loss, dtype=self.kind.dtype, device=self.kind.device)
+
 
 @contextlib.contextmanager
 def explaining_gradients() -> Iterator[None]:
@@ -201,7 +205,7 @@ class Losses:
 def same_randomness(
     model: nn.Module | None, params: list[nn.Parameter]
 ) -> Iterator[Callable[[], None]]:
-    """Dropout off, buffers kept; yields a function that makes the next forward draw as the first.
+    """Dropout off; yields a function that makes the next forward draw as the first.
 
     Torch's own encoder layers have a path for inference, which is another function where words are
     padded, and which perturbed weights don't take: it is off, as it is in training by backprop.
@@ -221,11 +225,9 @@ def same_randomness(
             torch.cuda.set_rng_state(state, device)
 
     switched: list[nn.Module] = []
-    buffers: list[tuple[torch.Tensor, torch.Tensor, int]] = []
     if model is not None:
         leaf = not any(True for _ in model.children())
         switched = [m for m in model.modules() if m.training and (leaf or m is not model)]
-        buffers = [(b, b.detach().clone(), b._version) for b in model.buffers()]
     for m in switched:
         m.training = False
     fast = torch.backends.mha.get_fastpath_enabled()
@@ -237,6 +239,3 @@ def same_randomness(
         shards.settle(model)
         for m in switched:
             m.training = True
-        for buffer, copy, version in buffers:
-            if buffer._version != version:
-                buffer.copy_(copy)

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zokernels import masks, passes
-from zokernels.backends import shards
+from zokernels.backends import shards, tracer
 from zokernels.estimators import Estimate
 from zokernels.optim.forward import Forward
 from zokernels.optim.groups import Chosen, join_masks
@@ -45,6 +45,7 @@ class ForwardGrad(ZOSGD):
         ValueError: If an argument is out of range.
     """
 
+    accumulates = False
     _layers: _Layers | None = None
 
     def __init__(
@@ -64,6 +65,10 @@ class ForwardGrad(ZOSGD):
             )
         # With ε = 1 a difference over ε is the derivative itself.
         super().__init__(params, lr, 1.0, two_sided=False, perturb=perturb, **common)
+        self._refuse_shards()
+        self._layers: _Layers | None = None
+
+    def _refuse_shards(self) -> None:
         if any(shards.is_sharded(p) for group in self.param_groups for p in group["params"]):
             raise ValueError(
                 "The weights are cut over processes (DTensors), through whose gathering no "
@@ -74,9 +79,18 @@ class ForwardGrad(ZOSGD):
         # An eps of 1 and one side mean something else to it than to a rule of differences.
         return rule != "ZOSGD" and super()._goes_on_from(rule)
 
+    def _look(self) -> None:
+        super()._look()
+        self._refuse_shards()
+
+    def _forget(self) -> None:
+        super()._forget()
+        self._layers = None
+
     def _sweep(self, forward: Forward) -> list[Estimate]:
-        # All forwards of a step go the same way, those without a tangent too.
-        with _differentiable_attention():
+        # All forwards of a step go the same way, those without a tangent too; what is compiled has
+        # no forward-mode derivative.
+        with _differentiable_attention(), tracer.eager():
             return super()._sweep(forward)
 
     def _estimate(self, forward: Forward, block: int | None) -> Estimate:

@@ -47,13 +47,9 @@ def mean_coefficients(group: dict, gradients: list[float]) -> list[float]:
     return [sign * d / len(gradients) for d in gradients]
 
 
-def trainable(group: dict, block: int | None = None) -> list[int]:
-    """Positions of the group's parameters that require a gradient, of one block or of all."""
-    return [
-        i
-        for i, p in enumerate(group["params"])
-        if p.requires_grad and (block is None or group["blocks"][i] == block)
-    ]
+def trainable(group: dict) -> list[int]:
+    """Positions of the group's parameters that require a gradient now."""
+    return [i for i, p in enumerate(group["params"]) if p.requires_grad]
 
 
 def describe(group: dict) -> str:

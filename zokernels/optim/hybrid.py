@@ -55,6 +55,7 @@ class HybridZO(ZOSGD):
 
     # Gradients by backpropagation can't be made again from scalars.
     replayable = False
+    accumulates = False
 
     def __init__(
         self,
@@ -118,6 +119,9 @@ class HybridZO(ZOSGD):
         super().load_state_dict(rest)
         self.fo_optimizer.load_state_dict(deep)
 
+    def _optimizers(self) -> list[torch.optim.Optimizer]:
+        return [self, self.fo_optimizer]
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the deep part's gradients."""
         self.fo_optimizer.zero_grad(set_to_none)
@@ -172,7 +176,8 @@ class HybridZO(ZOSGD):
 
     @contextlib.contextmanager
     def _shallow_frozen(self) -> Iterator[None]:
-        shallow = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
+        held = [g["params"][i] for g, chosen in self._chosen(None) for i in chosen]
+        shallow = [p for p in held if p.requires_grad]
         for p in shallow:
             p.requires_grad_(False)
         try:

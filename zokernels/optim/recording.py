@@ -182,11 +182,14 @@ def _by_first(optimizer: Recordable) -> Callable[[Callable[[], Writer]], Writer 
 
 def _named(optimizer: Recordable) -> list[tuple[str, torch.Tensor, int]]:
     """Every parameter of the module, or of the groups: (name, parameter, stream)."""
-    if optimizer.model is not None:
-        return [(n, p, i) for i, (n, p) in enumerate(optimizer.model.named_parameters())]
     pairs = [
         pair for g in optimizer.param_groups for pair in zip(g["params"], g["streams"], strict=True)
     ]
+    if optimizer.model is not None:
+        # What joined the optimizer later has a stream of its own, and not its place.
+        own = {id(p): stream for p, stream in pairs}
+        named = enumerate(optimizer.model.named_parameters())
+        return [(n, p, own.get(id(p), i)) for i, (n, p) in named]
     return [(str(i), p, stream) for i, (p, stream) in enumerate(pairs)]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from zokernels import masks
-from zokernels.backends import shards
+from zokernels.backends import shards, tracer
 from zokernels.perturb.direction import Direction, Move
 from zokernels.perturb.in_place import InPlace
 from zokernels.perturb.modes import choose_mode
@@ -36,7 +36,8 @@ def perturbed(
         dist: ``"gaussian"`` or ``"rademacher"``.
         mask: One of `zokernels.masks`, with one entry a trainable parameter where it is a list.
         perturb: ``"on_entry"`` (the default), or ``"in_place"``. On entry, a parameter that no
-            forward uses is not perturbed in this context: it raises at its end.
+            forward uses is not perturbed in this context: it raises at its end; and what
+            torch.compile made runs eagerly.
         backend: As for `zokernels.ops.add_noise_`.
 
     Yields:
@@ -56,11 +57,11 @@ def perturbed(
                 "pair; use None, 'on_entry' or 'in_place'."
             )
         if mode == "in_place":
-            with InPlace(params).at(direction):
+            with InPlace(params, model=model).at(direction):
                 yield model
             return
         layers = OnEntry(model, params)
-        with layers.at(direction):
+        with tracer.eager(), layers.at(direction):
             yield model
         missed = layers.unperturbed()
         if layers.was_entered and missed is not None:

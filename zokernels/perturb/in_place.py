@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
+from zokernels.backends import shards
 from zokernels.perturb.deferred import Prepared
 from zokernels.perturb.direction import Direction
 
@@ -19,11 +21,19 @@ class InPlace:
     Args:
         params: What is perturbed.
         keep: Keep the copy's memory between sessions, at the same addresses.
+        model: The module, where there is one: what a parameter is called.
     """
 
-    def __init__(self, params: Sequence[nn.Parameter], keep: bool = False):
+    def __init__(
+        self,
+        params: Sequence[nn.Parameter],
+        keep: bool = False,
+        model: nn.Module | None = None,
+    ):
         self.params = list(params)
         self.keep = keep
+        self.model = model
+        self._has_told = False
         self._kept: list[torch.Tensor] = []
         self.copies: list[torch.Tensor] | None = None
         self._known = Prepared()
@@ -66,10 +76,38 @@ class InPlace:
                 (at,) = self._known.of([direction])
                 assert at is not None
                 at.fill(self.copies, out, range(len(out)))
+                versions = list(map(_version, out))
                 self.seconds += time.perf_counter() - started
                 yield
+                self._tell_of_writes(out, versions)
             finally:
                 started = time.perf_counter()
                 for target, copy in zip(out, self.copies, strict=True):
                     target.copy_(copy)
+                self._copy_replaced(out)
                 self.seconds += time.perf_counter() - started
+
+    def _tell_of_writes(self, out: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
+        written = [i for i, t in enumerate(out) if _version(t) != versions[i]]
+        if written and not self._has_told:
+            self._has_told = True
+            p = self.params[written[0]]
+            named = self.model.named_parameters() if self.model is not None else ()
+            name = next((n for n, q in named if q is p), f"number {written[0]}")
+            warnings.warn(
+                f"A forward writes to the trainable parameter {name!r} of shape {tuple(p.shape)}; "
+                "in a step that is undone, since what it wrote to were perturbed weights. Freeze "
+                "the parameter, or write to it between the steps.",
+                stacklevel=2,
+            )
+
+    def _copy_replaced(self, out: Sequence[torch.Tensor]) -> None:
+        """Go on from the weights that a forward gave a parameter by ``p.data = …``: they stay."""
+        assert self.copies is not None
+        for i, (p, before) in enumerate(zip(self.params, out, strict=True)):
+            if shards.local(p).data_ptr() != shards.local(before).data_ptr():
+                self.copies[i] = p.detach().clone()
+
+
+def _version(t: torch.Tensor) -> int:
+    return 0 if t.is_inference() else t._version

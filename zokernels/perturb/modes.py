@@ -29,8 +29,13 @@ def _why_in_place(model: nn.Module) -> str | None:
     return "scripted" if trains else None
 
 
-def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
+def choose_mode(model: nn.Module | None, wanted: str | None, ran_compiled: bool = False) -> str:
     """One of `MODES`: what was asked for, or the best that works.
+
+    Args:
+        model: The module; None where only parameters are known.
+        wanted: A mode, or None for the best.
+        ran_compiled: Whether forwards enter it by something compiled, though it is not itself.
 
     Raises:
         ValueError: If the mode is unknown or cannot work.
@@ -53,18 +58,20 @@ def choose_mode(model: nn.Module | None, wanted: str | None) -> str:
                 "perturb their own parts before they are gathered; use perturb='in_place'."
             )
         return "in_place"
-    if why := _why_in_place(model):
+    why = _why_in_place(model)
+    if wanted is None and (why or ran_compiled):
+        warnings.warn(
+            f"The model is {why or 'compiled'} and would not see perturbed layers: perturbing in "
+            "place, which keeps a copy of the trainable weights.",
+            stacklevel=4,
+        )
+        return "in_place"
+    if why:
         if wanted in ("on_entry", "paired"):
             raise ValueError(
                 f"perturb={wanted!r} was asked for, but the model is {why} and would go on with "
                 f"the weights it was {why} with; use perturb='in_place', or pass the model as it "
                 "was before."
-            )
-        if wanted is None:
-            warnings.warn(
-                f"The model is {why} and would not see perturbed layers: perturbing in place, "
-                "which keeps a copy of the trainable weights.",
-                stacklevel=4,
             )
         return "in_place"
     return wanted or "on_entry"

@@ -31,12 +31,16 @@ class Prefix:
     A layer's call is known by its number in the forward, so one that runs several times is several.
     Memory: one output a layer.
 
+    Args:
+        model: The module, where there is one.
+        compiled: Whether something compiled enters it, though it is not compiled itself.
+
     Attributes:
         outputs: What the first calls of a forward return at the weights as they now are.
         off: Why every forward runs whole, or None.
     """
 
-    def __init__(self, model: nn.Module | None):
+    def __init__(self, model: nn.Module | None, compiled: bool = False):
         self.model = model
         self.layers = layers_of(model) if model is not None else []
         self.outputs: list[object] = []
@@ -50,7 +54,7 @@ class Prefix:
             self._give_up("only parameters were given; pass the module itself")
         elif shards.of_model(model):
             self._give_up("the weights are cut over processes, which all run each layer together")
-        elif is_compiled(model):
+        elif compiled or is_compiled(model):
             self._give_up("the model is compiled; pass it before torch.compile")
         elif not self.layers:
             self._give_up("the model has no nn.ModuleList or nn.Sequential of layers")

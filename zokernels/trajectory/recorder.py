@@ -38,6 +38,7 @@ class Recorder:
         self._writer = writer
         self._seed = seed
         self._tensors = [p for _, p, _ in named]
+        self._begun_with = [(name, tuple(p.shape)) for name, p, _ in named]
         self._places = {id(p): i for i, p in enumerate(self._tensors)}
         self._wide = _is_wide(self._tensors)
         self._known: dict[Any, int] = {}
@@ -124,6 +125,27 @@ class Recorder:
         writer = on_disk(lambda: Writer.reopen(path, size, check, whole, sync_every))
         writer = writer or Nowhere(path)
         return cls(writer, trajectory.header["seed"], named, trajectory.passes[:described])
+
+    def check(self, joined: Sequence[tuple[str, torch.Tensor]]) -> None:
+        """Refuse weights that the log can't know, before a step is made with them.
+
+        Args:
+            joined: The parameters that take the place of others, by name.
+
+        Raises:
+            TrajectoryError: Naming one that is new to the log, or has another shape than it had.
+        """
+        changed = [(n, "replaced") for n, p in joined if id(p) not in self._places]
+        changed += [
+            (name, f"resized from {shape} to {tuple(p.shape)}")
+            for p, (name, shape) in zip(self._tensors, self._begun_with, strict=True)
+            if tuple(p.shape) != shape
+        ]
+        for name, what in changed:
+            raise TrajectoryError(
+                f"Parameter {name!r} was {what} after the trajectory {self.path} was begun, so "
+                "that a replay could not make its weights; begin a new one: opt.record(PATH)."
+            )
 
     def begin(self, step: int) -> None:
         """A step begins.

@@ -1,4 +1,6 @@
-"""Builds csrc with AddressSanitizer and UBSan, and runs random passes through it; see sanitize.cpp.
+"""Builds csrc with AddressSanitizer and UBSan, and runs passes through it.
+
+Random ones from C++, see sanitize.cpp; and some from Python, see sanitize_traced.py.
 
 ThreadSanitizer is left out: it does not see libgomp's barriers, and calls every pass a race.
 """
@@ -57,7 +59,31 @@ def run(folder: Path, cases: int, seed: int = 1) -> subprocess.CompletedProcess:
         check=True,
     )  # fmt: skip
     command = [str(driver), str(cases), str(seed)]
-    return subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        return done
+    traced = run_traced(library)
+    traced.stdout = done.stdout + traced.stdout
+    return traced
+
+
+def run_traced(library: Path) -> subprocess.CompletedProcess:
+    """Runs passes from Python code that torch.compile's tracer rewrites."""
+    runtime = subprocess.run(
+        [*compiler(), "-print-file-name=libasan.so"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    env = {
+        **os.environ,
+        "LD_PRELOAD": runtime,
+        # Python frees little at its end.
+        "ASAN_OPTIONS": "detect_leaks=0",
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+    }
+    program = Path(__file__).with_name("sanitize_traced.py")
+    return subprocess.run(
+        [sys.executable, str(program), str(library)], env=env, capture_output=True, text=True
+    )
 
 
 def main() -> int:

@@ -1,0 +1,57 @@
+"""In place: what is written back is what was put aside, and nothing that the closure brought."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import zokernels as zk
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_weights_that_the_closure_gives_a_parameter_stay(queries):
+    torch.manual_seed(0)
+    model, x = nn.Linear(8, 2), torch.ones(3, 8)
+    opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, perturb="in_place", num_queries=queries)
+    calls = []
+
+    def closure():
+        if not calls:
+            model.weight.data = torch.full((2, 8), 3.0)
+        calls.append(model.weight.detach().clone())
+        return model(x).square().mean()
+
+    opt.step(closure)
+    assert torch.equal(model.weight, torch.full((2, 8), 3.0))
+    # From the second forward on the new weights are perturbed.
+    assert torch.equal(calls[0], model.weight)
+    assert all(0 < (w - model.weight).abs().max() < 0.1 for w in calls[1:])
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_forward_that_writes_a_weight_is_named_once_and_undone(named):
+    torch.manual_seed(0)
+    # With max_norm an embedding scales the rows that it looks up, in place.
+    model, ids = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Linear(4, 1)), torch.arange(3)
+    before = model[0].weight.detach().clone()
+    params = model if named else model.parameters()
+    opt = zk.ZOSGD(params, lr=0.0, eps=1e-2, perturb="in_place")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            opt.step(lambda: model(ids).sum())
+    (message,) = [str(w.message) for w in said]
+    assert ("'0.weight'" if named else "'number 0'") in message and "(7, 4)" in message
+    assert torch.equal(model[0].weight, before)
+
+
+def test_a_forward_that_only_reads_says_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    opt = zk.ZOSGD(model, lr=1e-3, perturb="in_place", num_queries=2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            opt.step(lambda: model(torch.ones(2, 4)).sum())
