@@ -27,8 +27,7 @@ class Accumulating:
     # alone what says this.
     _is_accelerate_prepared = True
 
-    def __init__(self) -> None:
-        self._batches = Batches()
+    _batches: Batches
 
     def _is_partial(self, in_blocks: bool) -> bool:
         """Whether accelerate says that further batches of this step are to come.
@@ -50,20 +49,19 @@ class Accumulating:
 
 
 class Batches:
-    """The losses of the batches of a step so far."""
+    """The losses of the batches of a step so far.
+
+    Attributes:
+        has_more: Whether further batches of the step are to come.
+    """
 
     def __init__(self) -> None:
+        self.has_more = False
         self._losses: dict[Point, list[float]] = {}
 
-    def mean(self, points: Sequence[Point], losses: Sequence[float], keep: bool) -> list[float]:
-        """The means over the batches so far, of which these are the last one's losses.
-
-        Args:
-            points: Where they were taken.
-            losses: One at each.
-            keep: Whether further batches are to come.
-        """
+    def mean(self, points: Sequence[Point], losses: Sequence[float]) -> list[float]:
+        """The means over the batches so far, of which these are the last one's losses."""
         every = [[*self._losses.get(p, ()), x] for p, x in zip(points, losses, strict=True)]
-        if keep:
+        if self.has_more:
             self._losses.update(zip(points, every, strict=True))
         return [sum(own) / len(own) for own in every]

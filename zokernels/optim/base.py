@@ -120,8 +120,9 @@ class ZOOptimizer(Constructed):
         alike = same_randomness(self.model, params)
         with self._buffers.kept(), alike as replay_random, forwards:
             forward = Forward(closure, replay_random)
-            if self._is_partial(in_blocks=group["blocks"] is not None):
-                return forward.tensor(self._estimate(forward, None, partial=True).loss)
+            self._batches.has_more = self._is_partial(in_blocks=group["blocks"] is not None)
+            if self._batches.has_more:
+                return forward.tensor(self._estimate(forward, None).loss)
             found = self._sweep(forward)
         self._batches = Batches()
         self._count_flat(d for one in found for d in one.differences)
@@ -192,7 +193,7 @@ class ZOOptimizer(Constructed):
                 self._apply(one, block)
         return found
 
-    def _estimate(self, forward: Forward, block: int | None, partial: bool = False) -> Estimate:
+    def _estimate(self, forward: Forward, block: int | None) -> Estimate:
         groups = self._chosen(block)
         eps = [float(g["eps"]) for g, chosen in groups for _ in chosen]
         with self._losses(forward, block, groups) as losses:
@@ -202,7 +203,7 @@ class ZOOptimizer(Constructed):
                     ([Move((side * e,)) for e in eps] if side else None, [seed], 0)
                     for seed, side in points
                 ]
-                return self._batches.mean(points, losses.of(sides), keep=partial)
+                return self._batches.mean(points, losses.of(sides))
 
             def along(seeds: list[int]) -> Estimate:
                 two_sided = self.param_groups[0]["two_sided"]
@@ -210,7 +211,7 @@ class ZOOptimizer(Constructed):
                 return estimate(losses_at, seeds, two_sided, losses.together, to_the_end)
 
             found = self.parallel.join(along, self._seeds(block), self)
-            if found.is_finite and not partial:
+            if found.is_finite:
                 loss_of = self.parallel.agreed(lambda *point: losses.of([point])[0], self)
                 self._judge(found, loss_of, groups)
         return found

@@ -14,7 +14,7 @@ from zokernels.backends import layouts, shards
 from zokernels.distributed import Distributed, connect
 from zokernels.optim import blocks as partitions
 from zokernels.optim import notices, sparse
-from zokernels.optim.accumulation import Accumulating
+from zokernels.optim.accumulation import Accumulating, Batches
 from zokernels.optim.arguments import check_trainable, module_of
 from zokernels.optim.buffers import Buffers
 from zokernels.optim.forward import StepTiming
@@ -59,7 +59,6 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         model: nn.Module | None = None,
         rule_defaults: dict[str, Any] | None = None,
     ):
-        Accumulating.__init__(self)
         # A module may have a length, and so be false.
         found = module_of(params)
         self.model = model if found is None else found
@@ -78,6 +77,7 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         self._flat_in_a_row = 0
         self._has_begun = self._has_told_of_flat_steps = False
         self._last_stream = -1
+        self._batches = Batches()
         self._numbers: dict[str, int] = {}
         # L(θ) on the step's batch, until a weight changes.
         self._base_loss: float | None = None

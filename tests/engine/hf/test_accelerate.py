@@ -1,7 +1,6 @@
 """A plain loop by accelerate: its accumulation, its wrapper, and an optimizer outside of both."""
 
 import itertools
-import warnings
 
 import pytest
 import torch

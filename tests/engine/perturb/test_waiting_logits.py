@@ -101,8 +101,10 @@ def by_chunks(t):
         piece.mul_(1.0 + k)
 
 
-WRITES = [set_words, divide, through_a_slice, through_a_view, through_a_view_of_a_part,
-          through_one_position, through_data, by_a_flag, by_out, by_an_index, by_chunks]  # fmt: skip
+WRITES = [
+    set_words, divide, through_a_slice, through_a_view, through_a_view_of_a_part,
+    through_one_position, through_data, by_a_flag, by_out, by_an_index, by_chunks,
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("write", WRITES, ids=lambda f: f.__name__)
