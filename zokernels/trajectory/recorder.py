@@ -97,7 +97,7 @@ class Recorder:
             "parameters": parameters,
         }
         packed = form.pack_json(header)
-        writer = on_disk(lambda: Writer.create(Path(path), packed, sync_every))
+        # Where warnings are errors nothing has been begun yet.
         if unknown := [p["name"] for p in parameters if p["check"] is None]:
             names = ", ".join(unknown[:3])
             if others := len(unknown[3:]):
@@ -107,6 +107,7 @@ class Recorder:
                 "replay does not tell whether the base model has the same ones.",
                 stacklevel=4,
             )
+        writer = on_disk(lambda: Writer.create(Path(path), packed, sync_every))
         return cls(writer or Nowhere(Path(path)), seed, named)
 
     @classmethod

@@ -172,6 +172,15 @@ def test_of_many_parameters_without_a_checksum_some_are_named(tmp_path):
     assert len(str(said[0].message)) < 500
 
 
+def test_where_warnings_are_errors_no_file_is_begun(tmp_path):
+    opt = zk.ZOSGD(Model(UNREADABLE["on the meta device"]()), lr=0.05)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="no checksum of frozen"):
+            opt.record(tmp_path / "run.zk")
+    assert not list(tmp_path.iterdir())
+
+
 def test_weights_that_were_in_memory_and_are_not_cannot_be_compared(tmp_path):
     path = tmp_path / "run.zk"
     run(path, Model(numbers()))

@@ -79,16 +79,19 @@ def test_a_forked_child_neither_writes_nor_keeps_others_from_it(tmp_path):
     opt = zk.ZOSGD(first, lr=0.1)
     opt.record(path)
     opt.step(lambda: first(X).square().mean())
-    hold, let_go = os.pipe()
+    (hold, let_go), (ready, say) = os.pipe(), os.pipe()
     if not (child := os.fork()):
         os.close(let_go)
         try:
             opt.trajectory.write(1, skipped=True)
         except zk.TrajectoryError:
+            os.write(say, b"x")
             os.read(hold, 1)
             os._exit(0)
         os._exit(1)
     os.close(hold)
+    os.close(say)
+    os.read(ready, 1)
     try:
         opt.trajectory.close()
         second = linear()
@@ -100,4 +103,5 @@ def test_a_forked_child_neither_writes_nor_keeps_others_from_it(tmp_path):
         assert os.waitpid(child, os.WNOHANG) == (0, 0)
     finally:
         os.close(let_go)
+        os.close(ready)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -169,15 +169,17 @@ def test_a_killed_process_frees_its_folder_at_once(tmp_path):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs a system with fork")
 def test_a_forked_child_does_not_keep_the_folder(tmp_path):
     """As a worker of a DataLoader may that its parent's death leaves behind."""
-    hold, let_go = os.pipe()
+    (hold, let_go), (ready, say) = os.pipe(), os.pipe()
     first = FolderLock(tmp_path, "run")
     if not (child := os.fork()):
         os.close(let_go)
+        os.write(say, b"x")
         # The end of what it inherited is not the end of its parent's lock.
         first.release()
         os.read(hold, 1)
         os._exit(0)
     os.close(hold)
+    os.read(ready, 1)
     try:
         with pytest.raises(InputError, match="Another run is at work"):
             FolderLock(tmp_path, "run")
@@ -186,7 +188,8 @@ def test_a_forked_child_does_not_keep_the_folder(tmp_path):
             assert os.waitpid(child, os.WNOHANG) == (0, 0)
     finally:
         first._fd = -1
-        os.close(let_go)
+        for fd in (let_go, ready, say):
+            os.close(fd)
         os.waitpid(child, 0)
 
 

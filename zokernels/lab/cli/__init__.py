@@ -2,16 +2,36 @@
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from zokernels.lab.cli import bench, env, finetune, replay, sweep, verify
 from zokernels.lab.tasks.errors import InputError, RunError
 
 __all__ = ["app", "main"]
 
+_NOTHING = "Interrupted before there was anything to keep."
+
+
+class _Interrupted(Exception):
+    """A Ctrl-C in a command, and what the command says of it."""
+
+
+class _Commands(TyperGroup):
+    """Keeps Ctrl-C from typer, which by its version says "Aborted" or ends without a word."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _Interrupted(str(error) or _NOTHING) from None
+
+
 app = typer.Typer(
     name="zokernels",
+    cls=_Commands,
     help="Fine-tune a language model with forward passes only.",
     no_args_is_help=True,
     add_completion=False,
@@ -42,8 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(error), 2)
     except RunError as error:
         return _fail(str(error), 1)
+    except _Interrupted as error:
+        return _fail(str(error), 130)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("Interrupted before there was anything to keep.", 130)
+        return _fail(_NOTHING, 130)
     except Exception as error:
         # Usage errors come from typer's or click's own parser, by its version; both have these.
         message = getattr(error, "format_message", None)

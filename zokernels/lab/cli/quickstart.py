@@ -80,8 +80,9 @@ def main() -> int:
     except (InputError, RunError) as error:
         print(f"quickstart: {error}", file=sys.stderr)
         return 2 if isinstance(error, InputError) else 1
-    except KeyboardInterrupt:
-        print("quickstart: Interrupted before there was anything to keep.", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        said = str(error) or "Interrupted before there was anything to keep."
+        print(f"quickstart: {said}", file=sys.stderr)
         return 130
     if metrics["interrupted"]:
         return 130

@@ -13,8 +13,8 @@ from zokernels.lab.sweeps import file, plots, table
 from zokernels.lab.sweeps.folder import SweepFolder
 from zokernels.lab.sweeps.plan import Run, plan
 from zokernels.lab.sweeps.pool import Outcome, Pool, threads_each
-from zokernels.lab.tasks import InputError
-from zokernels.lab.tasks.folder import check_json, write_json, write_text
+from zokernels.lab.tasks import InputError, RunError
+from zokernels.lab.tasks.folder import check_json, write_answer, write_text
 
 _BAD = ("failed", "refused", "died")
 
@@ -52,7 +52,13 @@ def command(
         began = time.monotonic()
         outcomes, stopped = _do(runs, wanted, out, workers, console)
         cells = table.cells(runs, skipped, outcomes)
-        pictures = _write(out, found.title, runs, cells, outcomes)
+        try:
+            pictures = _write(out, found.title, runs, cells, outcomes)
+        except OSError as error:
+            raise RunError(
+                f"The tables of {out} could not be written: {error.strerror}. Make room, and the "
+                "same command writes them; no finished run is done again."
+            ) from None
     counts = Counter(outcomes[r.settings.out].status for r in runs if r.settings.out in outcomes)
     counts["not run"] = len(runs) - counts.total()
     said = ", ".join(f"{n} {status}" for status, n in counts.items() if n)
@@ -62,7 +68,7 @@ def command(
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
     if json is not None:
-        write_json(json, {"runs": len(runs), **{k: n for k, n in counts.items() if n}})
+        write_answer(json, {"runs": len(runs), **{k: n for k, n in counts.items() if n}})
     if stopped:
         return 130
     return 1 if any(counts[status] for status in _BAD) else 0

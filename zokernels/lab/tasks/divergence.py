@@ -62,6 +62,8 @@ def sentence(
 ) -> str | None:
     """What a run that made its model worse says of it; None of any other run."""
     found = []
+    if losses and not any(map(math.isfinite, losses)):
+        found.append("no loss was finite")
     if rose := rise(losses):
         found.append(f"the loss rose from {rose[0]:.4g} in the first steps to {rose[1]:.4g}")
     if before and after and fell(before, after):

@@ -169,7 +169,9 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         if self._log is not None:
-            self._log.close()
+            # On a full disk what `log` could not write, and said so, is still in its buffer.
+            with suppress(OSError):
+                self._log.close()
         if self._lock is not None:
             self._lock.release()
 

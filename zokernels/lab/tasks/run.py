@@ -49,9 +49,15 @@ class Finetune(Run):
                 if not self.stopped.is_set():
                     evaluate(self, whole=True)
                 metrics = self._finish()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"Interrupted at once, after {self.done} steps. Go on with: "
+                f"zokernels finetune --resume {out}"
+            ) from None
         except (OSError, zk.TrajectoryError) as error:
+            reason = str(getattr(error, "strerror", None) or error).removesuffix(".")
             raise RunError(
-                f"{out} could not be written: {getattr(error, 'strerror', None) or error} "
+                f"{out} could not be written: {reason}. "
                 f"Make room, then go on with: zokernels finetune --resume {out}"
             ) from error
         except (RuntimeError, MemoryError) as error:

@@ -37,6 +37,8 @@ _AT_LEAST = {
     "min_words": 0,
     "max_words": 1,
 }
+# What a counter of 64 bits holds, and a pass in binary32.
+_MOST, _LARGEST = 2**63 - 1, 3e38
 
 
 @dataclass
@@ -123,17 +125,24 @@ class Settings:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise InputError(f"{option(name)} must be at least {least}, got {value}.")
+            if value is not None and value > _MOST:
+                raise InputError(f"{option(name)} must be at most {_MOST}, got {value}.")
         for name, allowed in CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
                 known = ", ".join(a for a in allowed if a is not None)
                 raise InputError(f"{option(name)} must be one of {known}, got '{value}'.")
-        for name, low in (("lr", 0.0), ("fo_lr", 0.0), ("weight_decay", 0.0)):
+        for name in ("lr", "fo_lr", "weight_decay"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= low):
-                raise InputError(f"{option(name)} must be a number from {low:g} up, got {value}.")
-        if not (math.isfinite(self.eps) and self.eps > 0):
-            raise InputError(f"--eps must be a number above 0, got {self.eps}.")
+            if value is not None and not 0 <= value <= _LARGEST:
+                raise InputError(
+                    f"{option(name)} must be a number from 0 up to {_LARGEST:g}, got {value}."
+                )
+        if not 1 / _LARGEST <= self.eps <= _LARGEST:
+            raise InputError(
+                f"--eps must be a number above 0, from {1 / _LARGEST:.0e} to {_LARGEST:g}, "
+                f"got {self.eps}."
+            )
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise InputError(f"--sparsity must lie between 0 and 1, got {self.sparsity}.")
         if self.resample_every and self.sparsity is None:

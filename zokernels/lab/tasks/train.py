@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+import zokernels as zk
 from zokernels.lab.tasks import checkpoint, evaluate, memory
+from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.history import PARTS
 from zokernels.lab.tasks.state import Run
 from zokernels.lab.tasks.task import Example
@@ -34,7 +36,10 @@ def train(run: Run, order: Iterator[list[Example]]) -> None:
             loss, halved = memory.take_step(
                 optimizer, run.scorer, batch, s.retry_oom, run.history.count
             )
-        except (RuntimeError, FloatingPointError, MemoryError) as error:
+        except (InputError, zk.TrajectoryError):
+            raise
+        # A ValueError is the engine's of a step that is too large for binary32.
+        except (RuntimeError, FloatingPointError, MemoryError, ValueError) as error:
             run.failure = _why(run, error)
             return
         if halved and not run.history.halved:
