@@ -30,6 +30,8 @@ from zokernels.optim.groups import part
 class _StepsAhead:
     """Lets an optimizer take its step before the Trainer calls ``step()``."""
 
+    # The Trainer collects the batches of a step itself, and looks for accelerate's wrapper.
+    _is_accelerate_prepared = False
     _loss: torch.Tensor | None = None
 
     def step_ahead(self, closure: Closure) -> torch.Tensor:

@@ -102,9 +102,13 @@ def _embedding(
     *_: Any,
     **__: Any,
 ) -> Any:
-    if max_norm is not None or not is_perturbed(weight):
+    if not is_perturbed(weight):
         return NotImplemented
-    entry = weight.entry
+    entry: Entry = weight.entry
+    if max_norm is not None:
+        # It scales the rows that it looks up, where they are.
+        entry.warn_of_write(weight.place)
+        return NotImplemented
     if not _is_known(numbers, entry):
         return NotImplemented
     entry.used.add(weight.place)

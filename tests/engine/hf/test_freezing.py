@@ -9,7 +9,6 @@ from trainers import model_of, trainer_of, transformers, weights
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 PART = "layers.1."
 # A sentence about what no group holds is another change's; whoever merges the two takes this away.
-untold = pytest.mark.xfail(strict=True, reason="a parameter that no group holds is not told of yet")
 
 
 class Switch(transformers.TrainerCallback):
@@ -61,7 +60,6 @@ def test_gradual_unfreezing_begins_by_freezing_at_the_begin_of_the_run(tmp_path)
     ]  # fmt: skip
 
 
-@untold
 def test_a_layer_that_was_frozen_before_the_run_is_trained_or_told_of(tmp_path):
     model = model_of("llama")
     for name, p in model.named_parameters():
@@ -97,7 +95,6 @@ def test_an_optimizer_that_is_made_again_holds_the_adapter_that_was_switched_to(
     assert found == [{"first"}, {"second"}]
 
 
-@untold
 def test_an_adapter_switched_between_two_runs_is_trained_or_told_of(tmp_path):
     trainer = trainer_of(tmp_path, model=two_adapters(), max_steps=1)
     trainer.train()

@@ -177,29 +177,3 @@ def test_a_captured_step_without_a_graph():
         for batch in many:
             step(batch)
     assert all(map(torch.equal, *(m.parameters() for m in models)))
-
-
-@pytest.mark.hf
-@pytest.mark.parametrize("mode", [None, "on_entry"])
-def test_the_trainer_compiles_the_model_beside_the_optimizer(tmp_path, mode):
-    transformers = pytest.importorskip("transformers")
-    from zokernels.hf import ZOTrainer
-
-    shape = dict(vocab_size=16, hidden_size=8, num_hidden_layers=1, intermediate_size=8)
-    found = []
-    for compiles in (False, True):
-        torch.manual_seed(0)
-        config = transformers.LlamaConfig(num_attention_heads=2, **shape)
-        model = transformers.LlamaForCausalLM(config)
-        rows = [dict(input_ids=r, labels=r.clone()) for r in torch.arange(48).view(6, 8) % 16]
-        args = transformers.TrainingArguments(
-            str(tmp_path), max_steps=3, per_device_train_batch_size=2, learning_rate=1e-2,
-            torch_compile=compiles, torch_compile_backend="eager" if compiles else None,
-            report_to="none", disable_tqdm=True, save_strategy="no",
-        )  # fmt: skip
-        kind = (zk.ZOSGD, {"perturb": mode})
-        trainer = ZOTrainer(model, args, train_dataset=rows, optimizer_cls_and_kwargs=kind)
-        trainer.train()
-        found.append([p.detach().clone() for p in model.parameters()])
-    # Slopes differ by rounding where the mode differs, weights by lr times that.
-    assert all(torch.allclose(a, b, atol=1e-4) for a, b in zip(*found, strict=True))

@@ -37,7 +37,7 @@ def test_a_forward_that_writes_a_weight_is_named_once_and_undone(named):
     # With max_norm an embedding scales the rows that it looks up, in place.
     model, ids = nn.Sequential(nn.Embedding(7, 4, max_norm=0.5), nn.Linear(4, 1)), torch.arange(3)
     before = model[0].weight.detach().clone()
-    params = model if named else model.parameters()
+    params = model if named else list(model.parameters())
     opt = zk.ZOSGD(params, lr=0.0, eps=1e-2, perturb="in_place")
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")

@@ -176,6 +176,15 @@ def test_a_write_into_a_weight_is_said_and_thrown_away(how, mode):
     assert loss == pytest.approx(float(expected), abs=1e-6)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_an_embedding_that_scales_its_rows_is_named(mode):
+    model, x = nn.Embedding(7, 4, max_norm=0.5), torch.arange(3)
+    before = model.weight.detach().clone()
+    with pytest.warns(UserWarning, match="writes (in)?to the trainable parameter 'weight'"):
+        zk.ZOSGD(model, lr=0.0, eps=1e-2, perturb=mode).step(lambda: model(x).sum())
+    assert torch.equal(model.weight, before)
+
+
 @pytest.mark.parametrize("mode", ["on_entry", "paired"])
 def test_other_data_for_a_weight_are_refused_by_name(mode):
     class Moves(nn.Linear):
