@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from zokernels.estimators import Point
 
@@ -28,6 +29,11 @@ class Accumulating:
     _is_accelerate_prepared = True
 
     _batches: Batches
+
+    @property
+    def optimizer(self) -> Any:
+        """Itself: as accelerate finds the optimizer of a scheduler in its wrappers."""
+        return self
 
     def _is_partial(self, in_blocks: bool) -> bool:
         """Whether accelerate says that further batches of this step are to come.

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import DTYPES
@@ -93,7 +93,7 @@ class Settings:
     name: str | None = None
 
     @classmethod
-    def of(cls, plain: dict[str, Any], source: Path, out: Path) -> Self:
+    def of(cls, plain: dict[str, Any], source: Path, out: Path) -> "Settings":
         """Settings from the plain values that a run keeps, with another ``out``.
 
         Raises:
