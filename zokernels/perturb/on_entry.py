@@ -29,6 +29,8 @@ class OnEntry:
         params: Its parameters that are perturbed.
         lazy_logits: Make a language model's logits only where the loss looks at them.
         keep: Keep the memory of every perturbed weight, at the same addresses.
+        filler: Makes the weights, if they are to be others.
+        disguise: The kind of what lets parameters be those.
     """
 
     def __init__(
@@ -37,14 +39,16 @@ class OnEntry:
         params: Sequence[nn.Parameter],
         lazy_logits: bool = True,
         keep: bool = False,
+        filler: Filler | None = None,
+        disguise: type[Disguise] = Disguise,
     ):
         self.model = model
         self.params = list(params)
         names = {id(p): name for name, p in model.named_parameters()}
         self._names = [names.get(id(p), str(i)) for i, p in enumerate(self.params)]
-        self._filler = Filler(self.params, keep)
+        self._filler = filler or Filler(self.params, keep)
         self._entry = Entry(self._filler, self._names, _head_of(model) if lazy_logits else None)
-        self._disguise = Disguise(self._entry)
+        self._disguise = disguise(self._entry)
         self._hooks = Hooks(model, self.params, self._filler, self._disguise)
         self._is_settled = False
 

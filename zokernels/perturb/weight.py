@@ -157,6 +157,10 @@ class PerturbedWeight(nn.Parameter):
 
     entry: Entry  # of the subclass that each `Entry` has
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A plain parameter: who makes one of this one's class, as a copy does, wants that."""
+        return nn.Parameter(*args, **kwargs)
+
     @property
     def place(self) -> int:
         """The parameter's number."""

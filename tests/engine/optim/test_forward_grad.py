@@ -1,14 +1,16 @@
 """Forward gradients: autograd's directional derivative, from one forward."""
 
+import weakref
+
 import pytest
 import torch
 from test_on_entry import PassedBy
 from test_optim import Small, batch, state, unchanged
 from torch import nn
-from torch.autograd import forward_ad
 
 import zokernels as zk
 from zokernels.estimators import derive_seed
+from zokernels.perturb import tangents
 
 SOURCES = {"module": lambda m: m, "parameters": lambda m: list(m.parameters())}
 
@@ -109,25 +111,25 @@ def test_a_module_that_is_passed_by_counts():
         zk.ForwardGrad(other, lr=0.1).step(lambda: other[0](torch.ones(3)).sum())
 
 
-def test_a_layers_tangent_lives_only_while_the_layer_runs():
+def test_a_tangent_lives_only_while_its_operation_runs(monkeypatch):
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(12)])
-    most = 0
+    made, most = [], 0
+    directions = tangents.directions
 
-    def note(module, _args, _output):
+    def noted(*args):
+        found = directions(*args)
+        made.extend(map(weakref.ref, found))
+        return found
+
+    def note(_module, _args, _output):
         nonlocal most
-        open_now = [
-            m for m in model
-            if any(forward_ad.unpack_dual(p).tangent is not None for p in m._parameters.values())
-        ]  # fmt: skip
-        most = max(most, len(open_now))
+        most = max(most, sum(ref() is not None for ref in made))
 
-    opt = zk.ForwardGrad(model, lr=0.0)
-    opt.step(lambda: model(torch.ones(32)).sum())
-    hooks = [m.register_forward_hook(note) for m in model]
-    opt.step(lambda: model(torch.ones(32)).sum())
-    for hook in hooks:
-        hook.remove()
-    assert most == 1
+    monkeypatch.setattr(tangents, "directions", noted)
+    for layer in model:
+        layer.register_forward_hook(note)
+    zk.ForwardGrad(model, lr=0.0).step(lambda: model(torch.ones(32)).sum())
+    assert len(made) == 24 and most == 0
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -1,6 +1,7 @@
 """A parameter wherever it is kept, and whatever a forward does with it."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import zokernels as zk
+from zokernels.estimators import derive_seed
 
 
 class Tied(nn.Module):
@@ -41,6 +43,26 @@ def test_a_weight_kept_elsewhere(way):
     torch.manual_seed(0)
     model, x = Tied(way), torch.randint(20, (4, 5))
     assert_all_modes_agree(model, lambda: F.cross_entropy(model(x).flatten(0, 1), x.flatten()))
+
+
+@pytest.mark.parametrize("way", ["a list", "a lambda", "a dict in a tuple", "the module itself"])
+@pytest.mark.parametrize("kind", ["module", "parameters"])
+def test_a_derivative_goes_through_a_weight_kept_elsewhere(way, kind):
+    torch.manual_seed(0)
+    model, x = Tied(way).double(), torch.randint(20, (4, 5))
+    params = list(model.parameters())
+
+    def closure():
+        penalty = sum(p.square().sum() for p in params)
+        return F.cross_entropy(model(x).flatten(0, 1), x.flatten()) + 0.1 * penalty
+
+    closure().backward()
+    seed = derive_seed(3, 0, 0)
+    noise = [zk.noise.gaussian(p.numel(), seed=seed, stream=i) for i, p in enumerate(params)]
+    expected = sum(float((p.grad.flatten() * z).sum()) for p, z in zip(params, noise, strict=True))
+    opt = zk.ForwardGrad(model if kind == "module" else params, lr=0.0, seed=3)
+    opt.step(closure)
+    assert opt.projected_gradients == pytest.approx([expected], rel=1e-9)
 
 
 @pytest.mark.parametrize("norm", ["squares", "distance", "foreach", "stack"])
@@ -174,6 +196,40 @@ def test_a_write_into_a_weight_is_said_and_thrown_away(how, mode):
             lambda: twin(x).square().mean()
         )
     assert loss == pytest.approx(float(expected), abs=1e-6)
+
+
+def loaded(state):
+    model = nn.Linear(8, 8)
+    model.load_state_dict(state)
+    return model
+
+
+@pytest.mark.parametrize("mode", ["on_entry", "in_place"])
+@pytest.mark.parametrize(
+    "copied",
+    [
+        copy.deepcopy,
+        lambda m: loaded(pickle.loads(pickle.dumps(m.state_dict()))),
+        lambda m: m.__class__(8, 8).requires_grad_(False),
+    ],
+    ids=["deepcopy", "saved", "another"],
+)
+def test_a_copy_that_a_closure_makes_is_a_module_of_its_own(copied, mode):
+    torch.manual_seed(0)
+    model, x, copies = nn.Linear(8, 8), torch.randn(4, 8), []
+
+    def closure():
+        twin = copied(model)
+        twin.load_state_dict(model.state_dict())
+        copies.append(twin)
+        return model(x).square().mean() + 0.1 * twin(x).square().mean()
+
+    zk.ZOSGD(model, lr=0.0, eps=1e-2, perturb=mode).step(closure)
+    for twin in copies[-2:]:
+        assert [type(p) for p in twin.parameters()] == [nn.Parameter] * 2
+        moved = (twin.weight - model.weight).abs().max()
+        assert 0 < moved < 0.1
+        zk.ZOSGD(twin.requires_grad_(), lr=1e-3).step(lambda twin=twin: twin(x).square().mean())
 
 
 @pytest.mark.parametrize("mode", MODES)
