@@ -59,7 +59,7 @@ class ZOOptimizer(Constructed):
         maximize: Step up instead of down.
         seed: Seed of the run. Step t's directions follow from (seed, t, query).
         perturb: ``"on_entry"`` (default for a module: memory of the largest layer), ``"paired"``
-            (two points in one forward of a doubled batch: faster, twice the activations) or
+            (two points in one forward: faster, twice the activations) or
             ``"in_place"`` (default for parameters: a copy of the trainable weights).
         lazy_logits: Make a language model's logits only where the loss looks at them; not in place.
         backend: As for `zokernels.ops.add_noise_`.

@@ -167,7 +167,7 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         return World.read(self._optimizers(), self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What `copy`, `pickle` and `torch.save` take of it: the model and all that a step needs.
+        """What a copy, in memory or in a file, takes of it: the model and all that a step needs.
 
         Hooks stay behind, as those of torch's optimizers do.
         """

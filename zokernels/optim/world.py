@@ -194,7 +194,9 @@ def _held(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[nn.Parameter]
 def _form(p: Any) -> Form | None:
     if is_lazy(p):
         return None
-    return Form(shards.local(p).data_ptr(), tuple(p.shape), p.dtype, p.device)
+    own = shards.local(p)
+    address = own.data_ptr() if own.layout is torch.strided else id(own)
+    return Form(address, tuple(p.shape), p.dtype, p.device)
 
 
 def _some(names: Sequence[str]) -> str:

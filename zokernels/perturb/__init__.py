@@ -1,8 +1,8 @@
 """The perturbed forward: the model at θ + scale · z, with the stored weights safe.
 
 `OnEntry` makes perturbed weights in scratch as operations ask for them, so that memory grows by
-the largest layer only; `Paired` does so for both sides of a direction in one forward of a doubled
-batch. `InPlace` writes the weights themselves, from a copy. None ever adds and then subtracts: what
+the largest layer only; `Paired` does so for both sides of a direction in one forward, and
+`CarryingTangents` gives weights a tangent so. `InPlace` writes the weights themselves, from a copy. None ever adds and then subtracts: what
 was stored comes back bit for bit.
 """
 

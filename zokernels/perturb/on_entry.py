@@ -82,6 +82,8 @@ class OnEntry:
         except Misused:
             raise
         except (RuntimeError, TypeError) as error:
+            if _is_of_memory(error):
+                raise
             if self.was_entered and self._settle():
                 return self.run(direction, forward)
             _raise_as_it_is(error, forward)
@@ -135,6 +137,12 @@ class OnEntry:
             self._hooks.take(unused)
             self._hooks.adopt()
         return bool(unused)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, which says nothing about the forward."""
+    words = ("out of memory", "not enough memory", "allocate memory", "bad_alloc")
+    return any(word in str(error) for word in words)
 
 
 def _raise_as_it_is(error: Exception, forward: Callable[[], object]) -> NoReturn:

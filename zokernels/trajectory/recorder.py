@@ -38,7 +38,7 @@ class Recorder:
         self._writer = writer
         self._seed = seed
         self._tensors = [p for _, p, _ in named]
-        self._begun_with = [(name, tuple(p.shape)) for name, p, _ in named]
+        self._begun_with = [(name, checksums.shape(p)) for name, p, _ in named]
         self._places = {id(p): i for i, p in enumerate(self._tensors)}
         self._wide = _is_wide(self._tensors)
         self._known: dict[Any, int] = {}
@@ -138,9 +138,9 @@ class Recorder:
         """
         changed = [(n, "replaced") for n, p in joined if id(p) not in self._places]
         changed += [
-            (name, f"resized from {shape} to {tuple(p.shape)}")
+            (name, f"resized from {tuple(shape)} to {tuple(p.shape)}")
             for p, (name, shape) in zip(self._tensors, self._begun_with, strict=True)
-            if tuple(p.shape) != shape
+            if checksums.shape(p) != shape
         ]
         for name, what in changed:
             raise TrajectoryError(
