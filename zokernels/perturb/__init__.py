@@ -2,8 +2,8 @@
 
 `OnEntry` makes perturbed weights in scratch as operations ask for them, so that memory grows by
 the largest layer only; `Paired` does so for both sides of a direction in one forward, and
-`CarryingTangents` gives weights a tangent so. `InPlace` writes the weights themselves, from a copy. None ever adds and then subtracts: what
-was stored comes back bit for bit.
+`CarryingTangents` gives weights a tangent so. `InPlace` writes the weights themselves, from a copy.
+None ever adds and then subtracts: what was stored comes back bit for bit.
 """
 
 from zokernels.perturb.context import perturbed
