@@ -131,7 +131,7 @@ class Filler:
                 elif i in self._window:
                     large = True
                     found.append(self._window[i])
-                elif self._is_to_keep(i):
+                elif self._keeps(i, i):
                     found.append(self._keep(i))
                 else:
                     found.append(self._fresh(i) if large else self._large(i))
@@ -145,7 +145,7 @@ class Filler:
         with self._timed():
             if i in self._group_of:
                 return self._small(i)
-            return self._keep(i) if self._is_to_keep(i) else self._fresh(i)
+            return self._keep(i) if self._keeps(i, i) else self._fresh(i)
 
     def hold(self, i: int) -> Values:
         """The values of a parameter, the same memory for all who ask, which may be written."""
@@ -177,17 +177,16 @@ class Filler:
             self._drawing.fill_range(None, i, at * size, (at + 1) * size, out)
             return out
 
-    def _is_to_keep(self, i: int) -> bool:
-        """Whether a forward reads this parameter again, and there is room to keep it."""
-        size = self.sources[i].nbytes
-        return (i in self._made or i in self._again) and size <= self._room
-
-    def _keep(self, i: int) -> Values:
-        self._room -= self.sources[i].nbytes
-        if i in self._made and i not in self._again:
+    def _keeps(self, i: int, what: int | tuple[int, int]) -> bool:
+        """Whether to keep a parameter of which a forward asks for this: it does so again."""
+        if what in self._made and i not in self._again:
             # A window that was planned before has it, too.
             self._again.add(i)
             self._windows.clear()
+        return i in self._again and self.sources[i].nbytes <= self._room
+
+    def _keep(self, i: int) -> Values:
+        self._room -= self.sources[i].nbytes
         self._count(i, self.sources[i].numel())
         p = self.sources[i]
         memory = [self._piece(("own", i, k), p, p.numel()) for k in range(len(self.lanes))]
@@ -209,8 +208,13 @@ class Filler:
     def part(self, i: int, begin: int, end: int) -> Values:
         """Rows ``begin`` … ``end`` − 1 of a matrix, in the scratch of `values`."""
         with self._timed():
+            if i not in self._held and self._keeps(i, (i, begin)):
+                self._keep(i)
+            if i in self._held:
+                return [w[begin:end] for w in self._held[i]]
             p = self.sources[i]
             first, last = begin * p.shape[1], end * p.shape[1]
+            self._count((i, begin), last - first)
             out = self._take("large", p, last - first)
             self._window = {}
             self._drawing.fill_range(("part", i), i, first, last, out)

@@ -104,6 +104,37 @@ def test_beyond_the_bound_weights_are_made_again_and_that_is_said_once(monkeypat
     assert elements[0] == pytest.approx(2 * (1 + 12) * 160 * 160, rel=0.02)
 
 
+def test_a_head_whose_logits_are_read_twice_is_drawn_once(elements):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.head = nn.Embedding(64, 32), nn.Linear(32, 8192)
+
+        def get_output_embeddings(self):
+            return self.head
+
+        def forward(self, x):
+            return self.head(self.words(x))
+
+    torch.manual_seed(0)
+    model, x, found = Model(), torch.randint(64, (2, 4)), []
+
+    def closure():
+        # As text that is generated, each word with a forward of its own.
+        return sum(model(x[:, : k + 1])[:, -1].logsumexp(-1).mean() for k in range(4))
+
+    for mode in ("in_place", "on_entry", "paired"):
+        opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, perturb=mode)
+        opt.step(closure)
+        elements[0] = 0
+        opt.step(closure)
+        found += opt.projected_gradients
+        if mode != "in_place":
+            size = sum(p.numel() for p in model.parameters())
+            assert elements[0] <= 2 * size
+    assert found[1:] == pytest.approx(found[:1] * 2, abs=2e-3)
+
+
 @pytest.mark.hf
 def test_text_that_is_generated_says_which_mode_to_take(monkeypatch):
     hf = pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
