@@ -102,6 +102,13 @@ class _Attention(TorchFunctionMode):
         is_causal: bool = False,
         **kwargs: Any,
     ) -> torch.Tensor:
+        device = query.device.type
+        if torch.is_autocast_enabled(device):
+            # Under vmap autocast passes attention by.
+            wide = torch.get_autocast_dtype(device)
+            query, key, value = query.to(wide), key.to(wide), value.to(wide)
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(wide)
         points, given = self.points, (query, key, value)
         wholes = [points.whole(t) for t in given]
         simple = dropout_p == 0 and all(t.dim() == 4 and points.is_plain(t) for t in given)

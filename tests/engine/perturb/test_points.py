@@ -109,6 +109,22 @@ def test_language_models(name, padded):
 
 
 @pytest.mark.hf
+def test_autocast():
+    hf = pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
+    torch.manual_seed(0)
+    model, ids = LANGUAGE["llama"](hf).eval(), torch.randint(3, WORDS, (ROWS, LENGTH))
+
+    def closure():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return model(input_ids=ids, labels=ids).loss
+
+    loss, slope, _ = run(model, closure, "in_place")
+    found = run(model, closure, "paired")
+    # Products are rounded to 8 bits.
+    assert found[:2] == pytest.approx((loss, slope), rel=5e-3) and found[2] is None
+
+
+@pytest.mark.hf
 def test_an_image_model():
     hf = pytest.importorskip("transformers", reason="needs transformers: pip install '.[hf]'")
     torch.manual_seed(0)
