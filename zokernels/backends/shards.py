@@ -150,7 +150,8 @@ def cut(
 
 def of_model(model: nn.Module | None) -> bool:
     """Whether a parameter of the model is a `DTensor`."""
-    return model is not None and any(map(is_sharded, model.parameters()))
+    modules = () if model is None else model.modules()
+    return any(is_sharded(p) for m in modules for p in m._parameters.values() if p is not None)
 
 
 def settle(model: nn.Module | None) -> None:

@@ -215,7 +215,9 @@ def same_randomness(
     The root keeps its training flag, since trainers read it to tell training from evaluation;
     what it draws itself is replayed.
     """
-    held = {p.device for p in (*params, *(model.parameters() if model is not None else ()))}
+    modules = [] if model is None else list(model.modules())
+    others = (p for m in modules for p in m._parameters.values() if p is not None)
+    held = {p.device for p in (*params, *others)}
     cpu_state = torch.get_rng_state()
     states = {on: torch.cuda.get_rng_state(on) for on in held if on.type == "cuda"}
 
@@ -224,10 +226,7 @@ def same_randomness(
         for device, state in states.items():
             torch.cuda.set_rng_state(state, device)
 
-    switched: list[nn.Module] = []
-    if model is not None:
-        leaf = not any(True for _ in model.children())
-        switched = [m for m in model.modules() if m.training and (leaf or m is not model)]
+    switched = [m for m in modules if m.training and (len(modules) == 1 or m is not model)]
     for m in switched:
         m.training = False
     fast = torch.backends.mha.get_fastpath_enabled()

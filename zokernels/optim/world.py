@@ -62,11 +62,11 @@ class World:
             optimizers: The one whose step begins, and what else trains parts of the model.
             model: The module, where there is one.
         """
-        named = dict(model.named_parameters()) if model is not None else {}
+        modules, named = _walk(model) if model is not None else ([], {})
         forms = {id(p): _form(p) for p in _held(optimizers)}
         return cls(
             named=named,
-            modules=list(model.modules()) if model is not None else [],
+            modules=modules,
             trainable=[trainable(g) for g in optimizers[0].param_groups],
             forms=forms,
             unheld=[n for n, p in named.items() if p.requires_grad and id(p) not in forms],
@@ -185,6 +185,18 @@ def take_over(optimizers: Sequence[torch.optim.Optimizer], swaps: Sequence[Swap]
             "step; the optimizer trains the new one, with the state that it has for this name.",
             stacklevel=2,
         )
+
+
+def _walk(model: nn.Module) -> tuple[list[nn.Module], dict[str, nn.Parameter]]:
+    """The modules and the named parameters of a model, in one walk: each takes a while."""
+    modules, named, seen = [], {}, set()
+    for prefix, module in model.named_modules():
+        modules.append(module)
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                named[f"{prefix}.{name}" if prefix else name] = p
+    return modules, named
 
 
 def _held(optimizers: Sequence[torch.optim.Optimizer]) -> Iterator[nn.Parameter]:

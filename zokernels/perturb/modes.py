@@ -14,17 +14,21 @@ MODES = ("on_entry", "paired", "in_place")
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether torch.compile has a hand in the model: hooks added later would be ignored."""
-    return any(
-        hasattr(m, "_orig_mod") or getattr(m, "_compiled_call_impl", None) is not None
-        for m in model.modules()
-    )
+    return any(map(_is_compiled, model.modules()))
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    # Asked of every module in every step: an attribute that is not there takes nn.Module long.
+    own = vars(module)
+    return "_orig_mod" in own.get("_modules", ()) or own.get("_compiled_call_impl") is not None
 
 
 def _why_in_place(model: nn.Module) -> str | None:
     """What has fixed the weights that a forward reads, if anything has."""
-    if is_compiled(model):
+    modules = list(model.modules())
+    if any(map(_is_compiled, modules)):
         return "compiled"
-    scripted = [m for m in model.modules() if isinstance(m, torch.jit.ScriptModule)]
+    scripted = [m for m in modules if isinstance(m, torch.jit.ScriptModule)]
     trains = any(p.requires_grad for m in scripted for p in m.parameters())
     return "scripted" if trains else None
 
