@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from zokernels.backends import shards
 
@@ -50,27 +51,60 @@ def check_apart(named: Mapping[str, torch.Tensor]) -> None:
     Raises:
         ValueError: Naming the tensor that has an element in several places, or the two that share.
     """
-    spans = []
     for name, tensor in named.items():
         t = shards.local(tensor)
-        # What has no memory, or not yet, shares none.
-        if t.layout is not torch.strided or not t.numel() or not t.data_ptr():
-            continue
-        if _repeats(t):
+        if _has_memory(t) and _repeats(t):
             raise ValueError(
                 f"{name} of shape {tuple(t.shape)} has strides {t.stride()}: some of its elements "
                 "share memory, as an expanded tensor's do, and can't be trained apart; give each "
                 "its own, p.data = p.data.contiguous(), or freeze it."
             )
-        begin = t.data_ptr()
-        spans.append(_Span(str(t.device), begin, begin + _extent(t) * t.element_size(), name, t))
-    for near in _clusters(sorted(spans, key=lambda s: (s.device, s.begin))):
+    for near in _clusters(_spans(named)):
         if shared := _sharing(near):
             raise ValueError(
                 f"{shared[0]} and {shared[1]} share memory, but each weight may be written once; "
                 "make them one parameter (b.weight = a.weight), give one of them its own "
                 "(p.data = p.data.clone()), or freeze it."
             )
+
+
+def check_known(named: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> None:
+    """Raise unless what is perturbed by its own name is read by that alone.
+
+    Args:
+        named: What is trained, by what a message calls it.
+        others: What else of the model has memory.
+
+    Raises:
+        ValueError: Naming one of each that share some.
+    """
+    for near in _clusters(_spans({**others, **named})):
+        for one in (span for span in near if span.name in named):
+            for other in (span for span in near if span.name in others):
+                if _sharing(sorted([one, other], key=lambda s: s.begin)):
+                    raise ValueError(
+                        f"{one.name} shares memory with {other.name}, which is not trained: an "
+                        "update moves both, and a perturbed forward only the first. Make them one "
+                        "parameter (b.weight = a.weight), give one of them its own memory "
+                        "(p.data = p.data.clone()), or use perturb='in_place'."
+                    )
+
+
+def _has_memory(t: torch.Tensor) -> bool:
+    # What has no memory, or not yet, shares none.
+    return t.layout is torch.strided and t.numel() > 0 and not is_lazy(t) and t.data_ptr() != 0
+
+
+def _spans(named: Mapping[str, torch.Tensor]) -> list[_Span]:
+    """Where the tensors that have memory lie, in order."""
+    found = []
+    for name, tensor in named.items():
+        t = shards.local(tensor)
+        if _has_memory(t):
+            begin = t.data_ptr()
+            end = begin + _extent(t) * t.element_size()
+            found.append(_Span(str(t.device), begin, end, name, t))
+    return sorted(found, key=lambda s: (s.device, s.begin))
 
 
 class _Span(NamedTuple):

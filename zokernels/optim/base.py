@@ -27,7 +27,7 @@ from zokernels.optim.forward import (
     check_closure,
     same_randomness,
 )
-from zokernels.optim.groups import Chosen, join_masks
+from zokernels.optim.groups import Chosen, check_group, join_masks
 from zokernels.optim.world import World, check_states, take_over
 from zokernels.perturb import Direction, Move
 
@@ -104,6 +104,18 @@ class ZOOptimizer(Constructed):
                 finite. The weights are those of the last good step.
         """
         closure = check_closure(closure)
+        if self._is_stepping:
+            raise RuntimeError(
+                "step() was called inside of its own closure, or by two threads at a time; take "
+                "one step after the other, or make another optimizer."
+            )
+        self._is_stepping = True
+        try:
+            return self._step(closure)
+        finally:
+            self._is_stepping = False
+
+    def _step(self, closure: Closure) -> torch.Tensor:
         started = time.perf_counter()
         self.timing = StepTiming()
         self.projected_gradients = []
@@ -118,8 +130,8 @@ class ZOOptimizer(Constructed):
             self.trajectory.begin(group["step"])
         forwards = self._perturbers.forwards(in_blocks=group["blocks"] is not None)
         alike = same_randomness(self.model, params)
-        with self._buffers.kept(), alike as replay_random, forwards:
-            forward = Forward(closure, replay_random)
+        with self._buffers.kept() as put_back, alike as replay_random, forwards:
+            forward = Forward(closure, replay_random, put_back)
             self._batches.has_more = self._is_partial(in_blocks=group["blocks"] is not None)
             if self._batches.has_more:
                 return forward.tensor(self._estimate(forward, None).loss)
@@ -165,6 +177,8 @@ class ZOOptimizer(Constructed):
             take_over(optimizers, swaps)
             world = World.read(optimizers, self.model)
         world.check_anything_is_trained()
+        for group in self.param_groups:
+            check_group(group)
         world.tell_of_thawed(before)
         if not world.is_as(before):
             self._forget()

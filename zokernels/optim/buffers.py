@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from typing import Any
 
 import torch
@@ -37,8 +37,12 @@ class Buffers:
         self._written: dict[int, torch.Tensor] = {}
 
     @contextlib.contextmanager
-    def kept(self) -> Iterator[None]:
-        """After the block every buffer is as before it, by whatever forwards wrote to it."""
+    def kept(self) -> Iterator[Callable[[], None]]:
+        """After the block every buffer is as before it, by whatever forwards wrote to it.
+
+        Yields a function that makes it so before the next forward.
+        """
+        places = [] if self.model is None else list(_places(self.model))
         named = self.model.named_buffers() if self.model is not None else ()
         # A tensor of inference mode can't be written here, nor has it a version.
         buffers = {id(b): (name, b) for name, b in named if not b.is_inference()}
@@ -50,14 +54,22 @@ class Buffers:
                 copies.make(b)
         versions = {i: b._version for i, b in large.items()}
         is_new = not large.keys() <= self._looked_at.keys()
+
+        def put_back() -> None:
+            for module, name, b in places:
+                # A forward may give a name another tensor, made with perturbed weights.
+                if module._buffers.get(name) is not b:
+                    module._buffers[name] = b
+            copies.put_back(self._written)
+
         try:
             with _looking(large, copies) if is_new else contextlib.nullcontext():
-                yield
+                yield put_back
             self._looked_at = large
         finally:
             for i in large.keys() & copies.made.keys():
                 self._written[i] = large[i]
-            copies.put_back(self._written)
+            put_back()
             for i, b in large.items():
                 if b._version != versions[i] and i not in copies.made:
                     self._written[i] = b
@@ -87,6 +99,7 @@ class _Copies:
         for i, (buffer, copy, version) in self.made.items():
             if buffer._version != version or i in written:
                 buffer.copy_(copy)
+                self.made[i] = (buffer, copy, buffer._version)
 
 
 @contextlib.contextmanager
@@ -117,6 +130,14 @@ class _BeforeWrites(TorchDispatchMode):
             for b in self.left.pop(_memory(written), ()):
                 self.copies.make(b)
         return func(*args, **kwargs)
+
+
+def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    """Each buffer, where it is."""
+    for module in model.modules():
+        for name, b in module._buffers.items():
+            if b is not None:
+                yield module, name, b
 
 
 def _written_by(func: Any, args: tuple, kwargs: dict) -> Iterator[torch.Tensor]:

@@ -75,7 +75,7 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         self.timing = StepTiming()
         self.bad_steps = self.flat_steps = 0
         self._flat_in_a_row = 0
-        self._has_begun = self._has_told_of_flat_steps = False
+        self._has_begun = self._has_told_of_flat_steps = self._is_stepping = False
         self._last_stream = -1
         self._batches = Batches()
         self._numbers: dict[str, int] = {}
@@ -130,6 +130,8 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
             self._check_rule(group)
             params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
             layouts.check_apart(self._named(params))
+            if self.model is not None and self.perturb != "in_place":
+                layouts.check_known(self._named(params), _others(self.model, params))
             if self.param_groups[0]["threshold"] is not None:
                 sparse.refuse_masks([group])
             if not isinstance(group["mask"], dict):
@@ -255,3 +257,15 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
 
     def _check_rule(self, group: dict) -> None:
         """Raise unless the rule's own numbers of a group are in range."""
+
+
+def _others(model: nn.Module, params: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The model's frozen parameters and buffers, by what a message calls them."""
+    trained = set(map(id, params))
+    frozen = {f"parameter {n!r}": p for n, p in model.named_parameters() if id(p) not in trained}
+    every = {**frozen, **{f"buffer {n!r}": b for n, b in model.named_buffers()}}
+    return {
+        name: t
+        for name, t in every.items()
+        if type(t) in (torch.Tensor, nn.Parameter) and not t.is_nested and not t.requires_grad
+    }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from zokernels.backends import shards
-from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired
+from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired, RandomState
 
 Closure = Callable[[], torch.Tensor | float]
 
@@ -61,20 +61,28 @@ def check_closure(closure: Closure | None) -> Closure:
 
 
 class Forward:
-    """The closure as a forward to be repeated: same random numbers, and a scalar for a loss.
+    """The closure as a forward to be repeated: same random numbers, same buffers, and a scalar.
 
     Attributes:
         kind: A tensor of the last loss's type and device.
     """
 
-    def __init__(self, closure: Closure, replay_random: Callable[[], None]):
+    def __init__(
+        self,
+        closure: Closure,
+        replay_random: Callable[[], None],
+        put_back: Callable[[], None] = lambda: None,
+    ):
         self.closure = closure
-        self.replay_random = replay_random
+        self.replay_random, self.put_back = replay_random, put_back
         self.kind = torch.zeros((), dtype=torch.float32)
 
     def __call__(self) -> torch.Tensor | float:
         """The loss at the weights as they are."""
         self.replay_random()
+        self.put_back()
+        # Of weights that have moved it would go on with the casts that it made before.
+        torch.clear_autocast_cache()
         with explaining_gradients():
             loss = self.closure()
         if isinstance(loss, torch.Tensor):
@@ -210,21 +218,15 @@ def same_randomness(
     Torch's own encoder layers have a path for inference, which is another function where words are
     padded, and which perturbed weights don't take: it is off, as it is in training by backprop.
 
-    It does so on the CPU and on every CUDA device that holds a parameter, frozen ones included.
+    It does so for torch's generators on the CPU and on every CUDA device that holds a parameter,
+    frozen ones included, and for Python's and NumPy's own.
 
     The root keeps its training flag, since trainers read it to tell training from evaluation;
     what it draws itself is replayed.
     """
     modules = [] if model is None else list(model.modules())
     others = (p for m in modules for p in m._parameters.values() if p is not None)
-    held = {p.device for p in (*params, *others)}
-    cpu_state = torch.get_rng_state()
-    states = {on: torch.cuda.get_rng_state(on) for on in held if on.type == "cuda"}
-
-    def replay() -> None:
-        torch.set_rng_state(cpu_state)
-        for device, state in states.items():
-            torch.cuda.set_rng_state(state, device)
+    state = RandomState(p.device for p in (*params, *others))
 
     switched = [m for m in modules if m.training and (len(modules) == 1 or m is not model)]
     for m in switched:
@@ -232,7 +234,7 @@ def same_randomness(
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield replay
+        yield state.restore
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         shards.settle(model)

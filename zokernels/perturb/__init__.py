@@ -13,10 +13,11 @@ from zokernels.perturb.in_place import InPlace
 from zokernels.perturb.modes import MODES, choose_mode, is_compiled
 from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.paired import Paired
+from zokernels.perturb.randomness import RandomState
 from zokernels.perturb.tangents import CarryingTangents, directions
 from zokernels.perturb.weight import Misused
 
 __all__ = [
     "MODES", "CarryingTangents", "DeferredDirection", "Direction", "InPlace", "Misused", "Move",
-    "OnEntry", "Paired", "choose_mode", "directions", "is_compiled", "perturbed",
+    "OnEntry", "Paired", "RandomState", "choose_mode", "directions", "is_compiled", "perturbed",
 ]  # fmt: skip

@@ -57,6 +57,7 @@ def perturbed(
                 "pair; use None, 'on_entry' or 'in_place'."
             )
         if mode == "in_place":
+            torch.clear_autocast_cache()
             with InPlace(params, model=model).at(direction):
                 yield model
             return

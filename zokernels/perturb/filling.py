@@ -309,10 +309,12 @@ class Filler:
         chosen, pieces = self._groups[g][0], self._pieces_of(g)
         self._drawing.fill(("group", g), chosen, [list(own.values()) for own in pieces])
         for j in chosen:
-            self._held[j] = [
+            own = [
                 self.sources[j] if lane is None else pieces[k][j]
                 for k, lane in enumerate(self.lanes)
             ]
+            # One that was written has memory of its own.
+            self._held.setdefault(j, own)
         return self._held[i]
 
     def _pieces_of(self, g: int) -> list[dict[int, torch.Tensor]]:
@@ -352,5 +354,7 @@ class Filler:
     @contextlib.contextmanager
     def _timed(self) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        # A transform of torch.func around the model would wrap what is made for it.
+        with torch._C._DisableFuncTorch():
+            yield
         self.seconds += time.perf_counter() - started

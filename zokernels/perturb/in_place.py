@@ -13,6 +13,7 @@ from torch import nn
 from zokernels.backends import shards
 from zokernels.perturb.deferred import Prepared
 from zokernels.perturb.direction import Direction
+from zokernels.perturb.weight import Misused
 
 
 class InPlace:
@@ -72,6 +73,7 @@ class InPlace:
             assert self.copies is not None
             started = time.perf_counter()
             out = [p.detach() for p in self.params]
+            moved: list[int] = []
             try:
                 (at,) = self._known.of([direction])
                 assert at is not None
@@ -82,31 +84,50 @@ class InPlace:
                 self._tell_of_writes(out, versions)
             finally:
                 started = time.perf_counter()
-                for target, copy in zip(out, self.copies, strict=True):
-                    target.copy_(copy)
-                self._copy_replaced(out)
+                try:
+                    moved = self._restore(out)
+                except BaseException:
+                    # Such as a Ctrl-C in the middle.
+                    self._restore(out)
+                    raise
                 self.seconds += time.perf_counter() - started
+            if moved:
+                raise Misused(
+                    f"The closure's forward gives the trainable parameter {self._name(moved[0])} "
+                    "other data, but its step perturbs what it had at its beginning; do so outside "
+                    "of the closure."
+                )
 
     def _tell_of_writes(self, out: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
         written = [i for i, t in enumerate(out) if _version(t) != versions[i]]
         if written and not self._has_told:
             self._has_told = True
             p = self.params[written[0]]
-            named = self.model.named_parameters() if self.model is not None else ()
-            name = next((n for n, q in named if q is p), f"number {written[0]}")
             warnings.warn(
-                f"A forward writes to the trainable parameter {name!r} of shape {tuple(p.shape)}; "
+                f"A forward writes to the trainable parameter {self._name(written[0])} of shape "
+                f"{tuple(p.shape)}; "
                 "in a step that is undone, since what it wrote to were perturbed weights. Freeze "
                 "the parameter, or write to it between the steps.",
                 stacklevel=2,
             )
 
-    def _copy_replaced(self, out: Sequence[torch.Tensor]) -> None:
-        """Go on from the weights that a forward gave a parameter by ``p.data = …``: they stay."""
+    def _name(self, i: int) -> str:
+        named = self.model.named_parameters() if self.model is not None else ()
+        return next((repr(n) for n, q in named if q is self.params[i]), f"'number {i}'")
+
+    def _restore(self, out: Sequence[torch.Tensor]) -> list[int]:
+        """Put the weights back, and tell whose ``p.data`` are others: made of perturbed ones."""
         assert self.copies is not None
-        for i, (p, before) in enumerate(zip(self.params, out, strict=True)):
-            if shards.local(p).data_ptr() != shards.local(before).data_ptr():
-                self.copies[i] = p.detach().clone()
+        for target, copy in zip(out, self.copies, strict=True):
+            target.copy_(copy)
+        moved = [
+            i
+            for i, (p, before) in enumerate(zip(self.params, out, strict=True))
+            if not shards.is_sharded(p) and p.data_ptr() != before.data_ptr()
+        ]
+        for i in moved:
+            self.params[i].data = out[i]
+        return moved
 
 
 def _version(t: torch.Tensor) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
@@ -66,8 +67,13 @@ class OnEntry:
         """Give the scratch memory back until the next forward."""
         self._filler.release()
 
-    def run(self, direction: Direction, forward: Callable[[], float]) -> float:
+    def run(self, direction: Direction, forward: Callable[[], float], again: bool = False) -> float:
         """``forward()`` with every module of the model at θ + scale · z.
+
+        Args:
+            direction: Where.
+            forward: Returns the loss.
+            again: Whether it has failed before hooks were in charge of what nobody asks for.
 
         Raises:
             RuntimeError: If a parameter's module, and every module around it, is never entered, or
@@ -84,8 +90,8 @@ class OnEntry:
         except (RuntimeError, TypeError) as error:
             if _is_of_memory(error):
                 raise
-            if self.was_entered and self._settle():
-                return self.run(direction, forward)
+            if not again and self.was_entered and self._settle():
+                return self.run(direction, forward, again=True)
             _raise_as_it_is(error, forward)
         # A closure may give up before it has run the model.
         if self.was_entered or not self._untouched():
@@ -98,7 +104,20 @@ class OnEntry:
                     return result
                 with self.at(direction):
                     result = forward()
+            if math.isnan(result):
+                self._tell_of_nan(forward)
         return result
+
+    def _tell_of_nan(self, forward: Callable[[], float]) -> None:
+        """Say that who reads weights where nobody watches sees NaN, if plain ones give none."""
+        plain = forward()
+        if math.isfinite(plain):
+            warnings.warn(
+                f"With perturbed weights the loss is NaN, and with plain ones {plain:g}. If a "
+                "scripted or traced function or an extension reads the weights, use "
+                "perturb='in_place'; otherwise a smaller eps.",
+                stacklevel=2,
+            )
 
     @contextlib.contextmanager
     def at(self, direction: Direction) -> Iterator[None]:

@@ -12,15 +12,17 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch import nn
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from zokernels.perturb.filling import Lane
 from zokernels.perturb.logits import PerturbedLogits
 from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.points import Points, is_about_points
+from zokernels.perturb.randomness import RandomState
 from zokernels.perturb.weight import Entry, Misused, Unshareable
 
 
@@ -77,18 +79,21 @@ class Paired(OnEntry):
             for lane in range(len(lanes)):
                 shared.closure_of(lane)
                 found.append(forward())
+            # Whoever called the model may have caught it.
+            if shared.failed is not None:
+                raise shared.failed
         return found
 
     @contextlib.contextmanager
     def _shared_forward(self, entry: Entry) -> Iterator[_SharedForward]:
         """The model's own forward replaced by one that all lanes share, inside the block."""
         before = vars(self.model).get("forward")
-        shared = _SharedForward(self.model.forward, entry)
+        shared = _SharedForward(self.model, entry)
         vars(self.model)["forward"] = shared
         try:
             yield shared
         finally:
-            shared.forget()
+            shared.end()
             if before is None:
                 vars(self.model).pop("forward", None)
             else:
@@ -106,49 +111,91 @@ class _SharedForward:
     """A model's forward at all points, run for the first lane and remembered for the rest.
 
     Args:
-        forward: The model's.
+        model: The module.
         entry: The perturbed weights.
+
+    Attributes:
+        failed: Why the lanes can't share it, once that is known.
     """
 
-    def __init__(self, forward: Callable[..., Any], entry: Entry):
-        self.forward = forward
-        self.entry = entry
+    def __init__(self, model: nn.Module, entry: Entry):
+        self.model, self.entry = model, entry
+        self.forward = model.forward
+        self.failed: Unshareable | None = None
         # Callers look at the arguments that a forward has.
-        functools.update_wrapper(self, forward)
+        functools.update_wrapper(self, self.forward)
         self._call = 0
-        self._known: list[tuple[Any, list[Any]]] = []
+        self._known: list[_Known] = []
+        self._points: Points | None = None
+        perturbed = set(entry.places)
+        self._places = [
+            (module, name, p)
+            for module in model.modules()
+            for name, p in module._parameters.items()
+            if id(p) in perturbed
+        ]
 
     def closure_of(self, lane: int) -> None:
         """The closure of this lane begins."""
         self._call = 0
         self.entry.closure_of(lane)
 
-    def forget(self) -> None:
+    def end(self) -> None:
         """Let go of the outputs: logits that only wait here need not be computed."""
         self._known.clear()
+        if self._points is not None:
+            _leave_the_last(self.model, self._points)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The outputs of the current lane."""
-        entry = self.entry
-        if entry.points is not None:
+        if self.entry.points is not None:
             return self.forward(*args, **kwargs)
-        given = (args, kwargs)
-        call = self._call
+        try:
+            return self._of_lane(args, kwargs)
+        except Unshareable as why:
+            self.failed = why
+            raise
+
+    def _of_lane(self, args: tuple, kwargs: dict[str, Any]) -> Any:
+        entry, call = self.entry, self._call
         self._call += 1
+        given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
+            raise Unshareable("the closure runs the model inside of a transform of torch.func")
+        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+            raise Unshareable("the closure takes a derivative by what it gives the model")
+        if self.model._forward_pre_hooks:
+            raise Unshareable("what the model's own hooks do before it can't be shared")
+        if any(m._parameters.get(name) is not p for m, name, p in self._places):
+            raise Unshareable("the closure gives the model other weights")
         if entry.lane == 0:
-            self._known.append((given, self._run(args, kwargs)))
-        if call >= len(self._known) or not _equal(self._known[call][0], given):
+            outputs = self._run(args, kwargs)
+            devices = [p.device for p in entry.filler.sources]
+            # In a graph's capture nothing is drawn, and no generator can be asked.
+            on_gpu = any(on.type == "cuda" for on in devices)
+            is_captured = on_gpu and torch.cuda.is_current_stream_capturing()
+            state = None if is_captured else RandomState(devices)
+            self._known.append(_Known((args, kwargs), outputs, state))
+        if call >= len(self._known) or not _equal(self._known[call].given, (args, kwargs)):
             raise Unshareable("the closure's forwards do not see the same batch each time")
-        return self._known[call][1][entry.lane]
+        known = self._known[call]
+        if entry.lane > 0 and known.random is not None:
+            # What is drawn from here on is what the first closure drew.
+            known.random.restore()
+        return known.outputs[entry.lane]
 
     def _run(self, args: tuple, kwargs: dict[str, Any]) -> list[Any]:
         """The model's outputs, for each lane."""
-        if any(hasattr(x, "get_seq_length") for x in tree_leaves((args, kwargs))):
+        leaves = tree_leaves((args, kwargs))
+        if any(hasattr(x, "get_seq_length") for x in leaves):
             raise Unshareable("the model takes a cache of an earlier forward")
+        tensors = [t for t in leaves if isinstance(t, torch.Tensor) and not t.is_inference()]
+        versions = [t._version for t in tensors]
         entry = self.entry
-        with Points.open(entry.count) as entry.points:
+        with Points.open(entry.count) as points:
+            self._points = entry.points = points
             try:
-                return _split(self.forward(*args, **kwargs), entry.points)
+                outputs = _split(self.forward(*args, **kwargs), points)
             except Misused:
                 raise
             except Exception as error:
@@ -156,6 +203,36 @@ class _SharedForward:
                 raise Unshareable(f"{type(error).__name__} in the model: {error}") from error
             finally:
                 entry.points = None
+        if points.failed is not None:
+            raise Unshareable(f"{type(points.failed).__name__} in the model: {points.failed}")
+        if versions != [t._version for t in tensors]:
+            raise Unshareable("the model writes into its batch")
+        return outputs
+
+
+class _Known(NamedTuple):
+    """A call of the model: its arguments, its outputs for each lane, and the generators then."""
+
+    given: tuple
+    outputs: list[Any]
+    random: RandomState | None
+
+
+def _leave_the_last(model: nn.Module, points: Points) -> None:
+    """What the model keeps of a forward at all points becomes what the last one left."""
+
+    def last(t: torch.Tensor) -> torch.Tensor:
+        return t if points.whole(t) is None else points.parts(t)[-1]
+
+    for module in model.modules():
+        own = vars(module)
+        for name, value in list(own.items()):
+            if isinstance(value, torch.Tensor):
+                own[name] = last(value)
+            elif type(value) in (list, tuple, dict) and name not in ("_parameters", "_modules"):
+                found = [t for t in tree_leaves(value) if isinstance(t, torch.Tensor)]
+                if any(points.whole(t) is not None for t in found):
+                    own[name] = tree_map_only(torch.Tensor, last, value)
 
 
 def _split(output: Any, points: Points) -> list[Any]:

@@ -28,20 +28,24 @@ class Points:
     Args:
         count: Number of points.
         level: The level of vmap that carries them.
+
+    Attributes:
+        failed: What an operation has raised, whether or not the model has caught it.
     """
 
     def __init__(self, count: int, level: int):
         self.count, self.level = count, level
+        self.failed: Exception | None = None
 
     @classmethod
     @contextlib.contextmanager
     def open(cls, count: int) -> Iterator[Points]:
         """Points that live as long as the block; random numbers are the same at each."""
-        with vmap_increment_nesting(count, "same") as level, _Attention() as attention:
+        with vmap_increment_nesting(count, "same") as level, _Operations() as operations:
             # An operation without a batching rule runs once a point, which is no news to anybody.
             _functorch._set_vmap_fallback_warning_enabled(False)
             try:
-                attention.points = points = cls(count, level)
+                operations.points = points = cls(count, level)
                 yield points
             finally:
                 _functorch._set_vmap_fallback_warning_enabled(True)
@@ -80,17 +84,24 @@ def is_about_points(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-class _Attention(TorchFunctionMode):
-    """Runs attention at all points as attention over a larger batch: vmap would run it in turn."""
+class _Operations(TorchFunctionMode):
+    """Runs attention at all points as attention over a larger batch: vmap would run it in turn.
+
+    It notes what any operation raises, too.
+    """
 
     points: Points
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
     ) -> Any:
-        if func is F.scaled_dot_product_attention:
-            return self._attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+        try:
+            if func is F.scaled_dot_product_attention:
+                return self._attend(*args, **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
+        except Exception as error:
+            self.points.failed = error
+            raise
 
     def _attend(
         self,

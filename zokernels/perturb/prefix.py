@@ -45,7 +45,7 @@ class Prefix:
         self.layers = layers_of(model) if model is not None else []
         self.outputs: list[object] = []
         self.off: str | None = None
-        self._checked = False
+        self._checked = self._has_cache = False
         # Calls that were done when a module was entered first; None until a forward was traced.
         self._done_before: dict[nn.Module, int] | None = None
         self._holders: dict[int, list[nn.Module]] = {}
@@ -101,7 +101,11 @@ class Prefix:
         # A loss that is not finite equals nothing, and is for the step to refuse.
         if math.isfinite(whole):
             self._checked = True
-            if not self.outputs:
+            if self._has_cache:
+                self._give_up(
+                    "a forward goes on from a cache, which layers from memory do not fill"
+                )
+            elif not self.outputs:
                 self._give_up("the forward enters none of the model's layers")
             elif not self._repeats(forward, whole):
                 self._give_up("the model's layers do more than to return their outputs")
@@ -161,7 +165,7 @@ class Prefix:
         before = [(layer, vars(layer).get("forward")) for layer in self.layers]
         try:
             for layer in self.layers:
-                vars(layer)["forward"] = self._instead_of(layer.forward, limit)
+                vars(layer)["forward"] = self._instead_of(layer, limit)
             yield
         finally:
             for layer, own in before:
@@ -170,10 +174,14 @@ class Prefix:
                 else:
                     vars(layer)["forward"] = own
 
-    def _instead_of(self, forward: Callable[..., object], limit: int | None) -> Callable:
+    def _instead_of(self, layer: nn.Module, limit: int | None) -> Callable:
+        forward = layer.forward
+
         def returned_or_run(*args: Any, **kwargs: Any) -> object:
             if self._inside:
                 return forward(*args, **kwargs)
+            if layer is self.layers[0] and _goes_on_from_a_cache(args, kwargs):
+                self._has_cache = True
             call = self._done
             fixed = limit is None or call < limit
             if fixed and call < len(self.outputs):
@@ -190,6 +198,11 @@ class Prefix:
             return output
 
         return returned_or_run
+
+
+def _goes_on_from_a_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
+    caches = (x for x in (*args, *kwargs.values()) if hasattr(x, "get_seq_length"))
+    return any(int(cache.get_seq_length()) > 0 for cache in caches)
 
 
 def _copy(output: object) -> object:

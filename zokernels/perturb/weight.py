@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch._functorch.eager_transforms
+import torch._functorch.vmap
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
@@ -171,6 +173,15 @@ class PerturbedWeight(nn.Parameter):
         """The weight as it is stored."""
         return self.entry.filler.sources[self.place]
 
+    # These would pass by the function below.
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """A copy's memory of perturbed values."""
+        return self.entry.value(self.place).clone().untyped_storage()
+
+    def storage(self) -> Any:
+        """As `untyped_storage`, with a type."""
+        return self.entry.value(self.place).clone().storage()
+
     @classmethod
     def __torch_function__(
         cls, func: Operation, types: Any, args: tuple = (), kwargs: dict | None = None
@@ -195,7 +206,10 @@ class PerturbedWeight(nn.Parameter):
             )
         written: Any = args[0] if args and writes(func, kwargs) else None
         if is_perturbed(written):
-            written.entry.warn_of_write(written.place)
+            entry = written.entry
+            if entry.count > 1 and entry.points is None:
+                raise Unshareable("the closure writes into a weight")
+            entry.warn_of_write(written.place)
         # Who takes a pointer, or writes, counts on memory that is there for the whole forward.
         stays = func in _ALIASES or is_perturbed(written)
 
@@ -212,7 +226,7 @@ def is_perturbed(t: Any) -> bool:
     return PerturbedWeight in type(t).__mro__
 
 
-_ALIASES = frozenset([torch.Tensor.data_ptr, DATA.__get__, torch.Tensor.untyped_storage])
+_ALIASES = frozenset([torch.Tensor.data_ptr, DATA.__get__])
 
 
 def resolve(*tensors: torch.Tensor | None) -> list[list[torch.Tensor | None]]:
@@ -233,6 +247,35 @@ def _parts(entry: Entry, t: torch.Tensor | None) -> Sequence[torch.Tensor | None
     if t is None or entry.points is None:
         return [t] * entry.count
     return entry.points.parts(t)
+
+
+@contextlib.contextmanager
+def _told_of_functorch() -> Iterator[None]:
+    """Inside the block `torch.vmap` and `torch.func` take a weight's perturbed values.
+
+    They wrap what they are given by its memory, and ask no class.
+    """
+    before = [(module, name, getattr(module, name)) for module, name in _WRAPPERS]
+
+    def instead(wrap: Operation) -> Operation:
+        def of_values(t: Any, *args: Any) -> Any:
+            return wrap(t.entry.value(t.place) if is_perturbed(t) else t, *args)
+
+        return of_values
+
+    try:
+        for module, name, wrap in before:
+            setattr(module, name, instead(wrap))
+        yield
+    finally:
+        for module, name, wrap in before:
+            setattr(module, name, wrap)
+
+
+_WRAPPERS = [
+    (torch._functorch.vmap, "_add_batch_dim"),
+    (torch._functorch.eager_transforms, "_wrap_for_grad"),
+]
 
 
 class Disguise:
@@ -270,7 +313,8 @@ class Disguise:
         try:
             for put_on in range(len(self.params)):
                 self.cover(put_on)
-            yield
+            with _told_of_functorch():
+                yield
         finally:
             for i in range(put_on + 1 if self.params else 0):
                 kind, data = self._worn[i]

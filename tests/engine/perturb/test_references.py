@@ -241,12 +241,13 @@ def test_an_embedding_that_scales_its_rows_is_named(mode):
     assert torch.equal(model.weight, before)
 
 
-@pytest.mark.parametrize("mode", ["on_entry", "paired"])
-def test_other_data_for_a_weight_are_refused_by_name(mode):
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_other_data_for_a_weight_are_refused_by_name(mode, dtype):
     class Moves(nn.Linear):
         def forward(self, x):
-            self.weight.data = torch.zeros(8, 8)
-            return super().forward(x)
+            self.weight.data = self.weight.data.to(dtype) * 2
+            return super().forward(x.to(dtype)) if dtype is torch.float32 else x
 
     model = Moves(8, 8)
     before = model.weight.detach().clone()
