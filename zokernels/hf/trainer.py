@@ -115,7 +115,7 @@ class ZOTrainerMixin:
         self._collected = []
         if trainer.optimizer is None:
             target = trainer.model if model is None else model
-            cls, given = trainer.optimizer_cls_and_kwargs or (ZOSGD, {})
+            cls, given = _pair(trainer.optimizer_cls_and_kwargs)
             if not (isinstance(cls, type) and issubclass(cls, ZOOptimizer)):
                 raise TypeError(
                     f"optimizer_cls_and_kwargs names {cls!r}, but it must be one of zokernels' "
@@ -155,7 +155,14 @@ class ZOTrainerMixin:
         def closure() -> torch.Tensor:
             return sum(factor * loss() for loss, factor in collected)  # type: ignore[return-value]
 
-        loss = _inner(trainer.optimizer).step_ahead(closure)
+        optimizer = _inner(trainer.optimizer)
+        if not isinstance(optimizer, _StepsAhead):
+            raise TypeError(
+                f"create_optimizer made a {type(optimizer).__name__}, but this Trainer makes its "
+                "own, which takes a step on all micro-batches; leave create_optimizer as it is, "
+                "and give optimizer_cls_and_kwargs=(ZOSGD, {'eps': 1e-3})."
+            )
+        loss = optimizer.step_ahead(closure)
         self._bad_steps += not math.isfinite(float(loss))
         return loss.to(trainer.args.device)
 
@@ -235,6 +242,20 @@ class ZOTrainer(ZOTrainerMixin, Trainer):
         ...                     optimizer_cls_and_kwargs=(ZOSGD, {"eps": 1e-3}))
         >>> trainer.train()
     """
+
+
+def _pair(given: Any) -> tuple[Any, dict[str, Any]]:
+    """The optimizer's class and its options."""
+    if given is None:
+        return ZOSGD, {}
+    pair = given if isinstance(given, tuple | list) else (given,)
+    cls, options = (*pair, {})[:2] if pair else (None, {})
+    if len(pair) > 2 or not (options is None or isinstance(options, dict)):
+        raise TypeError(
+            f"optimizer_cls_and_kwargs is {given!r}, but it must be a class and its options: "
+            "(ZOSGD, {'eps': 1e-3})."
+        )
+    return cls, options or {}
 
 
 def _inner(optimizer: Any) -> Any:

@@ -30,15 +30,19 @@ class Recorder:
         writer: Where the records go.
         seed: The run's seed, from which a reader derives what is not recorded.
         named: Name, tensor and stream of each parameter, in the header's order.
+        following: Number of the step that is recorded next.
         passes: Descriptions that the file holds already.
     """
 
-    def __init__(self, writer: Writer, seed: int, named: Named, passes: Sequence[dict] = ()):
+    def __init__(
+        self, writer: Writer, seed: int, named: Named, following: int, passes: Sequence[dict] = ()
+    ):
         self.path = writer.path
         self._writer = writer
         self._seed = seed
         self._tensors = [p for _, p, _ in named]
-        self._begun_with = [(name, checksums.shape(p)) for name, p, _ in named]
+        self._following = following
+        self._begun_with = [(name, checksums.shape(p), p.dtype) for name, p, _ in named]
         self._places = {id(p): i for i, p in enumerate(self._tensors)}
         self._wide = _is_wide(self._tensors)
         self._known: dict[Any, int] = {}
@@ -108,7 +112,7 @@ class Recorder:
                 stacklevel=4,
             )
         writer = on_disk(lambda: Writer.create(Path(path), packed, sync_every))
-        return cls(writer or Nowhere(Path(path)), seed, named)
+        return cls(writer or Nowhere(Path(path)), seed, named, first)
 
     @classmethod
     def reopen(
@@ -125,7 +129,7 @@ class Recorder:
         whole = trajectory.size
         writer = on_disk(lambda: Writer.reopen(path, size, check, whole, sync_every))
         writer = writer or Nowhere(path)
-        return cls(writer, trajectory.header["seed"], named, trajectory.passes[:described])
+        return cls(writer, trajectory.header["seed"], named, step, trajectory.passes[:described])
 
     def check(self, joined: Sequence[tuple[str, torch.Tensor]]) -> None:
         """Refuse weights that the log can't know, before a step is made with them.
@@ -139,8 +143,13 @@ class Recorder:
         changed = [(n, "replaced") for n, p in joined if id(p) not in self._places]
         changed += [
             (name, f"resized from {tuple(shape)} to {tuple(p.shape)}")
-            for p, (name, shape) in zip(self._tensors, self._begun_with, strict=True)
+            for p, (name, shape, _) in zip(self._tensors, self._begun_with, strict=True)
             if checksums.shape(p) != shape
+        ]
+        changed += [
+            (name, f"turned from {dtype} to {p.dtype}")
+            for p, (name, _, dtype) in zip(self._tensors, self._begun_with, strict=True)
+            if p.dtype is not dtype
         ]
         for name, what in changed:
             raise TrajectoryError(
@@ -159,6 +168,13 @@ class Recorder:
             self._break(step, "an exception between its updates")
         if self._broken:
             raise TrajectoryError(self._broken)
+        if step != self._following:
+            raise TrajectoryError(
+                f"Step {step} can't follow in the trajectory {self.path}, whose next is step "
+                f"{self._following}: the optimizer was taken to another step (load_state_dict). "
+                "Begin a new one, opt.record(PATH), or go back in this one by a new optimizer and "
+                f"opt.resume(PATH, until={step})."
+            )
 
     def _break(self, step: int, what: str) -> None:
         self._broken = (
@@ -195,6 +211,7 @@ class Recorder:
             record = form.pack_step(Step(step, tuple(self._noted)), self._wide)
             frames.append((form.STEP, record))
         self._fresh, self._noted = [], []
+        self._following = step + 1
         self._writer.append(frames)
 
     def close(self) -> None:

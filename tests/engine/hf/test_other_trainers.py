@@ -211,3 +211,24 @@ def test_a_run_that_stops_between_two_micro_batches_leaves_none_to_the_next(tmp_
         trainer.train()
         found.append(weights(trainer))
     assert same(*found)
+
+
+@pytest.mark.parametrize("given", [zk.ZOSGD, (zk.ZOSGD,), (zk.ZOSGD, None)], ids=str)
+def test_a_class_alone_is_a_class_without_options(given, tmp_path):
+    trainer = hf.ZOTrainer(
+        model_of("opt"), arguments_of(tmp_path, max_steps=1), train_dataset=rows(),
+        optimizer_cls_and_kwargs=given,
+    )  # fmt: skip
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_an_optimizer_that_a_trainer_makes_otherwise_is_a_sentence(tmp_path):
+    class Own(hf.ZOTrainer):
+        def create_optimizer(self, *_):
+            self.optimizer = zk.ZOSGD(self.model, lr=1e-2)
+            return self.optimizer
+
+    trainer = Own(model_of("opt"), arguments_of(tmp_path, max_steps=1), train_dataset=rows())
+    with pytest.raises(TypeError, match="create_optimizer made a ZOSGD.*optimizer_cls_and_kwargs"):
+        trainer.train()
