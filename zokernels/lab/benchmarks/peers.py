@@ -91,7 +91,7 @@ def build(name: str, model: nn.Module, closure: Closure) -> Step:
 
 def beside(rows: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
     """The row of a step that the peers were timed beside; the first, where there were none."""
-    return next((row for row in rows if row["mezo"]), rows[0])
+    return next((row for row in rows if row.get("mezo")), rows[0])
 
 
 def available() -> list[str]:
