@@ -81,6 +81,14 @@ def test_bench_step_writes_a_row_a_mode_beside_the_peers(tiny, tmp_path, capsys)
     assert "MeZO, as published" in capsys.readouterr().out
 
 
+def test_bench_step_without_peers_compares_with_none(tiny, tmp_path, capsys):
+    rows = tmp_path / "rows.csv"
+    assert main([*tiny, "--no-peers", "--repeats", "2", "--csv", str(rows)]) == 0
+    assert "MeZO" not in capsys.readouterr().out
+    with rows.open(newline="") as file:
+        assert [row["perturb"] for row in csv.DictReader(file)] == ["on_entry", "paired"]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
