@@ -265,7 +265,8 @@ def _inner(optimizer: Any) -> Any:
 
 def _decay_some(optimizer: ZOOptimizer, model: torch.nn.Module, names: list[str]) -> None:
     """Split the group in two, of which the named parameters keep its weight decay."""
-    chosen = {id(p) for name, p in model.named_parameters() if name in set(names)}
+    wanted = set(names)
+    chosen = {id(p) for name, p in model.named_parameters() if name in wanted}
     (group,) = optimizer.param_groups
     decayed = [i for i, p in enumerate(group["params"]) if id(p) in chosen]
     spared = [i for i, p in enumerate(group["params"]) if id(p) not in chosen]

@@ -129,9 +129,10 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
             check_group(group)
             self._check_rule(group)
             params = [p for g in self.param_groups for p in g["params"] if p.requires_grad]
-            layouts.check_apart(self._named(params))
+            trained = self._named(params)
+            layouts.check_apart(trained)
             if self.model is not None and self.perturb != "in_place":
-                layouts.check_known(self._named(params), _others(self.model, params))
+                layouts.check_known(trained, _others(self.model, params))
             if self.param_groups[0]["threshold"] is not None:
                 sparse.refuse_masks([group])
             if not isinstance(group["mask"], dict):

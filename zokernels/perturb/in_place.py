@@ -92,11 +92,7 @@ class InPlace:
                     raise
                 self.seconds += time.perf_counter() - started
             if moved:
-                raise Misused(
-                    f"The closure's forward gives the trainable parameter {self._name(moved[0])} "
-                    "other data, but its step perturbs what it had at its beginning; do so outside "
-                    "of the closure."
-                )
+                raise Misused.by_other_data(self._name(moved[0]))
 
     def _tell_of_writes(self, out: Sequence[torch.Tensor], versions: Sequence[int]) -> None:
         written = [i for i, t in enumerate(out) if _version(t) != versions[i]]
@@ -104,16 +100,15 @@ class InPlace:
             self._has_told = True
             p = self.params[written[0]]
             warnings.warn(
-                f"A forward writes to the trainable parameter {self._name(written[0])} of shape "
-                f"{tuple(p.shape)}; "
-                "in a step that is undone, since what it wrote to were perturbed weights. Freeze "
-                "the parameter, or write to it between the steps.",
+                f"A forward writes to the trainable parameter {self._name(written[0])!r} of shape "
+                f"{tuple(p.shape)}; in a step that is undone, since what it wrote to were "
+                "perturbed weights. Freeze the parameter, or write to it between the steps.",
                 stacklevel=2,
             )
 
     def _name(self, i: int) -> str:
         named = self.model.named_parameters() if self.model is not None else ()
-        return next((repr(n) for n, q in named if q is self.params[i]), f"'number {i}'")
+        return next((n for n, q in named if q is self.params[i]), f"number {i}")
 
     def _restore(self, out: Sequence[torch.Tensor]) -> list[int]:
         """Put the weights back, and tell whose ``p.data`` are others: made of perturbed ones."""

@@ -35,6 +35,14 @@ class Unshareable(RuntimeError):
 class Misused(RuntimeError):
     """The closure does with a parameter what no perturbed forward can follow."""
 
+    @classmethod
+    def by_other_data(cls, name: str) -> Misused:
+        """``p.data = …`` of the trainable parameter of this name, which has been undone."""
+        return cls(
+            f"The closure's forward gives the trainable parameter {name!r} other data, but its "
+            "step perturbs what it had at its beginning; do so outside of the closure."
+        )
+
 
 class Entry:
     """A forward under way, at the points of its lanes.
@@ -199,11 +207,7 @@ class PerturbedWeight(nn.Parameter):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
         if func == DATA.__set__ and is_perturbed(args[0]):
-            name = cls.entry.names[args[0].place]
-            raise Misused(
-                f"The closure's forward gives the trainable parameter {name!r} other data, but its "
-                "step perturbs what it had at its beginning; do so outside of the closure."
-            )
+            raise Misused.by_other_data(cls.entry.names[args[0].place])
         written: Any = args[0] if args and writes(func, kwargs) else None
         if is_perturbed(written):
             entry = written.entry
