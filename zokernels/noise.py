@@ -8,17 +8,22 @@ SC'11) is drawn for a counter (block low, block high, stream, kind) under the ke
 high), and serves `BLOCK[kind]` neighbouring elements of one parameter.
 """
 
+from collections.abc import Sequence
+from math import prod
+
 import torch
 
-__all__ = ["gaussian", "mask", "rademacher"]
+__all__ = ["gaussian", "mask", "rademacher", "rank1"]
 
 VERSION = 1
 
-GAUSSIAN, RADEMACHER, MASK, ROUNDING = 0, 1, 2, 3
-KINDS = {"gaussian": GAUSSIAN, "rademacher": RADEMACHER}
+GAUSSIAN, RADEMACHER, MASK, ROUNDING, LEFT, RIGHT = range(6)
+# A rank-one direction draws both of the last two; it goes by the number of the first.
+RANK1 = LEFT
+KINDS = {"gaussian": GAUSSIAN, "rademacher": RADEMACHER, "rank1": RANK1}
 
-# Elements that one block serves, by kind.
-BLOCK = {GAUSSIAN: 8, RADEMACHER: 128, MASK: 8, ROUNDING: 8}
+# Elements that one block serves, by kind; of the last two, rows and columns.
+BLOCK = {GAUSSIAN: 8, RADEMACHER: 128, MASK: 8, ROUNDING: 8, LEFT: 128, RIGHT: 128}
 
 _LOW32 = 0xFFFFFFFF
 _ROUNDS = 10
@@ -71,9 +76,77 @@ def rademacher(
 
     Takes and raises what `gaussian` does, and returns a float32 tensor of shape ``(numel,)``.
     """
-    words, lead = _blocks(numel, seed, stream, offset, RADEMACHER, device)
-    bits = torch.stack(words, 1).unsqueeze(2) >> torch.arange(32, device=device) & 1
-    return (bits * 2 - 1).reshape(-1)[lead : lead + numel].to(torch.float32)
+    return _signs(numel, RADEMACHER, seed, stream, offset, device)
+
+
+def rank1(
+    shape: Sequence[int],
+    *,
+    seed: int,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
+) -> torch.Tensor:
+    """A direction of rank one: a sign a row times a sign a column.
+
+    A parameter is read as a matrix, by `columns_of`. One with fewer than two dimensions has the
+    signs of `rademacher`.
+
+    Args:
+        shape: Shape of the parameter.
+        seed: As for `gaussian`, and so are the following.
+        stream: Number of the parameter.
+        device: Where the result lives.
+
+    Returns:
+        A float32 tensor of that shape, all ±1.
+
+    Raises:
+        ValueError: If an argument is outside its range.
+    """
+    try:
+        size = torch.Size(shape)
+    except TypeError:
+        raise ValueError(
+            f"shape is {shape!r}, but it must be a list of sizes, as (768, 3072) is."
+        ) from None
+    flat = signs_of_rank1(prod(size), columns_of(size), seed, stream, 0, device)
+    return flat.view(size)
+
+
+def columns_of(shape: Sequence[int]) -> int:
+    """How many columns a parameter has as the matrix that a rank-one direction sees.
+
+    Of two or three dimensions the last one is the columns and what is before it the rows; of four
+    or more, as convolutions have, the first is the rows and the rest the columns. With fewer there
+    is no matrix, and the answer is 0.
+    """
+    if len(shape) < 2:
+        return 0
+    return shape[-1] if len(shape) < 4 else prod(shape[1:])
+
+
+def signs_of_rank1(
+    numel: int, columns: int, seed: int, stream: int, offset: int, device: torch.device | str
+) -> torch.Tensor:
+    """Elements ``offset … offset + numel − 1`` of `rank1`, of a parameter of so many columns."""
+    if columns == 0 or numel == 0:
+        return _signs(numel, RADEMACHER, seed, stream, offset, device)
+    check_address(numel, seed, stream, offset)
+    row, column = divmod(offset, columns)
+    place = torch.arange(column, column + numel, dtype=torch.int64, device=device)
+    left = _signs(-(-(column + numel) // columns), LEFT, seed, stream, row, device)
+
+    def right(start: int, end: int) -> torch.Tensor:
+        return _signs(end - start, RIGHT, seed, stream, start, device)
+
+    if numel >= columns:
+        of_column = right(0, columns)[place % columns]
+    elif column + numel <= columns:
+        of_column = right(column, column + numel)
+    else:
+        # A row may be longer by far than what is asked for.
+        of_column = torch.cat([right(column, columns), right(0, column + numel - columns)])
+    return left[place // columns] * of_column
 
 
 def mask(
@@ -106,8 +179,12 @@ def uniform16(
     return halves.reshape(-1)[lead : lead + numel]
 
 
-# What draws each distribution's elements.
-DRAWS = {GAUSSIAN: gaussian, RADEMACHER: rademacher}
+def _signs(
+    numel: int, kind: int, seed: int, stream: int, offset: int, device: torch.device | str
+) -> torch.Tensor:
+    words, lead = _blocks(numel, seed, stream, offset, kind, device)
+    bits = torch.stack(words, 1).unsqueeze(2) >> torch.arange(32, device=device) & 1
+    return (bits * 2 - 1).reshape(-1)[lead : lead + numel].to(torch.float32)
 
 
 def philox4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -181,7 +181,7 @@ def _checked(
     """The pass over what this process holds, and its fields that every pass has."""
     here = _here(params, others, how)
     asked = {name: how[name] for name in _OF_PASS}
-    asked |= {"streams": here.streams, "offsets": here.offsets, "mask": here.mask}
+    asked |= {name: getattr(here, name) for name in ("streams", "offsets", "columns", "mask")}
     return here, checks.numbers_of_pass(here.params, seeds, coeffs, **asked)
 
 
@@ -217,10 +217,10 @@ def _here(
     params: Sequence[torch.Tensor], others: Sequence[Sequence[torch.Tensor]] | None, how: Any
 ) -> shards.Cut:
     """The pass over what this process holds, with what goes with each of the tensors."""
-    places = (how["streams"], how["offsets"], how["mask"])
+    places = (how["streams"], how["offsets"], how["columns"], how["mask"])
     if not shards.among(params):
         return shards.Cut(params, others or (), *places)
-    return shards.cut(params, others or [()] * len(params), *places)
+    return shards.cut(params, others or [()] * len(params), *places, how["dist"] == "rank1")
 
 
 def tell(
@@ -255,7 +255,7 @@ def _by_arithmetic(plan: P) -> list[P]:
     return parts
 
 
-_PER_TENSOR = ("params", "out", "states", "streams", "offsets", "masks")
+_PER_TENSOR = ("params", "out", "states", "streams", "offsets", "columns", "masks")
 _NUMBERS = (
     ("coeffs", "a coefficient"), ("decays", "decay"), ("rates", "lr"), ("scales", "the scale of v"),
     ("beta1", "beta"), ("one_minus_beta1", "1 - beta"), ("beta2", "beta2"),

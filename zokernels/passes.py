@@ -128,7 +128,8 @@ def _for(chosen: Sequence[int], how: Any) -> Any:
         return how[name] and [how[name][i] for i in chosen]
 
     streams, mask = taken("streams") or list(chosen), masks.take(how["mask"], chosen)
-    return {**how, "streams": streams, "offsets": taken("offsets"), "mask": mask}
+    own = {name: taken(name) for name in ("offsets", "columns")}
+    return {**how, **own, "streams": streams, "mask": mask}
 
 
 def _is_plain(rows: Sequence[Row]) -> bool:

@@ -22,6 +22,7 @@ def numbers_of_pass(
     *,
     streams: Sequence[int] | None = None,
     offsets: Sequence[int] | None = None,
+    columns: Sequence[int | None] | None = None,
     dist: str = "gaussian",
     mask: masks.Mask | None = None,
     decay: float | Sequence[float] = 1.0,
@@ -61,6 +62,7 @@ def numbers_of_pass(
         params=params,
         streams=streams,
         offsets=offsets,
+        columns=_columns(columns, params, dist),
         seeds=seeds,
         coeffs=[finite(c, "a coefficient") for c in coeffs],
         queries=queries,
@@ -70,6 +72,33 @@ def numbers_of_pass(
         stochastic=rounding == "stochastic",
         rounding_seeds=rounding_seeds,
     )
+
+
+def _columns(columns: Any, params: Sequence[torch.Tensor], dist: str) -> list[int]:
+    """How many columns a rank-one direction has of each tensor."""
+    if dist != "rank1":
+        if columns is not None:
+            raise ValueError(
+                f"columns are given, but dist is {dist!r}, whose noise knows no rows and columns; "
+                "omit them, or use dist='rank1'."
+            )
+        return [0] * len(params)
+    given = [None] * len(params) if columns is None else listed(columns, "columns")
+    if len(given) != len(params):
+        raise ValueError(
+            f"columns has {len(given)} numbers, but params has {len(params)} tensors; "
+            "give one for each tensor."
+        )
+    for c in given:
+        if c is not None and (isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < 2**63):
+            raise ValueError(
+                f"columns has {c!r}, but it must have an integer, at least 1, for each tensor: the "
+                "columns of the whole parameter; 0 for one with fewer than two dimensions, None "
+                "for what the tensor's own shape says."
+            )
+    return [
+        noise.columns_of(p.shape) if c is None else c for p, c in zip(params, given, strict=True)
+    ]
 
 
 def listed(value: Any, name: str) -> list:

@@ -19,7 +19,11 @@ class PassKeywords(TypedDict, total=False):
         streams: The number of each tensor's noise stream; by default its position in ``params``.
         offsets: Where each tensor starts in its whole, row-major parameter; by default 0. A shard
             gets the noise of its part.
-        dist: ``"gaussian"`` (the default) or ``"rademacher"``.
+        columns: Of ``"rank1"`` only: how many columns each tensor's whole parameter has, 0 if that
+            has fewer than two dimensions. By default, and where it is None, as the tensor's own
+            shape says (`zokernels.noise.rank1`); a shard that is a plain tensor needs its
+            parameter's.
+        dist: ``"gaussian"`` (the default), ``"rademacher"`` or ``"rank1"``.
         mask: One of `zokernels.masks`; elements outside it stay as they are, and so do states.
         decay: Factor on the weight before the noise; with ``each_step`` one for all or one a step.
             By default 1.
@@ -33,6 +37,7 @@ class PassKeywords(TypedDict, total=False):
 
     streams: Sequence[int] | None
     offsets: Sequence[int] | None
+    columns: Sequence[int | None] | None
     dist: str
     mask: masks.Mask | None
     decay: float | Sequence[float]

@@ -17,11 +17,14 @@ class Pass:
 
     Numbers are already rounded to binary32, unless the tensors are float64. The seeds are cut in
     steps of ``queries`` seeds; each step has an entry of ``decays`` and of ``rounding_seeds``.
+    ``columns`` are those of a rank-one direction (`zokernels.noise.columns_of`), 0 for a tensor
+    that has a sign an element; other distributions have none.
     """
 
     params: Sequence[torch.Tensor]
     streams: Sequence[int]
     offsets: Sequence[int]
+    columns: Sequence[int]
     seeds: Sequence[int]
     coeffs: Sequence[float]
     queries: int

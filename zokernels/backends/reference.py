@@ -15,7 +15,7 @@ from zokernels import noise
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
-KINDS = noise.DRAWS
+KINDS = tuple(noise.KINDS.values())
 
 # Bounds the int64 and float64 temporaries of a chunk to about 100 MB.
 _CHUNK = 1 << 20
@@ -51,7 +51,7 @@ def _add_noise_to(weight: torch.Tensor, plan: AddNoise, i: int, start: int) -> t
     for step in range(plan.steps):
         acc = weight.to(_arithmetic_type(weight.dtype)) * plan.decays[step]
         for seed, coeff in plan.terms(step):
-            acc = _fma(_draw(plan.kind, weight.numel(), seed, at), coeff, acc)
+            acc = _fma(_draw(plan, i, weight.numel(), seed, at), coeff, acc)
         new = _round(acc, weight.dtype, plan.stochastic, plan.rounding_seeds[step], at)
         weight = _where(_keep(weight, plan.masks[i], start, at), new, weight)
     return weight
@@ -67,7 +67,7 @@ def _update(
         wide = [t.to(_arithmetic_type(weight.dtype)) for t in before]
         g = torch.zeros_like(wide[0])
         for seed, coeff in plan.terms(step):
-            g = _fma(_draw(plan.kind, g.numel(), seed, at), coeff, g)
+            g = _fma(_draw(plan, i, g.numel(), seed, at), coeff, g)
         seed = plan.rounding_seeds[step]
 
         def stored(value: torch.Tensor, number: int, seed: int = seed) -> torch.Tensor:
@@ -131,8 +131,11 @@ def _where(keep: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> t
     return new if keep is None else torch.where(keep, new, old)
 
 
-def _draw(kind: int, numel: int, seed: int, at: dict[str, Any]) -> torch.Tensor:
-    return noise.DRAWS[kind](numel, seed=seed, **at)
+def _draw(plan: Pass, i: int, numel: int, seed: int, at: dict[str, Any]) -> torch.Tensor:
+    if plan.kind == noise.RANK1:
+        return noise.signs_of_rank1(numel, plan.columns[i], seed, **at)
+    draw = noise.gaussian if plan.kind == noise.GAUSSIAN else noise.rademacher
+    return draw(numel, seed=seed, **at)
 
 
 def _keep(

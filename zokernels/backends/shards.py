@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from zokernels import masks
+from zokernels import masks, noise
 
 
 class Cut(NamedTuple):
@@ -27,6 +27,7 @@ class Cut(NamedTuple):
     others: Sequence[Sequence[torch.Tensor]]
     streams: Sequence[int] | None
     offsets: Sequence[int] | None
+    columns: Sequence[int | None] | None
     mask: masks.Mask | None
 
 
@@ -105,7 +106,9 @@ def cut(
     others: Sequence[Sequence[torch.Tensor]],
     streams: Sequence[int] | None,
     offsets: Sequence[int] | None,
+    columns: Sequence[int | None] | None,
     mask: masks.Mask | None,
+    in_matrices: bool,
 ) -> Cut:
     """The arguments of a pass over whole tensors as those of a pass over what is here.
 
@@ -114,7 +117,9 @@ def cut(
         others: For each, the tensors that go with it (its states, or where the result goes).
         streams: As for `zokernels.ops.add_noise_`, and so are the following.
         offsets: Only where no tensor is a `DTensor`, which knows its own.
+        columns: As for `zokernels.ops.add_noise_`.
         mask: Any but `Bits`.
+        in_matrices: Whether the noise has rows and columns.
 
     Raises:
         ValueError: If the arguments do not go together.
@@ -145,7 +150,15 @@ def cut(
             starts.append(offset)
             places.append(i)
     numbers = places if streams is None else [streams[i] for i in places]
-    return Cut(pieces, with_them, numbers, starts, masks.take(mask, places))
+    widths: list[int | None] | None = None
+    if in_matrices:
+        of_whole = columns if columns is not None else [None] * len(params)
+        own = [
+            noise.columns_of(p.shape) if c is None else c
+            for p, c in zip(params, of_whole, strict=True)
+        ]
+        widths = [own[i] for i in places]
+    return Cut(pieces, with_them, numbers, starts, widths, masks.take(mask, places))
 
 
 def of_model(model: nn.Module | None) -> bool:
