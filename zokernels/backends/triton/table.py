@@ -106,7 +106,8 @@ def by_type(plan: P, types: Sequence[Any]) -> Iterator[P]:
             yield plan
             return
         fields = [
-            f for f in ("params", "out", "mirror", "states", "streams", "offsets", "columns", "masks")
+            f for f in ("params", "out", "mirror", "states", "streams", "offsets", "columns",
+                        "masks")
             if getattr(plan, f, ())
         ]  # fmt: skip
         some: dict[str, Any] = {f: [getattr(plan, f)[i] for i in chosen] for f in fields}
