@@ -1,7 +1,7 @@
 // w ← round(decay · w + Σ c z) over a span of one tensor. Compiled once for each instruction set.
 #include "draw.h"
 #include "pass.h"
-#include "rank1.h"
+#include "strips.h"
 
 namespace {
 
@@ -99,6 +99,9 @@ void run(const zk_pass& args, const Span& span) {
     constexpr int BYTES = Tile<DTYPE>::BYTES;
     const Stream streams[] = {
         {(char*)t.in, BYTES, false}, {(char*)t.out, BYTES}, {(char*)t.mirror, BYTES}};
+    if constexpr (KIND == ZK_RANK1)
+        if (pass.plain && !t.mirror && Strips<DTYPE>::fit(t))
+            return pass.noise.rectangles(span, Strips<DTYPE>(args, t, pass.noise));
     pass.noise.walk(span, [&](const Span& part) {
         if (t.mirror)
             for_each_tile<3>(part, streams, [&](char* const* tiles, const Place& at) ZK_ALWAYS {

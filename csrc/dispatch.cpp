@@ -17,8 +17,11 @@ namespace {
 // Some 5 µs of work each: less is not worth waking a thread for.
 constexpr int64_t MIN_PER_THREAD = 1 << 14;
 
-// Rows that a span has at least, where that does not make it larger than MOST_SPAN.
-constexpr int64_t ROWS = 64, MOST_SPAN = 1 << 20;
+// Elements from one change of a block counter's high word to the next.
+constexpr uint64_t SAME_HIGH = 1ull << 35;
+
+// Of a rank-one direction: rows in a span, as far as that stays below MOST_SPAN.
+constexpr int64_t ROWS = 256, MOST_SPAN = 1 << 20;
 
 // Spans that a thread takes at a time where there are many: neighbours share pages.
 constexpr int64_t MOST_AT_A_TIME = 4;
@@ -47,13 +50,18 @@ SpanFunction function_of(int isa, bool update) {
     return update ? apply_update_portable : add_noise_portable;
 }
 
+// How many elements a span of a tensor has.
 int64_t span_of(const zk_pass& args, const zk_tensor& t, int64_t elements) {
-    int64_t size = SPAN;
-    // Signs of columns are drawn once for the rows of a span.
-    if (kind_of(args, t) == ZK_RANK1)
-        while (size < MOST_SPAN && size / ROWS < t.columns) size *= 2;
     // A layer's share for each thread is small: several spans each, so that none waits for long.
-    while (size > MIN_PER_THREAD && size * 8 * args.threads > elements) size /= 2;
+    const int64_t share = std::max(MIN_PER_THREAD, elements / (8 * args.threads));
+    if (kind_of(args, t) == ZK_RANK1 && t.columns <= std::min(share, MOST_SPAN)) {
+        // Whole rows: the signs of the columns are drawn once for all of them.
+        int64_t rows = std::max(ROWS, SPAN / t.columns);
+        while (rows * t.columns > std::min(share, MOST_SPAN)) rows /= 2;
+        return rows * t.columns;
+    }
+    int64_t size = SPAN;
+    while (size > share) size /= 2;
     return size;
 }
 
@@ -61,10 +69,11 @@ std::vector<Span> cut(const zk_pass& args, int64_t elements) {
     std::vector<Span> spans;
     for (int64_t i = 0; i < args.tensor_count; i++) {
         const zk_tensor& t = args.tensors[i];
-        const int64_t size = span_of(args, t, elements);
-        for (int64_t begin = 0, end; begin < t.numel; begin = end) {
-            end = std::min(t.numel, begin + size - (int64_t)((t.offset + begin) % size));
-            spans.push_back({&t, begin, end});
+        const uint64_t size = span_of(args, t, elements), offset = t.offset;
+        for (uint64_t at = 0, end, count = t.numel; at < count; at = end) {
+            end = std::min(count, at + size - (offset + at) % size);
+            end = std::min(end, at + SAME_HIGH - (offset + at) % SAME_HIGH);
+            spans.push_back({&t, (int64_t)at, (int64_t)end});
         }
     }
     return spans;

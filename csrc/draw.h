@@ -211,15 +211,6 @@ __attribute__((noinline)) void on_copies(const Span& span, const Stream* streams
     }
 }
 
-// Has a tile brought into the second cache; where there is none, nothing happens.
-template <int N>
-ZK_INLINE void fetch(const Stream* streams, int64_t local) {
-    for (int i = 0; i < N; i++)
-        for (int64_t at = 0; at < TILE * streams[i].bytes; at += 64)
-            __builtin_prefetch(
-                (const void*)((uintptr_t)streams[i].start + local * streams[i].bytes + at), 0, 2);
-}
-
 // Calls tile(pointers, place) for every tile of a span.
 template <int N, class Run>
 void for_each_tile(const Span& span, const Stream* streams, Run tile) {
@@ -232,7 +223,6 @@ void for_each_tile(const Span& span, const Stream* streams, Run tile) {
     for (; at.local + TILE <= span.end; next()) {
         char* tiles[N];
         for (int i = 0; i < N; i++) tiles[i] = streams[i].start + at.local * streams[i].bytes;
-        if (span.ahead) fetch<N>(streams, at.local + span.ahead);
         tile(tiles, at);
     }
     if (at.local < span.end) on_copies<N>(span, streams, at, tile);

@@ -7,10 +7,10 @@
 struct Span {
     const zk_tensor* tensor;
     int64_t begin, end;
-    int64_t ahead = 0;  // elements from each to what is to be fetched along with it; 0: nothing
 };
 
-// Spans are cut at multiples of this many elements (by index, not by place in memory).
+// Spans are cut at multiples of this many elements (by index, not by place in memory), and those
+// of a rank-one direction between rows.
 constexpr int64_t SPAN = 1 << 16;
 
 // The kind of noise that a pass adds to a tensor.

@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int W = 8;
+    static constexpr int ROWS = 2;
     static constexpr int HALVES = 2;
     typedef float F __attribute__((vector_size(32)));
     typedef int32_t I __attribute__((vector_size(32)));
@@ -17,6 +18,7 @@ struct Simd {
 
     static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
     static F fma_exact(F a, F b, F c) { return fma(a, b, c); }
+    static F add_signed(F a, F b, F c) { return fma(a, b, c); }
     static F to_float(I x) { return (F)_mm256_cvtepi32_ps((__m256i)x); }
     static F sqrt(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
     static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -25,11 +27,12 @@ struct Simd {
     static U join(const L* x) {
         return (U)_mm256_blend_ps((__m256)x[0], _mm256_moveldup_ps((__m256)x[1]), 0xAA);
     }
+    template <int N>
     static bool any_nan(const F* x) {
-        const auto of = [&](int r) {
-            return _mm256_cmp_ps((__m256)x[r], (__m256)x[r + 1], _CMP_UNORD_Q);
-        };
-        const __m256 any = _mm256_or_ps(_mm256_or_ps(of(0), of(2)), _mm256_or_ps(of(4), of(6)));
+        __m256 any{};
+#pragma GCC unroll 8
+        for (int r = 0; r < N; r += 2)
+            any = _mm256_or_ps(any, _mm256_cmp_ps((__m256)x[r], (__m256)x[r + 1], _CMP_UNORD_Q));
         return _mm256_movemask_ps(any) != 0;
     }
     static F load_half(const void* p) {

@@ -9,6 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int W = 1;
+    static constexpr int ROWS = 1;
     static constexpr int HALVES = 1;
     typedef float F;
     typedef int32_t I;
@@ -17,15 +18,17 @@ struct Simd {
 
     static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
     static F fma_exact(F a, F b, F c) { return a * b + c; }
+    static F add_signed(F a, F b, F c) { return a * b + c; }
     static F to_float(I x) { return (F)x; }
     static F sqrt(F x) { return std::sqrt(x); }
     static F max(F a, F b) { return a > b ? a : b; }
     static I to_int(F x) { return (I)x; }
     static L mul(L a, L b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
     static U join(const L* x) { return (U)x[0]; }
+    template <int N>
     static bool any_nan(const F* x) {
         bool any = false;
-        for (int r = 0; r < 8; r++) any |= x[r] != x[r];
+        for (int r = 0; r < N; r++) any |= x[r] != x[r];
         return any;
     }
     static F load_half(const void* p) {

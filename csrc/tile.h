@@ -58,13 +58,15 @@ template <>
 struct Tile<ZK_FLOAT32> {
     static constexpr bool SPLIT = false;
     static constexpr int BYTES = 4;
+    template <int N = 8>
     static ZK_INLINE void load(F* w, const char* p) {
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) w[r] = load_as<F>(p + sizeof(F) * r);
+        for (int r = 0; r < N; r++) w[r] = load_as<F>(p + sizeof(F) * r);
     }
+    template <int N = 8>
     static ZK_INLINE void store(char* p, const F* w, const char*) {
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) store_as(p + sizeof(F) * r, w[r]);
+        for (int r = 0; r < N; r++) store_as(p + sizeof(F) * r, w[r]);
     }
     static F nearest(F x) { return x; }
     static F stochastic(F x, U) { return x; }
@@ -74,22 +76,24 @@ template <>
 struct Tile<ZK_BFLOAT16> {
     static constexpr bool SPLIT = true;
     static constexpr int BYTES = 2;
+    template <int N = 8>
     static ZK_INLINE void load(F* w, const char* p) {
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r += 2) {
+        for (int r = 0; r < N; r += 2) {
             const U raw = load_as<U>(p + sizeof(U) / 2 * r);
             w[r] = bits_as<F>(raw << 16);
             w[r + 1] = bits_as<F>(raw & 0xFFFF0000u);
         }
     }
+    template <int N = 8>
     static ZK_INLINE void store(char* p, const F* w, const char*) {
-        if (__builtin_expect(S::any_nan(w), 0)) {
-            F quieted[8];
-            for (int r = 0; r < 8; r++)
+        if (__builtin_expect(S::any_nan<N>(w), 0)) {
+            F quieted[N];
+            for (int r = 0; r < N; r++)
                 quieted[r] = bits_as<F>(bits_as<U>(nearest(w[r])) & 0xFFFF0000u);
-            return store_rounded(p, quieted);
+            return store_rounded<N>(p, quieted);
         }
-        store_rounded(p, w);
+        store_rounded<N>(p, w);
     }
     static F nearest(F x) {
         const F rounded = bits_as<F>(round_bits(x) & 0xFFFF0000u);
@@ -101,9 +105,10 @@ struct Tile<ZK_BFLOAT16> {
     }
 
  private:
+    template <int N>
     static ZK_INLINE void store_rounded(char* p, const F* w) {
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r += 2) {
+        for (int r = 0; r < N; r += 2) {
             const U raw = (round_bits(w[r + 1]) & 0xFFFF0000u) | (round_bits(w[r]) >> 16);
             store_as(p + sizeof(U) / 2 * r, raw);
         }
@@ -118,21 +123,23 @@ template <>
 struct Tile<ZK_FLOAT16> {
     static constexpr bool SPLIT = false;
     static constexpr int BYTES = 2;
+    template <int N = 8>
     static ZK_INLINE void load(F* w, const char* p) {
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) w[r] = S::load_half(p + 2 * S::W * r);
+        for (int r = 0; r < N; r++) w[r] = S::load_half(p + 2 * S::W * r);
     }
     // Conversion to float32 and back sets a NaN's quiet bit. A NaN stays NaN whatever is added, so
     // its own bits may as well be kept, and where a mask is 0 they must be.
+    template <int N = 8>
     static ZK_INLINE void store(char* p, const F* w, const char* original) {
-        const bool nan = S::any_nan(w);
-        uint16_t before[TILE], after[TILE];
+        const bool nan = S::any_nan<N>(w);
+        uint16_t before[N * S::W], after[N * S::W];
         if (__builtin_expect(nan, 0)) std::memcpy(before, original, sizeof before);
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) S::store_half(p + 2 * S::W * r, w[r]);
+        for (int r = 0; r < N; r++) S::store_half(p + 2 * S::W * r, w[r]);
         if (__builtin_expect(!nan, 1)) return;
         std::memcpy(after, p, sizeof after);
-        for (int i = 0; i < TILE; i++)
+        for (int i = 0; i < N * S::W; i++)
             if ((before[i] & 0x7FFF) > 0x7C00) after[i] = before[i];
         std::memcpy(p, after, sizeof after);
     }

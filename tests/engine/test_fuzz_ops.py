@@ -7,7 +7,7 @@ import torch
 from conftest import bits, needs_native, same_bits, varied
 from hypothesis import event, given
 from hypothesis import strategies as st
-from test_ops import ISAS
+from test_ops import DISTS, ISAS
 
 import zokernels as zk
 from zokernels import masks
@@ -27,6 +27,10 @@ OFFSETS = (
     | U64.map(lambda x: x // 16)
 )
 
+COLUMNS = (
+    st.none() | st.integers(0, 300) | st.sampled_from([768, 4096, 2**39 + 100, 2**45, 2**63 - 1])
+)
+
 
 @st.composite
 def weights(draw, dtype=None):
@@ -34,7 +38,10 @@ def weights(draw, dtype=None):
     dtype = dtype or draw(DTYPES)
     numel, shift = draw(NUMELS), draw(st.integers(0, 7))
     whole = varied(numel + shift, dtype, draw(st.integers(0, 3)))[shift:]
-    kind = draw(st.sampled_from(["flat", "column", "row", "strided"]))
+    kind = draw(st.sampled_from(["flat", "column", "row", "matrix", "strided"]))
+    if kind == "matrix":
+        columns = draw(st.integers(1, 200))
+        return whole[: numel // columns * columns].view(-1, columns)
     if kind == "column":
         return whole.reshape(numel, 1)
     if kind == "row":
@@ -72,12 +79,15 @@ def calls(draw, updating=False):
             return [draw(strategy) for _ in range(times)]
         return draw(strategy)
 
+    dist = draw(st.sampled_from(DISTS))
+    columns = draw(st.none() | st.tuples(*[COLUMNS] * len(tensors))) if dist == "rank1" else None
     call = dict(
         seeds=[draw(U64) for _ in range(count)],
         coeffs=[draw(SMALL | ANY) for _ in range(count)],
         streams=[draw(st.integers(0, 2**32 - 1)) for _ in tensors],
         offsets=[draw(OFFSETS) for _ in tensors],
-        dist=draw(st.sampled_from(["gaussian", "rademacher"])),
+        columns=columns,
+        dist=dist,
         mask=draw(maskings(tensors)),
         decay=one_or_each(SMALL | st.just(1.0)),
         rounding=draw(st.sampled_from(["nearest", "stochastic"])),
@@ -156,15 +166,15 @@ def test_update_native_equals_the_reference(native, case, kinds):
 
 
 @needs_native
-@pytest.mark.parametrize("dist", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dist", DISTS)
 def test_a_zero_keeps_its_sign(native, dist):
     """What is 0 has a sign, too: of weights, of coefficients, and of a learning rate of 0."""
     for coeff in (0.0, -0.0):
         for rule, options in ((None, {}), ("sign", dict(lr=0.0)), ("sign", dict(lr=-0.0))):
-            call = dict(seeds=[3], coeffs=[coeff], dist=dist, decay=0.5, **options)
+            call = dict(seeds=[3] * 5, coeffs=[coeff] * 5, dist=dist, decay=0.5, **options)
             results = []
             for backend in ("reference", "native"):
-                w = torch.tensor([0.0, -0.0] * 70)
+                w = torch.tensor([0.0, -0.0] * 1000).view(8, 250)
                 if rule:
                     zk.ops.apply_update_([w], None, rule, backend=backend, **call)
                 else:
@@ -182,11 +192,22 @@ def test_shards_of_a_tensor_get_what_the_whole_gets(case, cuts):
     if isinstance(call["mask"], masks.Random):
         call["mask"] = masks.Random(0.5, call["mask"].seed)
     (stream, *_), (offset, *_) = call.pop("streams"), call.pop("offsets")
-    zk.ops.add_noise_([whole], streams=[stream], offsets=[offset], **call)
+    given = call.pop("columns")
+    zk.ops.add_noise_(
+        [whole], streams=[stream], offsets=[offset], columns=given and given[:1], **call
+    )
     edges = sorted({0, parts.numel(), *(c % (parts.numel() + 1) for c in cuts)})
     shards = [parts[a:b] for a, b in zip(edges, edges[1:], strict=False)]
     offsets = [offset + a for a in edges[:-1]]
-    zk.ops.add_noise_(shards, streams=[stream] * len(shards), offsets=offsets, **call)
+    columns = None
+    if call["dist"] == "rank1":
+        # A part's own shape does not say how many columns there are.
+        of_whole = given[0] if given else None
+        columns = [zk.noise.columns_of(whole.shape) if of_whole is None else of_whole]
+        columns *= len(shards)
+    zk.ops.add_noise_(
+        shards, streams=[stream] * len(shards), offsets=offsets, columns=columns, **call
+    )
     assert same_bits(whole.reshape(-1), parts)
 
 

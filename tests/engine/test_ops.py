@@ -13,12 +13,24 @@ from hypothesis import strategies as st
 
 import zokernels as zk
 from zokernels import masks
-from zokernels.backends import native
+from zokernels.backends import checks, native
+from zokernels.backends.plan import AddNoise
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-DISTS = ["gaussian", "rademacher"]
+DISTS = ["gaussian", "rademacher", "rank1"]
 ISAS = native.instruction_sets() if native.why_missing() is None else []
 SIZES = [0, 1, 7, 8, 9, 127, 1003, 4099]
+COLUMNS = [5, 1, 0, 3, 768, 7, 31, 128]
+# Of parameters for rank-one directions, some longer than a thread's share.
+SHAPES = [
+    (4, 1), (9, 2), (43, 3), (41, 7), (33, 31), (70, 33), (23, 100), (300, 128), (90, 768),
+    (2, 70001), (2, 3, 100), (6, 5, 3, 3), (2, 2, 2, 2, 40), (57,), (),
+]  # fmt: skip
+
+
+def of_rank1(dist, columns):
+    """The keyword that goes with tensors of one dimension, which are parts of matrices."""
+    return dict(columns=columns) if dist == "rank1" else {}
 
 
 def unaligned(numel: int, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -57,6 +69,7 @@ def test_native_equals_reference(dtype, dist, mask, rounding, each_step, monkeyp
         rounding=rounding,
         rounding_seed=[77, 2**50, 0] if each_step else 2**63,
         each_step=each_step,
+        **of_rank1(dist, COLUMNS),
     )
     expected = [t.clone() for t in tensors]
     zk.ops.add_noise_(expected, backend="reference", **call)
@@ -78,20 +91,104 @@ def test_native_equals_reference_at_a_million(dtype, dist, isa, monkeypatch):
     w = varied(10**6 + 3, dtype)
     expected, got = w.clone(), w.clone()
     for p, backend in ((expected, "reference"), (got, "native")):
-        zk.ops.add_noise_([p], [11], [-3e-4], dist=dist, offsets=[5], backend=backend)
+        zk.ops.add_noise_(
+            [p], [11], [-3e-4], dist=dist, offsets=[5], backend=backend, **of_rank1(dist, [768])
+        )
     assert same_bits(expected, got)
 
 
 @needs_native
+@pytest.mark.parametrize("seeds", [1, 4, 7])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_result_does_not_depend_on_threads(dtype):
+def test_rank1_of_parameters_of_every_shape(dtype, seeds, monkeypatch):
+    # Few seeds go row by row, many take several rows at a time, and too many a part of the columns.
+    w = [varied(math.prod(shape), dtype, i).view(shape) for i, shape in enumerate(SHAPES)]
+    call = dict(
+        seeds=[2**40 + k for k in range(seeds)],
+        coeffs=[0.3 * (-0.7) ** k for k in range(seeds)],
+        dist="rank1",
+        decay=0.99,
+    )
+    expected = [t.clone() for t in w]
+    zk.ops.add_noise_(expected, backend="reference", **call)
+    z = [zk.noise.rank1(t.shape, seed=2**40, stream=i).flatten() for i, t in enumerate(w)]
+    for isa in ISAS:
+        monkeypatch.setenv("ZOKERNELS_ISA", isa)
+        got, out = [t.clone() for t in w], [torch.full_like(t, math.nan) for t in w]
+        zk.ops.add_noise_(got, backend="native", **call)
+        zk.ops.add_noise(w, out, backend="native", **call)
+        ones = [torch.zeros(t.shape) for t in w]
+        zk.ops.add_noise_(ones, [2**40], [1.0], dist="rank1", backend="native")
+        for e, g, o, one, noise in zip(expected, got, out, ones, z, strict=True):
+            assert same_bits(e, g) and same_bits(e, o), f"{isa} differs in shape {tuple(e.shape)}"
+            assert torch.equal(one.flatten(), noise)
+
+
+@needs_native
+@pytest.mark.parametrize("seeds", [1, 5])
+@pytest.mark.parametrize(
+    ("columns", "offset"),
+    [
+        (768, 2**32 * 768 - 900),  # rows beyond 2³²
+        (768, 2**39 * 768 - 900),  # where the high word of a row's block changes
+        (3, 3 * 2**39 - 700),
+        (2**39 + 100, 2**40 - 500),  # and that of a column's
+        (70001, 5 * 70001 - 400),
+        (130, 7),
+    ],
+)
+def test_rank1_far_inside_a_parameter(columns, offset, seeds, monkeypatch):
+    w = varied(3000, torch.bfloat16)
+    call = dict(seeds=list(range(seeds)), coeffs=[0.25] * seeds, dist="rank1", streams=[3])
+    call |= dict(columns=[columns], offsets=[offset])
+    zk.ops.add_noise_([expected := w.clone()], backend="reference", **call)
+    for isa in ISAS:
+        monkeypatch.setenv("ZOKERNELS_ISA", isa)
+        zk.ops.add_noise_([got := w.clone()], backend="native", **call)
+        assert same_bits(expected, got), isa
+
+
+@needs_native
+@pytest.mark.parametrize("dist", DISTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_and_ranges_of_a_prepared_pass(dtype, dist, monkeypatch):
+    w = varied(60 * 130, dtype).view(60, 130)
+    seeds, coeffs = [5, 2**63], [0.5, -0.125]
+    numbers = checks.numbers_of_pass([w], seeds, coeffs, dist=dist, decay=0.5)
+    rows = torch.tensor([3, 59, 0, 3, 17])
+    plus, minus = w.clone(), w.clone()
+    call = dict(dist=dist, decay=0.5, backend="reference")
+    zk.ops.add_noise_([plus], seeds, coeffs, **call)
+    zk.ops.add_noise_([minus], seeds, [-c for c in coeffs], **call)
+    for isa in ISAS:
+        monkeypatch.setenv("ZOKERNELS_ISA", isa)
+        out, mirror = torch.empty(5, 130, dtype=dtype), torch.empty(5, 130, dtype=dtype)
+        for other in (None, [mirror]):
+            native.Prepared(AddNoise(**numbers, out=[out]), other).run_rows(seeds, coeffs, rows)
+            assert same_bits(out, plus[rows])
+            out.zero_()
+        assert same_bits(mirror, minus[rows])
+        for begin, end in ((0, 650), (77, 300), (130, 131), (1000, 1001)):
+            prepared = native.Prepared(AddNoise(**numbers, out=[out]), [mirror])
+            prepared.run_range(seeds, coeffs, begin, end)
+            for got, expected in ((out, plus), (mirror, minus)):
+                assert same_bits(got.flatten()[: end - begin], expected.flatten()[begin:end])
+
+
+@needs_native
+@pytest.mark.parametrize("dist", ["gaussian", "rank1"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_result_does_not_depend_on_threads(dtype, dist):
     w = varied(300_001, dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             p = w.clone()
-            zk.ops.add_noise_([p, p.clone()], [1, 2], [0.1, 0.2], mask=masks.Random(0.5, 1))
+            zk.ops.add_noise_(
+                [p, p.clone()], [1, 2], [0.1, 0.2], mask=masks.Random(0.5, 1), dist=dist,
+                **of_rank1(dist, [1001, 90]),
+            )  # fmt: skip
             results.append(p)
     finally:
         torch.set_num_threads(before)
@@ -109,8 +206,11 @@ def test_shards_by_offset_equal_the_whole(dtype, dist, backend):
         seeds=[4], coeffs=[0.25], dist=dist, mask=masks.Random(0.7, 5), rounding="stochastic",
         rounding_seed=8, backend=backend,
     )  # fmt: skip
-    zk.ops.add_noise_([whole], streams=[9], **call)
-    zk.ops.add_noise_(shards, streams=[9] * len(shards), offsets=cuts[:-1], **call)
+    zk.ops.add_noise_([whole], streams=[9], **call, **of_rank1(dist, [75]))
+    zk.ops.add_noise_(
+        shards, streams=[9] * len(shards), offsets=cuts[:-1], **call,
+        **of_rank1(dist, [75] * len(shards)),
+    )  # fmt: skip
     assert same_bits(whole, torch.cat(shards))
 
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import bits, needs_native, same_bits, varied
-from test_ops import DISTS, DTYPES, ISAS, SIZES, mask_of, unaligned
+from test_ops import COLUMNS, DISTS, DTYPES, ISAS, SIZES, mask_of, of_rank1, unaligned
 
 import zokernels as zk
 from zokernels import masks
@@ -45,8 +45,8 @@ def flat(tensors, states):
 def test_native_equals_reference(name, dtype, state, mask, rounding, each_step, monkeypatch):
     if name == "sign" and state is not torch.float32:
         pytest.skip("sign keeps no state")
-    # Half of the combinations with each distribution, so that each value meets both.
-    dist = DISTS[(len(name) + len(mask) + (state is torch.float32) + bool(each_step)) % 2]
+    # A third of the combinations with each distribution, so that each value meets all.
+    dist = DISTS[(len(name) + len(mask) + (state is torch.float32) + bool(each_step)) % 3]
     tensors = [unaligned(size, dtype, i) for i, size in enumerate(SIZES)]
     call = dict(
         seeds=[3, 2**63 + 5, 7, 8],
@@ -61,6 +61,7 @@ def test_native_equals_reference(name, dtype, state, mask, rounding, each_step, 
         rounding_seed=[77, 2**64 - 1] if each_step else 2**64 - 2,
         each_step=each_step,
         **RULES[name],
+        **of_rank1(dist, COLUMNS),
     )
     expected, before = [t.clone() for t in tensors], states_of(name, tensors, state)
     zk.ops.apply_update_(expected, before, backend="reference", **call)

@@ -83,6 +83,13 @@ uint64_t offset() {
     return near + below(300) - std::min<uint64_t>(near, 200);
 }
 
+// Of a rank-one direction: fewer and more than a tile has elements, a span, and all there are. The
+// last ones lie where the high word of a column's block changes.
+int64_t columns() {
+    return one_of<int64_t>({0, 1, 3, 8, 31, 33, 100, 128, 256, 770, 2048, 3072, 20000, 70001,
+                            (1ll << 39) + 1, 1ll << 45});
+}
+
 float coefficient() { return one_of<float>({1e-3f, -0.5f, 0.0f, 2e-30f, -1e-41f, 1e30f, 3.0f}); }
 
 struct Tensor {
@@ -119,6 +126,7 @@ Tensor make_tensor(int rule, int state_count, bool mirrored) {
     t.as = {};
     t.as.numel = n;
     t.as.offset = offset();
+    t.as.columns = columns();
     t.as.stream = (uint32_t)source();
     t.as.dtype = dtype;
     t.as.keep =
@@ -197,7 +205,7 @@ bool try_case(int most_threads) {
     std::vector<Tensor> tensors;
     for (uint64_t i = 0, count = 1 + below(3); i < count; i++)
         tensors.push_back(make_tensor(rule, state_count, mirrored));
-    const int64_t queries = 1 + (int64_t)below(3), steps = mirrored ? 1 : 1 + (int64_t)below(3);
+    const int64_t queries = 1 + (int64_t)below(5), steps = mirrored ? 1 : 1 + (int64_t)below(3);
     std::vector<uint64_t> seeds, rounding_seeds;
     std::vector<float> coeffs, decays, rates, scales;
     for (int64_t k = 0; k < queries * steps; k++)
@@ -218,7 +226,7 @@ bool try_case(int most_threads) {
     pass.rates = rates.data();
     pass.scales = scales.data();
     pass.rule = rule;
-    pass.kind = one_of<int>({ZK_GAUSSIAN, ZK_RADEMACHER});
+    pass.kind = one_of<int>({ZK_GAUSSIAN, ZK_RADEMACHER, ZK_RANK1, ZK_RANK1});
     pass.stochastic = !mirrored && chance(40);
     pass.amsgrad = amsgrad;
     pass.beta1 = 0.9f, pass.one_minus_beta1 = 0.1f;
@@ -236,9 +244,10 @@ bool try_case(int most_threads) {
             for (int i = -1; i < parts; i++, at++)
                 if (!same(expected[at], got[at], i < 0 || mirrored ? t.dtype : t.state_dtypes[i])) {
                     std::fprintf(stderr,
-                                 "instruction set %d differs: rule %d, dtype %d, %lld elements, "
-                                 "buffer %d\n",
-                                 isa, rule, t.dtype, (long long)t.as.numel, i);
+                                 "instruction set %d differs: kind %d, rule %d, dtype %d, %lld "
+                                 "elements, %lld columns, buffer %d\n",
+                                 isa, pass.kind, rule, t.dtype, (long long)t.as.numel,
+                                 (long long)t.as.columns, i);
                     return false;
                 }
     }
