@@ -336,6 +336,7 @@ class Filler:
         chosen, pieces = self._groups[g][0], self._pieces_of(g)
         self._drawing.fill(("group", g), chosen, [list(own.values()) for own in pieces])
         for j in chosen:
+            self._count_matrix(self.sources[j])
             own = [
                 self.sources[j] if lane is None else pieces[k][j]
                 for k, lane in enumerate(self.lanes)
