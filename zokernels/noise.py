@@ -187,6 +187,10 @@ def _signs(
     return (bits * 2 - 1).reshape(-1)[lead : lead + numel].to(torch.float32)
 
 
+# What draws the elements of a distribution that knows no rows and columns.
+DRAWS = {GAUSSIAN: gaussian, RADEMACHER: rademacher}
+
+
 def philox4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """Philox4x32-10: four 32-bit words for each counter.
 

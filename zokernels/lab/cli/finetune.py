@@ -136,8 +136,6 @@ def command(
             "--model is missing: name a folder made by save_pretrained, or a model on the hub."
         )
     get_task(options["task"])
-    if points.isdecimal():
-        options["points"] = int(points)
     options["out"] = out or Path("runs") / f"{options['task']}-{time.strftime('%Y%m%d-%H%M%S')}"
     return _report(train(Settings(**options), _words()), path)
 

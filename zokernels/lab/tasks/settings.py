@@ -94,6 +94,10 @@ class Settings:
     device: str = "cpu"
     name: str | None = None
 
+    def __post_init__(self) -> None:
+        if isinstance(self.points, str) and self.points.isdecimal():
+            self.points = int(self.points)
+
     @classmethod
     def of(cls, plain: dict[str, Any], source: Path, out: Path) -> "Settings":
         """Settings from the plain values that a run keeps, with another ``out``.
