@@ -1,6 +1,7 @@
 // w ← round(decay · w + Σ c z) over a span of one tensor. Compiled once for each instruction set.
 #include "draw.h"
 #include "pass.h"
+#include "rank1.h"
 
 namespace {
 
@@ -93,21 +94,28 @@ void run(const zk_pass& args, const Span& span) {
     constexpr int BYTES = Tile<DTYPE>::BYTES;
     const Stream streams[] = {
         {(char*)t.in, BYTES, false}, {(char*)t.out, BYTES}, {(char*)t.mirror, BYTES}};
-    if (t.mirror)
-        return for_each_tile<3>(span, streams, [&](char* const* tiles, const Place& at) {
-            pass.tile_mirrored(tiles[2], tiles[1], tiles[0], at);
-        });
-    for_each_tile<2>(span, streams,
-                     [&](char* const* tiles, const Place& at) { pass.tile(tiles, at); });
+    pass.noise.walk(span, [&](const Span& part) {
+        if (t.mirror)
+            return for_each_tile<3>(part, streams, [&](char* const* tiles, const Place& at) {
+                pass.tile_mirrored(tiles[2], tiles[1], tiles[0], at);
+            });
+        for_each_tile<2>(part, streams,
+                         [&](char* const* tiles, const Place& at) { pass.tile(tiles, at); });
+    });
+}
+
+template <int DTYPE>
+SpanFunction of_kind(int kind) {
+    if (kind == ZK_GAUSSIAN) return run<DTYPE, ZK_GAUSSIAN>;
+    return kind == ZK_RADEMACHER ? run<DTYPE, ZK_RADEMACHER> : run<DTYPE, ZK_RANK1>;
 }
 
 }  // namespace
 
 void ZK_ENTRY(add_noise)(const zk_pass& args, const Span& span) {
-    static constexpr SpanFunction table[3][2] = {
-        {run<ZK_FLOAT32, ZK_GAUSSIAN>, run<ZK_FLOAT32, ZK_RADEMACHER>},
-        {run<ZK_BFLOAT16, ZK_GAUSSIAN>, run<ZK_BFLOAT16, ZK_RADEMACHER>},
-        {run<ZK_FLOAT16, ZK_GAUSSIAN>, run<ZK_FLOAT16, ZK_RADEMACHER>},
-    };
-    table[span.tensor->dtype][args.kind](args, span);
+    const int dtype = span.tensor->dtype, kind = kind_of(args, *span.tensor);
+    const SpanFunction function = dtype == ZK_FLOAT32    ? of_kind<ZK_FLOAT32>(kind)
+                                  : dtype == ZK_BFLOAT16 ? of_kind<ZK_BFLOAT16>(kind)
+                                                         : of_kind<ZK_FLOAT16>(kind);
+    function(args, span);
 }

@@ -49,6 +49,12 @@ struct Source<ZK_GAUSSIAN, SPLIT> {
     }
 };
 
+// Register r of a tile's c times its signs: c where the element's bit is set, −c where it is clear.
+template <bool SPLIT>
+inline F signed_by(const uint32_t* word, int r, float c) {
+    return bits_as<F>(bits_as<U>(-splat(c)) ^ (bit_to_sign<S, SPLIT>(word, r) & 0x80000000u));
+}
+
 template <bool SPLIT>
 struct Source<ZK_RADEMACHER, SPLIT> {
     RoundKeys keys;
@@ -80,12 +86,8 @@ struct Source<ZK_RADEMACHER, SPLIT> {
         for (int i = 0; i < (TILE + 31) / 32; i++)
             word[i] = signs.at((uint32_t)(index % ROW) / 32 * 32 + 32 * i);
         if (TILE < 32) word[0] >>= index % 32;
-        const U minus_c = bits_as<U>(-splat(c));
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) {
-            const U flip = bit_to_sign<S, SPLIT>(word, r) & 0x80000000u;
-            signed_c[r] = bits_as<F>(minus_c ^ flip);
-        }
+        for (int r = 0; r < 8; r++) signed_c[r] = signed_by<SPLIT>(word, r, c);
     }
     void add_small(F* acc, float c, uint64_t index) { add(acc, acc, c, index); }
 };
@@ -138,6 +140,11 @@ struct Directions {
             scaled.push_back(KIND == ZK_GAUSSIAN ? coeffs[k] * UNIT : coeffs[k]);
             exact &= coeffs[k] == 0 || std::fabs(coeffs[k]) >= SMALL;
         }
+    }
+    // Calls run(part) for the parts of the span that this is prepared for in turn.
+    template <class Run>
+    void walk(const Span& span, Run run) {
+        run(span);
     }
     // acc = start + Σ c z over seeds from … to − 1, where `exact`.
     void add(F* acc, const F* start, int64_t from, int64_t to, uint64_t index) {

@@ -12,6 +12,11 @@ struct Span {
 // Spans are cut at multiples of this many elements (by index, not by place in memory).
 constexpr int64_t SPAN = 1 << 16;
 
+// The kind of noise that a pass adds to a tensor.
+inline int kind_of(const zk_pass& pass, const zk_tensor& tensor) {
+    return pass.kind == ZK_RANK1 && tensor.columns == 0 ? ZK_RADEMACHER : pass.kind;
+}
+
 typedef void (*SpanFunction)(const zk_pass&, const Span&);
 
 // ZK_ENTRY(add_noise) is add_noise_avx2 where ZK_ISA is avx2.

@@ -16,6 +16,7 @@ struct Simd {
     typedef uint64_t L __attribute__((vector_size(32)));
 
     static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+    static F fma_exact(F a, F b, F c) { return fma(a, b, c); }
     static F to_float(I x) { return (F)_mm256_cvtepi32_ps((__m256i)x); }
     static F sqrt(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
     static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }

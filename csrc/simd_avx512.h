@@ -17,6 +17,8 @@ struct Simd {
     typedef uint64_t L __attribute__((vector_size(64)));
 
     static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+    // The same where a · b is exact: without such an instruction that is cheaper.
+    static F fma_exact(F a, F b, F c) { return fma(a, b, c); }
     static F to_float(I x) { return (F)_mm512_cvtepi32_ps((__m512i)x); }
     static F sqrt(F x) { return (F)_mm512_sqrt_ps((__m512)x); }
     // a > b ? a : b

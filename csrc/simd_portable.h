@@ -16,6 +16,7 @@ struct Simd {
     typedef uint64_t L;
 
     static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
+    static F fma_exact(F a, F b, F c) { return a * b + c; }
     static F to_float(I x) { return (F)x; }
     static F sqrt(F x) { return std::sqrt(x); }
     static F max(F a, F b) { return a > b ? a : b; }

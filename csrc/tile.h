@@ -17,7 +17,7 @@ typedef S::I I;
 typedef S::U U;
 
 constexpr int TILE = 8 * S::W;     // elements of one group of Gaussian blocks
-constexpr int ROW = 128 * S::W;    // elements of one group of Rademacher blocks
+constexpr int ROW = 128 * S::W;    // signs of one group of blocks
 constexpr float UNIT = 0x1p-29f;   // what `gaussian` leaves to its caller
 constexpr float SMALL = 0x1p-97f;  // below it a coefficient times UNIT is not exact
 
