@@ -104,6 +104,17 @@ def test_a_seed_s_rows_columns_and_elements_are_three_draws():
     assert not torch.equal(z, z.T) and not torch.equal(z, -z.T)
 
 
+def test_the_example_of_the_page():
+    """The last table of "A block worked through" in docs/noise.md."""
+    seed = 1 + (2 << 32)
+    left, right = "0d67e37f 69a39523 322e015b 9ea04956", "f4b87e50 3a5403f9 633d7025 26a4d5c5"
+    for kind, words in ((4, left), (5, right)):
+        assert block_words(kind, seed, 0, 0) == [int(w, 16) for w in words.split()]
+    z = noise.rank1((8, 5), seed=seed)
+    assert z[:7].tolist() == [[-1, -1, -1, -1, 1]] * 7 and z[7].tolist() == [1, 1, 1, 1, -1]
+    assert z.flatten()[33:38].tolist() == [-1, 1, 1, 1, 1]
+
+
 def test_settings_of_torch_change_nothing():
     expected = noise.rank1((5, 70), **WHERE)
     before = torch.get_rng_state()
