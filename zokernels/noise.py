@@ -105,10 +105,10 @@ def rank1(
     """
     try:
         size = torch.Size(shape)
-    except TypeError:
-        raise ValueError(
-            f"shape is {shape!r}, but it must be a list of sizes, as (768, 3072) is."
-        ) from None
+    except (TypeError, ValueError):
+        size = torch.Size([-1])
+    if min(size, default=0) < 0:
+        raise ValueError(f"shape is {shape!r}, but it must be a list of sizes, as (768, 3072) is.")
     flat = signs_of_rank1(prod(size), columns_of(size), seed, stream, 0, device)
     return flat.view(size)
 
