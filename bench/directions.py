@@ -31,7 +31,7 @@ KEYS = ("dist", "lr", "seed", "forwards")
 COLUMNS = (*machine.COLUMNS, "model", "eps", *KEYS, "loss_before", "loss_after", "seconds")
 RATES = (5e-5, 1e-4, 2e-4)
 SEEDS = (0, 1, 2)
-FORWARDS, EPS = 1200, 1e-3
+FORWARDS, EPS = 600, 1e-3
 HELD_OUT, WORDS = 400, range(3, 9)
 
 
@@ -91,11 +91,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     quiet()
     known = results.read(RESULTS) if RESULTS.exists() else []
-    done = {(row["dist"], float(row["lr"]), int(row["seed"])) for row in known}
+    done = {tuple(row[key] for key in KEYS) for row in known}
     trial = Trial(options.data)
     wanted = itertools.product(SEEDS, RATES, options.dist or noise.KINDS)
     for seed, lr, dist in wanted:
-        if (dist, lr, seed) not in done:
+        if (dist, str(lr), str(seed), str(FORWARDS)) not in done:
             row = trial.run(dist, lr, seed)
             results.append(RESULTS, COLUMNS, [row])
             print(*(row[k] for k in (*KEYS, "loss_before", "loss_after", "seconds")), flush=True)

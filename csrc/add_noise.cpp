@@ -21,28 +21,26 @@ struct Pass {
         if (a.stochastic) rounding = rounding_keys(a, t, index, 0);
     }
 
-    void tile(char* const* tiles, const Place& at) {
-        if (plain) return tile_plain(tiles[1], tiles[0], at);
-        steps ? tile_steps(tiles[1], tiles[0], at) : tile_general(tiles[1], tiles[0], at);
-    }
-
     // No mask, one rounding to nearest: what a training step does.
-    void tile_plain(char* out, const char* in, const Place& at) {
+    ZK_INLINE void tile_plain(char* out, const char* in, const Place& at) {
         F w[8], acc[8];
         T::load(w, in);
         const float decay = args.decays[0];
         if (decay != 1)
+#pragma GCC unroll 8
             for (int r = 0; r < 8; r++) w[r] *= decay;
         noise.add(acc, w, 0, args.seed_count, at.index);
         T::store(out, acc, in);
     }
 
     // Both sides of a difference from one draw.
-    void tile_mirrored(char* mirror, char* out, const char* in, const Place& at) {
+    ZK_INLINE void tile_mirrored(char* mirror, char* out, const char* in, const Place& at) {
         F plus[8], minus[8];
         T::load(plus, in);
         if (args.decays[0] != 1)
+#pragma GCC unroll 8
             for (int r = 0; r < 8; r++) plus[r] *= args.decays[0];
+#pragma GCC unroll 8
         for (int r = 0; r < 8; r++) minus[r] = plus[r];
         noise.add_both(plus, minus, at.index);
         T::store(out, plus, in);
@@ -50,14 +48,16 @@ struct Pass {
     }
 
     // No mask, and rounding to nearest after each step: what a replay does.
-    void tile_steps(char* out, const char* in, const Place& at) {
+    ZK_INLINE void tile_steps(char* out, const char* in, const Place& at) {
         F w[8];
         T::load(w, in);
         for (int64_t step = 0, from = 0; from < args.seed_count; step++, from += args.queries) {
             const float decay = args.decays[step];
             if (decay != 1)
+#pragma GCC unroll 8
                 for (int r = 0; r < 8; r++) w[r] *= decay;
             noise.add(w, w, from, from + args.queries, at.index);
+#pragma GCC unroll 8
             for (int r = 0; r < 8; r++) w[r] = T::nearest(w[r]);
         }
         T::store(out, w, in);
@@ -70,17 +70,22 @@ struct Pass {
         keep_static<T::SPLIT>(keep, tensor, at);
         for (int64_t step = 0; step * args.queries < args.seed_count; step++) {
             if (tensor.keep == ZK_KEEP_MAGNITUDE)
+#pragma GCC unroll 8
                 for (int r = 0; r < 8; r++) keep[r] = keep_magnitude(w[r], tensor.keep_threshold);
             F acc[8];
+#pragma GCC unroll 8
             for (int r = 0; r < 8; r++) acc[r] = w[r] * args.decays[step];
             noise.add_any(acc, step * args.queries, (step + 1) * args.queries, at.index);
             if (args.stochastic) {
                 U u[8];
                 uniform16<S, T::SPLIT>(u, (uint32_t)(at.index / 8), rounding[step]);
+#pragma GCC unroll 8
                 for (int r = 0; r < 8; r++) acc[r] = T::stochastic(acc[r], u[r]);
             } else {
+#pragma GCC unroll 8
                 for (int r = 0; r < 8; r++) acc[r] = T::nearest(acc[r]);
             }
+#pragma GCC unroll 8
             for (int r = 0; r < 8; r++) w[r] = select(keep[r], acc[r], w[r]);
         }
         T::store(out, w, in);
@@ -96,11 +101,21 @@ void run(const zk_pass& args, const Span& span) {
         {(char*)t.in, BYTES, false}, {(char*)t.out, BYTES}, {(char*)t.mirror, BYTES}};
     pass.noise.walk(span, [&](const Span& part) {
         if (t.mirror)
-            return for_each_tile<3>(part, streams, [&](char* const* tiles, const Place& at) {
+            for_each_tile<3>(part, streams, [&](char* const* tiles, const Place& at) ZK_ALWAYS {
+                pass.noise.enter(at.index);
                 pass.tile_mirrored(tiles[2], tiles[1], tiles[0], at);
             });
-        for_each_tile<2>(part, streams,
-                         [&](char* const* tiles, const Place& at) { pass.tile(tiles, at); });
+        else if (pass.plain)
+            for_each_tile<2>(part, streams, [&](char* const* tiles, const Place& at) ZK_ALWAYS {
+                pass.noise.enter(at.index);
+                pass.tile_plain(tiles[1], tiles[0], at);
+            });
+        else
+            for_each_tile<2>(part, streams, [&](char* const* tiles, const Place& at) ZK_ALWAYS {
+                pass.noise.enter(at.index);
+                pass.steps ? pass.tile_steps(tiles[1], tiles[0], at)
+                           : pass.tile_general(tiles[1], tiles[0], at);
+            });
     });
 }
 

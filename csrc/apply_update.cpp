@@ -101,6 +101,7 @@ struct Update {
 
     // tiles: the weights, then the states.
     void tile(char* const* tiles, const Place& at) {
+        noise.enter(at.index);
         F w[8], state[COUNT ? COUNT : 1][8];
         I keep[8];
         T::load(w, tiles[0]);

@@ -7,6 +7,7 @@
 struct Span {
     const zk_tensor* tensor;
     int64_t begin, end;
+    int64_t ahead = 0;  // elements from each to what is to be fetched along with it; 0: nothing
 };
 
 // Spans are cut at multiples of this many elements (by index, not by place in memory).

@@ -23,7 +23,11 @@ struct Simd {
     static I to_int(F x) { return (I)x; }
     static L mul(L a, L b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
     static U join(const L* x) { return (U)x[0]; }
-    static bool any_nan(F a, F b) { return a != a || b != b; }
+    static bool any_nan(const F* x) {
+        bool any = false;
+        for (int r = 0; r < 8; r++) any |= x[r] != x[r];
+        return any;
+    }
     static F load_half(const void* p) {
         _Float16 h;
         std::memcpy(&h, p, sizeof h);

@@ -12,6 +12,10 @@ from zokernels.lab.benchmarks.results import Row
 
 def table(rows: Sequence[Row]) -> str:
     """The loss of held-out sentences: distributions down, rates across."""
+    return "\n\n".join(_table(own) for own in results.grouped(rows, "forwards").values())
+
+
+def _table(rows: Sequence[Row]) -> str:
     rates = sorted({float(row["lr"]) for row in rows})
     lines = []
     for (dist,), own in results.grouped(rows, "dist").items():

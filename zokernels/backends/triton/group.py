@@ -96,14 +96,23 @@ def places(row_ptr, KIND: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr)
 def inside(row_ptr, start, row, column, KIND: tl.constexpr, ROWS: tl.constexpr):
     """Which of a group's elements the tensor has."""
     if KIND == RANK1:
-        rows = row + tl.arange(0, ROWS // 16)
-        columns = column + tl.arange(0, WIDTH)
-        of_rows = (rows >= tl.load(row_ptr + TOP)) & (rows < tl.load(row_ptr + BOTTOM))
-        of_columns = (columns >= tl.load(row_ptr + FROM)) & (columns < tl.load(row_ptr + TO))
-        return of_rows[:, None] & of_columns[None, :]
+        of_rows = _between(row, row_ptr, TOP, BOTTOM, ROWS // 16)
+        return of_rows[:, None] & _between(column, row_ptr, FROM, TO, WIDTH)[None, :]
     else:
-        place = start + tl.arange(0, ROWS)[:, None] * 8 + tl.arange(0, 8)[None, :]
+        place = start + places(row_ptr, KIND, ROWS, False)
         return (place >= tl.load(row_ptr + LEAD)) & (place < tl.load(row_ptr + END))
+
+
+@triton.jit
+def _between(
+    first, row_ptr, BEGIN: tl.constexpr, STOP: tl.constexpr, COUNT: tl.constexpr
+):  # fmt: skip
+    """Which of ``COUNT`` rows or columns from ``first`` on the tensor has."""
+    begin = tl.maximum(tl.load(row_ptr + BEGIN) - first, 0)
+    stop = tl.minimum(tl.load(row_ptr + STOP) - first, COUNT)
+    # What lies before is a large number.
+    number = (tl.arange(0, COUNT) - begin.to(tl.int32)).to(tl.uint32)
+    return number < (stop - begin).to(tl.uint32)
 
 
 @triton.jit

@@ -42,8 +42,10 @@ _BOTH = {
     noise.RANK1: Shape(1024, 4),
 }  # fmt: skip
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
-# Not measured: chosen by instructions a weight and by registers.
-_TILE = {True: Shape(2048, 4), False: Shape(1024, 8)}
+# Tiles of a rank-one direction, chosen by what the compiler says, not measured yet: the more a
+# thread has, the thinner its two blocks of signs a seed are spread.
+_TILE = {True: Shape(2048, 4), False: Shape(1024, 4)}
+_TILE_OF_RULE = {"sign": Shape(1024, 4, 168), "momentum": Shape(1024, 4), "adam": Shape(512, 4)}
 
 
 # What `shaped` asks for in place of the table.
@@ -76,8 +78,10 @@ def shape_of_update(kind: int, rule: str, wide: bool) -> Shape:
     """The group of an update pass; ``wide`` is of float32 weights."""
     if _tried is not None:
         return _tried
-    if kind != noise.GAUSSIAN:
-        return (_TILE if kind == noise.RANK1 else _SIGNS)[False]
+    if kind == noise.RANK1:
+        return _TILE_OF_RULE[rule]
+    if kind == noise.RADEMACHER:
+        return _SIGNS[False]
     if rule == "adam":
         return _NORMAL
     return _NORMAL_WIDE_SIGN if wide and rule == "sign" else _NORMAL_SIMPLE_RULE
