@@ -41,6 +41,13 @@ SHARDED = {
     "sign": dict(mask=zk.masks.Random([0.5, 0.9, 0.1, 0.7], seed=9)),
 }
 
+# Arguments of a pass over four tensors that are none.
+LISTS = (
+    dict(streams=[1, 2, 3]),
+    dict(dist="rank1", columns=[6] * 5),
+    dict(dist="rank1", columns=6),
+    dict(columns=[6, 0, 7, 0]),
+)
 IN_16_BITS = dict(state_dtype=torch.bfloat16, rounding="stochastic", lr=0.1)
 
 
@@ -139,6 +146,7 @@ def fsdp_recorded(out, name):
 def fsdp_refused():
     model = sharded(network())
     bits = zk.masks.Bits([torch.ones(p.shape, dtype=torch.bool) for p in network().parameters()])
+    cut = list(model.parameters())
     return dict(
         on_entry=caught(ValueError, lambda: make(model, perturb="on_entry")),
         forward=caught(ValueError, lambda: make(model, "forward")),
@@ -146,6 +154,12 @@ def fsdp_refused():
             ValueError, lambda: train(model, make(model, num_queries=4, parallel="query"))
         ),
         bits=caught(ValueError, lambda: train(model, make(model, mask=bits))),
+        lists=[
+            caught(
+                (ValueError, TypeError), lambda how=how: zk.ops.add_noise_(cut, [1], [1.0], **how)
+            )
+            for how in LISTS
+        ],
     )
 
 

@@ -276,6 +276,17 @@ def test_what_cut_weights_cannot_do_is_refused(found, world):
         assert "no forward-mode derivative" in result["forward"]
         assert "gives them different directions" in result["query"]
         assert "Bits" in result["bits"]
+        for message, expected in zip(
+            result["lists"],
+            (
+                "streams has 3 numbers, but params has 4",
+                "columns has 5 numbers, but params has 4",
+                "columns is 6, but it must be a list",
+                "columns are given, but dist is 'gaussian'",
+            ),
+            strict=True,
+        ):
+            assert expected in message
 
 
 def test_copies_of_cut_weights_with_directions_of_their_own(found):
