@@ -2,6 +2,7 @@
 // instruction set.
 #include "draw.h"
 #include "pass.h"
+#include "rank1.h"
 
 namespace {
 
@@ -100,6 +101,7 @@ struct Update {
 
     // tiles: the weights, then the states.
     void tile(char* const* tiles, const Place& at) {
+        noise.enter(at.index);
         F w[8], state[COUNT ? COUNT : 1][8];
         I keep[8];
         T::load(w, tiles[0]);
@@ -140,16 +142,18 @@ void run(const zk_pass& args, const Span& span) {
     Stream streams[4] = {{(char*)t.out, Tile<DTYPE>::BYTES}};
     for (int i = 0; i < update.count; i++)
         streams[1 + i] = {(char*)t.states[i], t.state_dtypes[i] == ZK_BFLOAT16 ? 2 : 4};
-    switch (update.count) {
-        case 0:
-            return for_each_tile<1>(span, streams, tile);
-        case 1:
-            return for_each_tile<2>(span, streams, tile);
-        case 2:
-            return for_each_tile<3>(span, streams, tile);
-        default:
-            return for_each_tile<4>(span, streams, tile);
-    }
+    update.noise.walk(span, [&](const Span& part) {
+        switch (update.count) {
+            case 0:
+                return for_each_tile<1>(part, streams, tile);
+            case 1:
+                return for_each_tile<2>(part, streams, tile);
+            case 2:
+                return for_each_tile<3>(part, streams, tile);
+            default:
+                return for_each_tile<4>(part, streams, tile);
+        }
+    });
 }
 
 template <int DTYPE, int KIND>
@@ -160,17 +164,17 @@ SpanFunction of_rule(int rule) {
 
 template <int DTYPE>
 SpanFunction of_kind(int kind, int rule) {
-    return kind == ZK_GAUSSIAN ? of_rule<DTYPE, ZK_GAUSSIAN>(rule)
-                               : of_rule<DTYPE, ZK_RADEMACHER>(rule);
+    if (kind == ZK_GAUSSIAN) return of_rule<DTYPE, ZK_GAUSSIAN>(rule);
+    return kind == ZK_RADEMACHER ? of_rule<DTYPE, ZK_RADEMACHER>(rule)
+                                 : of_rule<DTYPE, ZK_RANK1>(rule);
 }
 
 }  // namespace
 
 void ZK_ENTRY(apply_update)(const zk_pass& args, const Span& span) {
-    const int dtype = span.tensor->dtype;
-    const SpanFunction function = dtype == ZK_FLOAT32 ? of_kind<ZK_FLOAT32>(args.kind, args.rule)
-                                  : dtype == ZK_BFLOAT16
-                                      ? of_kind<ZK_BFLOAT16>(args.kind, args.rule)
-                                      : of_kind<ZK_FLOAT16>(args.kind, args.rule);
+    const int dtype = span.tensor->dtype, kind = kind_of(args, *span.tensor);
+    const SpanFunction function = dtype == ZK_FLOAT32    ? of_kind<ZK_FLOAT32>(kind, args.rule)
+                                  : dtype == ZK_BFLOAT16 ? of_kind<ZK_BFLOAT16>(kind, args.rule)
+                                                         : of_kind<ZK_FLOAT16>(kind, args.rule);
     function(args, span);
 }

@@ -17,6 +17,9 @@ namespace {
 // Some 5 µs of work each: less is not worth waking a thread for.
 constexpr int64_t MIN_PER_THREAD = 1 << 14;
 
+// Rows that a span has at least, where that does not make it larger than MOST_SPAN.
+constexpr int64_t ROWS = 64, MOST_SPAN = 1 << 20;
+
 // Spans that a thread takes at a time where there are many: neighbours share pages.
 constexpr int64_t MOST_AT_A_TIME = 4;
 
@@ -44,13 +47,21 @@ SpanFunction function_of(int isa, bool update) {
     return update ? apply_update_portable : add_noise_portable;
 }
 
-std::vector<Span> cut(const zk_pass& args, int64_t elements) {
-    // A layer's share for each thread is small: several spans each, so that none waits for long.
+int64_t span_of(const zk_pass& args, const zk_tensor& t, int64_t elements) {
     int64_t size = SPAN;
+    // Signs of columns are drawn once for the rows of a span.
+    if (kind_of(args, t) == ZK_RANK1)
+        while (size < MOST_SPAN && size / ROWS < t.columns) size *= 2;
+    // A layer's share for each thread is small: several spans each, so that none waits for long.
     while (size > MIN_PER_THREAD && size * 8 * args.threads > elements) size /= 2;
+    return size;
+}
+
+std::vector<Span> cut(const zk_pass& args, int64_t elements) {
     std::vector<Span> spans;
     for (int64_t i = 0; i < args.tensor_count; i++) {
         const zk_tensor& t = args.tensors[i];
+        const int64_t size = span_of(args, t, elements);
         for (int64_t begin = 0, end; begin < t.numel; begin = end) {
             end = std::min(t.numel, begin + size - (int64_t)((t.offset + begin) % size));
             spans.push_back({&t, begin, end});

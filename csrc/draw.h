@@ -49,6 +49,12 @@ struct Source<ZK_GAUSSIAN, SPLIT> {
     }
 };
 
+// Register r of a tile's c times its signs: c where the element's bit is set, −c where it is clear.
+template <bool SPLIT>
+inline F signed_by(const uint32_t* word, int r, float c) {
+    return bits_as<F>(bits_as<U>(-splat(c)) ^ (bit_to_sign<S, SPLIT>(word, r) & 0x80000000u));
+}
+
 template <bool SPLIT>
 struct Source<ZK_RADEMACHER, SPLIT> {
     RoundKeys keys;
@@ -80,12 +86,8 @@ struct Source<ZK_RADEMACHER, SPLIT> {
         for (int i = 0; i < (TILE + 31) / 32; i++)
             word[i] = signs.at((uint32_t)(index % ROW) / 32 * 32 + 32 * i);
         if (TILE < 32) word[0] >>= index % 32;
-        const U minus_c = bits_as<U>(-splat(c));
 #pragma GCC unroll 8
-        for (int r = 0; r < 8; r++) {
-            const U flip = bit_to_sign<S, SPLIT>(word, r) & 0x80000000u;
-            signed_c[r] = bits_as<F>(minus_c ^ flip);
-        }
+        for (int r = 0; r < 8; r++) signed_c[r] = signed_by<SPLIT>(word, r, c);
     }
     void add_small(F* acc, float c, uint64_t index) { add(acc, acc, c, index); }
 };
@@ -139,6 +141,13 @@ struct Directions {
             exact &= coeffs[k] == 0 || std::fabs(coeffs[k]) >= SMALL;
         }
     }
+    // Calls run(part) for the parts of the span that this is prepared for in turn.
+    template <class Run>
+    void walk(const Span& span, Run run) {
+        run(span);
+    }
+    // Goes to a tile.
+    void enter(uint64_t) {}
     // acc = start + Σ c z over seeds from … to − 1, where `exact`.
     void add(F* acc, const F* start, int64_t from, int64_t to, uint64_t index) {
         sources[from].add(acc, start, scaled[from], index);
@@ -179,35 +188,54 @@ struct Stream {
     bool written = true;
 };
 
-// Calls tile(pointers, place) for every tile of a span; what a span covers in part runs on copies.
+// Runs tile(pointers, place) on copies of what a span has of a tile.
+template <int N, class Run>
+__attribute__((noinline)) void on_copies(const Span& span, const Stream* streams, const Place& at,
+                                         Run tile) {
+    const int64_t from = std::max(at.local, span.begin);
+    const int64_t to = std::min(at.local + TILE, span.end);
+    char* tiles[N];
+    char copies[N][TILE * sizeof(float)] = {};
+    for (int i = 0; i < N; i++) {
+        const int bytes = streams[i].bytes;
+        tiles[i] = copies[i];
+        std::memcpy(copies[i] + (from - at.local) * bytes, streams[i].start + from * bytes,
+                    (to - from) * bytes);
+    }
+    tile(tiles, at);
+    for (int i = 0; i < N; i++) {
+        if (!streams[i].written) continue;
+        const int bytes = streams[i].bytes;
+        std::memcpy(streams[i].start + from * bytes, copies[i] + (from - at.local) * bytes,
+                    (to - from) * bytes);
+    }
+}
+
+// Has a tile brought into the second cache; where there is none, nothing happens.
+template <int N>
+ZK_INLINE void fetch(const Stream* streams, int64_t local) {
+    for (int i = 0; i < N; i++)
+        for (int64_t at = 0; at < TILE * streams[i].bytes; at += 64)
+            __builtin_prefetch(
+                (const void*)((uintptr_t)streams[i].start + local * streams[i].bytes + at), 0, 2);
+}
+
+// Calls tile(pointers, place) for every tile of a span.
 template <int N, class Run>
 void for_each_tile(const Span& span, const Stream* streams, Run tile) {
-    const uint64_t offset = span.tensor->offset, last = offset + span.end;
-    for (uint64_t index = (offset + span.begin) / TILE * TILE; index < last; index += TILE) {
-        const Place at = {index, (int64_t)(index - offset)};
-        const int64_t from = std::max(at.local, span.begin);
-        const int64_t to = std::min(at.local + TILE, span.end);
+    const uint64_t offset = span.tensor->offset;
+    Place at;
+    at.index = (offset + span.begin) / TILE * TILE;
+    at.local = (int64_t)(at.index - offset);
+    const auto next = [&] { at.index += TILE, at.local += TILE; };
+    if (at.local < span.begin) on_copies<N>(span, streams, at, tile), next();
+    for (; at.local + TILE <= span.end; next()) {
         char* tiles[N];
-        if (to - from == TILE) {
-            for (int i = 0; i < N; i++) tiles[i] = streams[i].start + at.local * streams[i].bytes;
-            tile(tiles, at);
-            continue;
-        }
-        char copies[N][TILE * sizeof(float)] = {};
-        for (int i = 0; i < N; i++) {
-            const int bytes = streams[i].bytes;
-            tiles[i] = copies[i];
-            std::memcpy(copies[i] + (from - at.local) * bytes, streams[i].start + from * bytes,
-                        (to - from) * bytes);
-        }
+        for (int i = 0; i < N; i++) tiles[i] = streams[i].start + at.local * streams[i].bytes;
+        if (span.ahead) fetch<N>(streams, at.local + span.ahead);
         tile(tiles, at);
-        for (int i = 0; i < N; i++) {
-            if (!streams[i].written) continue;
-            const int bytes = streams[i].bytes;
-            std::memcpy(streams[i].start + from * bytes, copies[i] + (from - at.local) * bytes,
-                        (to - from) * bytes);
-        }
     }
+    if (at.local < span.end) on_copies<N>(span, streams, at, tile);
 }
 
 }  // namespace

@@ -7,10 +7,16 @@
 struct Span {
     const zk_tensor* tensor;
     int64_t begin, end;
+    int64_t ahead = 0;  // elements from each to what is to be fetched along with it; 0: nothing
 };
 
 // Spans are cut at multiples of this many elements (by index, not by place in memory).
 constexpr int64_t SPAN = 1 << 16;
+
+// The kind of noise that a pass adds to a tensor.
+inline int kind_of(const zk_pass& pass, const zk_tensor& tensor) {
+    return pass.kind == ZK_RANK1 && tensor.columns == 0 ? ZK_RADEMACHER : pass.kind;
+}
 
 typedef void (*SpanFunction)(const zk_pass&, const Span&);
 

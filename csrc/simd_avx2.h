@@ -16,6 +16,7 @@ struct Simd {
     typedef uint64_t L __attribute__((vector_size(32)));
 
     static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+    static F fma_exact(F a, F b, F c) { return fma(a, b, c); }
     static F to_float(I x) { return (F)_mm256_cvtepi32_ps((__m256i)x); }
     static F sqrt(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
     static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
@@ -24,8 +25,12 @@ struct Simd {
     static U join(const L* x) {
         return (U)_mm256_blend_ps((__m256)x[0], _mm256_moveldup_ps((__m256)x[1]), 0xAA);
     }
-    static bool any_nan(F a, F b) {
-        return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_UNORD_Q)) != 0;
+    static bool any_nan(const F* x) {
+        const auto of = [&](int r) {
+            return _mm256_cmp_ps((__m256)x[r], (__m256)x[r + 1], _CMP_UNORD_Q);
+        };
+        const __m256 any = _mm256_or_ps(_mm256_or_ps(of(0), of(2)), _mm256_or_ps(of(4), of(6)));
+        return _mm256_movemask_ps(any) != 0;
     }
     static F load_half(const void* p) {
         return (F)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));

@@ -16,13 +16,18 @@ struct Simd {
     typedef uint64_t L;
 
     static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
+    static F fma_exact(F a, F b, F c) { return a * b + c; }
     static F to_float(I x) { return (F)x; }
     static F sqrt(F x) { return std::sqrt(x); }
     static F max(F a, F b) { return a > b ? a : b; }
     static I to_int(F x) { return (I)x; }
     static L mul(L a, L b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
     static U join(const L* x) { return (U)x[0]; }
-    static bool any_nan(F a, F b) { return a != a || b != b; }
+    static bool any_nan(const F* x) {
+        bool any = false;
+        for (int r = 0; r < 8; r++) any |= x[r] != x[r];
+        return any;
+    }
     static F load_half(const void* p) {
         _Float16 h;
         std::memcpy(&h, p, sizeof h);

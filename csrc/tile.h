@@ -11,13 +11,16 @@
 
 namespace {
 
+#define ZK_ALWAYS __attribute__((always_inline))
+#define ZK_INLINE ZK_ALWAYS inline
+
 typedef Simd S;
 typedef S::F F;
 typedef S::I I;
 typedef S::U U;
 
 constexpr int TILE = 8 * S::W;     // elements of one group of Gaussian blocks
-constexpr int ROW = 128 * S::W;    // elements of one group of Rademacher blocks
+constexpr int ROW = 128 * S::W;    // signs of one group of blocks
 constexpr float UNIT = 0x1p-29f;   // what `gaussian` leaves to its caller
 constexpr float SMALL = 0x1p-97f;  // below it a coefficient times UNIT is not exact
 
@@ -33,6 +36,19 @@ inline I is_finite(F x) { return spread_sign((bits_as<U>(x) & 0x7FFFFFFFu) - 0x7
 inline F quiet(F x) { return bits_as<F>(bits_as<U>(x) | 0x400000u); }
 inline I is_nan(F x) { return spread_sign(0x7F800000u - (bits_as<U>(x) & 0x7FFFFFFFu)); }
 
+// A vector anywhere in memory, by one instruction: compilers cut up a memcpy of one, and what is
+// stored in halves has to wait before it can be loaded whole.
+template <class V>
+using Anywhere [[gnu::aligned(1), gnu::may_alias]] = V;
+template <class V>
+inline V load_as(const void* p) {
+    return *(const Anywhere<V>*)p;
+}
+template <class V>
+inline void store_as(void* p, V x) {
+    *(Anywhere<V>*)p = x;
+}
+
 // A tile in float32: loading is exact, storing expects values of the type, or rounds to nearest.
 // bfloat16 is held split in even and odd elements, which costs one shift instead of shuffles.
 template <int DTYPE>
@@ -42,8 +58,14 @@ template <>
 struct Tile<ZK_FLOAT32> {
     static constexpr bool SPLIT = false;
     static constexpr int BYTES = 4;
-    static void load(F* w, const char* p) { std::memcpy(w, p, sizeof(F) * 8); }
-    static void store(char* p, const F* w, const char*) { std::memcpy(p, w, sizeof(F) * 8); }
+    static ZK_INLINE void load(F* w, const char* p) {
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) w[r] = load_as<F>(p + sizeof(F) * r);
+    }
+    static ZK_INLINE void store(char* p, const F* w, const char*) {
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r++) store_as(p + sizeof(F) * r, w[r]);
+    }
     static F nearest(F x) { return x; }
     static F stochastic(F x, U) { return x; }
 };
@@ -52,24 +74,22 @@ template <>
 struct Tile<ZK_BFLOAT16> {
     static constexpr bool SPLIT = true;
     static constexpr int BYTES = 2;
-    static void load(F* w, const char* p) {
+    static ZK_INLINE void load(F* w, const char* p) {
+#pragma GCC unroll 8
         for (int r = 0; r < 8; r += 2) {
-            U raw;
-            std::memcpy(&raw, p + sizeof(U) / 2 * r, sizeof raw);
+            const U raw = load_as<U>(p + sizeof(U) / 2 * r);
             w[r] = bits_as<F>(raw << 16);
             w[r + 1] = bits_as<F>(raw & 0xFFFF0000u);
         }
     }
-    static void store(char* p, const F* w, const char*) {
-        for (int r = 0; r < 8; r += 2) {
-            U even = round_bits(w[r]), odd = round_bits(w[r + 1]);
-            if (__builtin_expect(S::any_nan(w[r], w[r + 1]), 0)) {
-                even = bits_as<U>(select(is_nan(w[r]), quiet(w[r]), bits_as<F>(even)));
-                odd = bits_as<U>(select(is_nan(w[r + 1]), quiet(w[r + 1]), bits_as<F>(odd)));
-            }
-            const U raw = (odd & 0xFFFF0000u) | (even >> 16);
-            std::memcpy(p + sizeof(U) / 2 * r, &raw, sizeof raw);
+    static ZK_INLINE void store(char* p, const F* w, const char*) {
+        if (__builtin_expect(S::any_nan(w), 0)) {
+            F quieted[8];
+            for (int r = 0; r < 8; r++)
+                quieted[r] = bits_as<F>(bits_as<U>(nearest(w[r])) & 0xFFFF0000u);
+            return store_rounded(p, quieted);
         }
+        store_rounded(p, w);
     }
     static F nearest(F x) {
         const F rounded = bits_as<F>(round_bits(x) & 0xFFFF0000u);
@@ -81,6 +101,13 @@ struct Tile<ZK_BFLOAT16> {
     }
 
  private:
+    static ZK_INLINE void store_rounded(char* p, const F* w) {
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; r += 2) {
+            const U raw = (round_bits(w[r + 1]) & 0xFFFF0000u) | (round_bits(w[r]) >> 16);
+            store_as(p + sizeof(U) / 2 * r, raw);
+        }
+    }
     static U round_bits(F x) {
         const U b = bits_as<U>(x);
         return b + 0x7FFFu + ((b >> 16) & 1u);
@@ -91,16 +118,17 @@ template <>
 struct Tile<ZK_FLOAT16> {
     static constexpr bool SPLIT = false;
     static constexpr int BYTES = 2;
-    static void load(F* w, const char* p) {
+    static ZK_INLINE void load(F* w, const char* p) {
+#pragma GCC unroll 8
         for (int r = 0; r < 8; r++) w[r] = S::load_half(p + 2 * S::W * r);
     }
     // Conversion to float32 and back sets a NaN's quiet bit. A NaN stays NaN whatever is added, so
     // its own bits may as well be kept, and where a mask is 0 they must be.
-    static void store(char* p, const F* w, const char* original) {
-        bool nan = false;
-        for (int r = 0; r < 8; r += 2) nan |= S::any_nan(w[r], w[r + 1]);
+    static ZK_INLINE void store(char* p, const F* w, const char* original) {
+        const bool nan = S::any_nan(w);
         uint16_t before[TILE], after[TILE];
         if (__builtin_expect(nan, 0)) std::memcpy(before, original, sizeof before);
+#pragma GCC unroll 8
         for (int r = 0; r < 8; r++) S::store_half(p + 2 * S::W * r, w[r]);
         if (__builtin_expect(!nan, 1)) return;
         std::memcpy(after, p, sizeof after);

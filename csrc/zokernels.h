@@ -8,7 +8,8 @@
 extern "C" {
 
 enum { ZK_FLOAT32, ZK_BFLOAT16, ZK_FLOAT16 };
-enum { ZK_GAUSSIAN, ZK_RADEMACHER, ZK_MASK, ZK_ROUNDING };  // kinds of noise; see docs/noise.md
+// Kinds of noise, see docs/noise.md; a direction of rank one has both of the last.
+enum { ZK_GAUSSIAN, ZK_RADEMACHER, ZK_MASK, ZK_ROUNDING, ZK_LEFT, ZK_RIGHT, ZK_RANK1 = ZK_LEFT };
 enum { ZK_KEEP_ALL, ZK_KEEP_RANDOM, ZK_KEEP_MAGNITUDE, ZK_KEEP_BITS };
 enum { ZK_PORTABLE, ZK_AVX2, ZK_AVX512 };
 enum { ZK_ADD_NOISE, ZK_SIGN, ZK_MOMENTUM, ZK_ADAM };  // what a pass does with the noise
@@ -19,6 +20,7 @@ struct zk_tensor {
     void* mirror;     // null, or where decay · in − Σ c z goes; see zk_run
     void* states[3];  // of an update, in the rule's order: m, v, v_max
     int64_t numel;
+    int64_t columns;  // of the whole parameter, for ZK_RANK1; 0 makes it ZK_RADEMACHER
     uint64_t offset;  // index of the first element in the whole parameter
     uint32_t stream;
     int32_t dtype;
@@ -42,7 +44,7 @@ struct zk_pass {
     const float* rates;   // update: −lr
     const float* scales;  // Adam: the factor on v̂
     int32_t rule;         // ZK_ADD_NOISE …
-    int32_t kind;         // ZK_GAUSSIAN or ZK_RADEMACHER
+    int32_t kind;         // ZK_GAUSSIAN, ZK_RADEMACHER or ZK_RANK1
     int32_t stochastic;
     int32_t amsgrad;
     float beta1, one_minus_beta1, beta2, one_minus_beta2, adam_eps;

@@ -9,6 +9,7 @@ from bench.report.figures import study as all_cells
 from bench.report.parts import Figure, Part, Table
 from bench.report.tables import (
     codegen,
+    directions,
     gpu,
     hybrid,
     numerics,
@@ -42,6 +43,7 @@ PARTS: tuple[Part, ...] = (
     Table("gpu-memory", "docs/memory.md", ("gpu/memory.csv",), gpu.memory, optional=True),
     Table("study", "docs/study.md", ("study.csv",), study.tables),
     Table("study-rates", "docs/study.md", ("study_rates.csv",), study.tables),
+    Table("directions", "docs/study.md", ("directions.csv",), directions.table),
     Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),
     Table("rules", OPTIMIZERS, (), optimizers.rules),
     Table("costs", OPTIMIZERS, ("optimizers.csv",), optimizers.costs),

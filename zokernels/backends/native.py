@@ -17,7 +17,7 @@ from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
 # The distributions that it draws.
-KINDS = (noise.GAUSSIAN, noise.RADEMACHER)
+KINDS = (noise.GAUSSIAN, noise.RADEMACHER, noise.RANK1)
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_ERROR = Path(__file__).with_name("_build_error.txt")
 
@@ -36,6 +36,7 @@ class _Tensor(ctypes.Structure):
         ("mirror", ctypes.c_void_p),
         ("states", ctypes.c_void_p * 3),
         ("numel", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
         ("offset", ctypes.c_uint64),
         ("stream", ctypes.c_uint32),
         ("dtype", ctypes.c_int32),
@@ -172,7 +173,8 @@ def _tensors(plan: Pass, targets: Sequence[torch.Tensor]) -> Any:
     for i, (p, out) in enumerate(zip(plan.params, targets, strict=True)):
         tensor = tensors[i]
         tensor.in_, tensor.out, tensor.numel = p.data_ptr(), out.data_ptr(), p.numel()
-        tensor.offset, tensor.stream = plan.offsets[i], plan.streams[i]
+        tensor.columns, tensor.offset = plan.columns[i], plan.offsets[i]
+        tensor.stream = plan.streams[i]
         tensor.dtype = _DTYPES[p.dtype]
         (
             tensor.keep, tensor.keep_below, tensor.keep_seed, tensor.bits, tensor.keep_threshold,
