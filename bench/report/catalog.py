@@ -49,6 +49,7 @@ PARTS: tuple[Part, ...] = (
     Table("costs", OPTIMIZERS, ("optimizers.csv",), optimizers.costs),
     Table("hybrid", OPTIMIZERS, ("hybrid.csv",), hybrid.table),
     Table("estimate", NUMERICS, ("numerics.csv",), numerics.estimate),
+    Table("rank1", NUMERICS, ("numerics.csv",), numerics.rank1),
     Table("update", NUMERICS, ("numerics.csv",), numerics.update),
     Table("restore", NUMERICS, ("numerics.csv",), numerics.restore),
     Table("replay", "docs/reliability.md", ("replay.csv",), replay.table),
