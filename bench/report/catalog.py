@@ -54,7 +54,7 @@ PARTS: tuple[Part, ...] = (
     Table("restore", NUMERICS, ("numerics.csv",), numerics.restore),
     Table("replay", "docs/reliability.md", ("replay.csv",), replay.table),
     Table("recording", "docs/reliability.md", ("replay.csv",), replay.recording),
-    Figure("step", ("step.csv",), step.draw, version=2),
+    Figure("step", ("step.csv",), step.draw, version=3),
     Figure("ops", ("ops.csv",), passes.draw, version=1),
     Figure("gpu-step", ("gpu/step.csv",), gpu_steps.draw, version=1, optional=True),
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
