@@ -41,15 +41,30 @@ class Vectors(NamedTuple):
         number = self.number if lane == 0 else None
         return Vectors(self.left[here], self.right[here], self.scale[here], number)
 
-    def add(self, y: torch.Tensor, factor: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-        """``y + scale · factor · signs``, written into y; the scale is not rounded to 16 bits.
+    def moved(
+        self,
+        bias: torch.Tensor | None,
+        factor: torch.Tensor,
+        signs: torch.Tensor,
+    ) -> torch.Tensor:
+        """``bias + scale · factor · signs``; the scale is not rounded to 16 bits.
 
-        Where there are several lanes they are the first dimension of y and of ``factor``.
+        Where there are several lanes they are the first dimension of ``factor``.
         """
+        start = factor.new_zeros(()) if bias is None else bias
+        if self.number is not None and len(self.scale) == 1:
+            return torch.addcmul(start, factor, signs, value=self.number)
+        return torch.addcmul(start, self._scaled(factor), signs)
+
+    def add(self, y: torch.Tensor, factor: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+        """Add scale · factor · signs to y, in place; see `moved`."""
         if self.number is not None and len(self.scale) == 1:
             return y.addcmul_(factor, signs, value=self.number)
+        return y.addcmul_(self._scaled(factor), signs)
+
+    def _scaled(self, factor: torch.Tensor) -> torch.Tensor:
         scale = self.scale.view(-1, *[1] * (factor.dim() - 1)) if factor.dim() else self.scale[0]
-        return y.addcmul_((factor.to(scale.dtype) * scale).to(y.dtype), signs)
+        return (factor.to(scale.dtype) * scale).to(factor.dtype)
 
     def rows(self, stored: torch.Tensor, numbers: torch.Tensor, lane: int) -> torch.Tensor:
         """Rows of a matrix at a lane's point, looked up: of shape (*numbers, width)."""

@@ -10,13 +10,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from zokernels.perturb.factors import Vectors
 from zokernels.perturb.weight import Entry, PerturbedWeight, is_perturbed, resolve
-
-# A product with the stored weight, given what comes in and a bias.
-Product = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
 def vectors_of(weight: Any) -> Vectors | None:
@@ -26,56 +22,61 @@ def vectors_of(weight: Any) -> Vectors | None:
 
 def linear(x: torch.Tensor, weight: PerturbedWeight, bias: Any, vectors: Vectors) -> torch.Tensor:
     """`torch.nn.functional.linear`."""
-    stored = weight.stored
-
-    def product(rows: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        return F.linear(rows, stored, b)
-
-    return _product(x, weight, product, vectors.right, vectors.left, vectors, bias)
+    return _product(x, weight, weight.stored.t(), bias, vectors.right, vectors.left, vectors)
 
 
 def matmul(x: torch.Tensor, weight: PerturbedWeight, bias: Any, vectors: Vectors) -> torch.Tensor:
     """``x @ weight + bias``, of a weight of shape (in, out)."""
-    stored = weight.stored
-
-    def product(rows: torch.Tensor, b: torch.Tensor | None) -> torch.Tensor:
-        if b is not None and rows.dim() == 2:
-            return torch.addmm(b, rows, stored)
-        return rows @ stored if b is None else rows @ stored + b
-
-    return _product(x, weight, product, vectors.left, vectors.right, vectors, bias)
+    return _product(x, weight, weight.stored, bias, vectors.left, vectors.right, vectors)
 
 
 def _product(
     x: torch.Tensor,
     weight: PerturbedWeight,
-    product: Product,
+    matrix: torch.Tensor,
+    bias: Any,
     taken: torch.Tensor,
     given: torch.Tensor,
     vectors: Vectors,
-    bias: Any,
 ) -> torch.Tensor:
-    """``product(x, bias)``, and with it scale · (x · taken) · given; signs as in `Vectors`."""
+    """``x @ matrix + bias``, and with it scale · (x · taken) · given; signs as in `Vectors`."""
     entry = weight.entry
     entry.used.add(weight.place)
     own = _values(entry, bias)
     if entry.points is None:
-        y = product(x, own[0])
-        return vectors.add(y, torch.matmul(x, taken[0]).unsqueeze(-1), given[0])
+        rows = x.reshape(-1, x.shape[-1])
+        dots = torch.mv(rows, taken[0]).unsqueeze(-1)
+        return _moved(rows, matrix, own[0], dots, given[0], vectors).view(*x.shape[:-1], -1)
     points = entry.points
-    whole, is_common = points.whole(x), own[0] is own[-1]
-    common_bias = own[0] if is_common else None
-    if whole is None:
-        y = product(x, common_bias).expand(points.count, *x.shape[:-1], -1).clone()
-        dots = torch.matmul(x, taken.t()).movedim(-1, 0)
-    else:
-        y = product(whole, common_bias)
-        rows = whole.reshape(points.count, -1, whole.shape[-1])
-        dots = torch.bmm(rows, taken.unsqueeze(-1)).view(whole.shape[:-1])
-    vectors.add(y, dots.unsqueeze(-1), _beside(given, y))
-    if not is_common:
-        y += _beside(torch.stack(own), y)  # type: ignore[arg-type]
-    return points.wrap(y)
+    whole = points.whole(x)
+    whole = x.expand(points.count, *x.shape) if whole is None else whole
+    rows = whole.reshape(points.count, -1, whole.shape[-1])
+    dots = torch.bmm(rows, taken.unsqueeze(-1))
+    beside = own[0] if own[0] is own[-1] else torch.stack(own).unsqueeze(1)  # type: ignore[arg-type]
+    y = _moved(rows.flatten(0, 1), matrix, beside, dots, given.unsqueeze(1), vectors)
+    return points.wrap(y.view(*whole.shape[:-1], -1))
+
+
+def _moved(
+    rows: torch.Tensor,
+    matrix: torch.Tensor,
+    bias: torch.Tensor | None,
+    dots: torch.Tensor,
+    signs: torch.Tensor,
+    vectors: Vectors,
+) -> torch.Tensor:
+    """``rows @ matrix + bias + scale · dots · signs``, of the shape of the last product.
+
+    What is added lies there before the product is, and so the sum is rounded once: a product that
+    has been rounded to 16 bits would lose what is less than half of its last place.
+    """
+    y = vectors.moved(bias, dots, signs)
+    if torch.is_autocast_enabled(rows.device.type):
+        # It knows of no product into what is there.
+        product = rows @ matrix
+        return product.view(y.shape) + y.to(product.dtype)
+    y.view(-1, y.shape[-1]).addmm_(rows, matrix)
+    return y
 
 
 def parts(
@@ -95,15 +96,16 @@ def parts(
         step: How many rows of the matrix at a time.
     """
     dots = [torch.mv(x, r).unsqueeze(-1) for x, r in zip(flat, vectors.right, strict=True)]
-    together, sizes = torch.cat(list(flat)), [len(x) for x in flat]
+    together = torch.cat(list(flat))
     for begin in range(0, len(stored), step):
         end = min(begin + step, len(stored))
-        found = list(F.linear(together, stored[begin:end]).split(sizes))
-        for k, (y, bias) in enumerate(zip(found, biases, strict=True)):
-            vectors.of(k).add(y, dots[k], vectors.left[k, begin:end])
-            if bias is not None:
-                y += bias[begin:end]
-        yield begin, end, found
+        found = []
+        for k, bias in enumerate(biases):
+            beside = None if bias is None else bias[begin:end]
+            found.append(vectors.of(k).moved(beside, dots[k], vectors.left[k, begin:end]))
+        y = torch.cat(found) if len(found) > 1 else found[0]
+        y = y.addmm_(together, stored[begin:end].t())
+        yield begin, end, list(y.split([len(x) for x in flat]))
 
 
 def convolution(
@@ -185,8 +187,3 @@ def _values(entry: Entry, bias: Any) -> list[torch.Tensor | None]:
     if bias is None or entry.points is None:
         return [bias] * entry.count
     return list(entry.points.parts(bias))
-
-
-def _beside(own: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """A row of each point, of shape (points, width), beside rows of shape (points, …, width)."""
-    return own.view(len(own), *[1] * (y.dim() - 2), -1)

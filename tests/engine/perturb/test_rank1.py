@@ -19,8 +19,15 @@ INNER = dict(SHAPE, intermediate_size=48)
 GROUPED = dict(INNER, num_key_value_heads=2)
 OPT = dict(SHAPE, ffn_dim=48, word_embed_proj_dim=32, max_position_embeddings=64)
 GPT2 = dict(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=1)
-T5 = dict(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-          decoder_start_token_id=0)
+T5 = dict(
+    vocab_size=VOCABULARY,
+    d_model=32,
+    d_kv=8,
+    d_ff=48,
+    num_layers=2,
+    num_heads=4,
+    decoder_start_token_id=0,
+)
 MOE = dict(GROUPED, num_local_experts=4, num_experts_per_tok=2)
 VIT = dict(
     hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,

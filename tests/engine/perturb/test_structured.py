@@ -229,3 +229,35 @@ def test_a_context_has_vectors_too():
         found = model(x)
     expected = F.linear(x, model.weight + 0.1 * z, model.bias + 0.1 * line)
     assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_what_is_added_to_16_bits_is_not_lost_in_their_last_place():
+    """A small ε moves an output by less than half a place: on average it is still there."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(256, 256).bfloat16(), torch.randn(64, 256).bfloat16()
+    z = zk.noise.rank1((256, 256), seed=3, stream=0).double()
+    with torch.no_grad():
+        before = model(x)
+        with zk.perturbed(model, 3, 1e-4, dist="rank1"):
+            moved = (model(x) - before).double()
+    wanted = 1e-4 * (x.double() @ z.t())
+    # Its share in what was moved; a sum that rounds twice has some 0.6 of it.
+    gain = (moved * wanted).sum() / wanted.pow(2).sum()
+    assert gain == pytest.approx(1.0, abs=0.1)
+
+
+def test_a_derivative_by_the_input_goes_through():
+    torch.manual_seed(0)
+    layers = nn.Embedding(5, 6), nn.Linear(6, 6), nn.Conv1d(6, 6, 3)
+    model = nn.ModuleList(layers).double()
+    x = inputs(2, 6, 8)
+
+    def closure():
+        with torch.enable_grad():
+            given = x.clone().requires_grad_()
+            h = model[2](given) + model[0](torch.tensor([1])).unsqueeze(-1)
+            y = model[1](h.transpose(1, 2)).tanh().sum()
+            (slope,) = torch.autograd.grad(y, given)
+        return slope.pow(2).sum()
+
+    assert_as_in_place(model, closure, modes=("on_entry",))
