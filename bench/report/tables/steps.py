@@ -90,7 +90,7 @@ def summary(rows: Sequence[Row]) -> str:
 def targets(rows: Sequence[Row]) -> str:
     """What was asked of a step, and what was measured."""
     found = {(_name(case), case[4]): modes for case, modes in latest(rows).items()}
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for name, dtype, mode, asked in TARGETS:
         row = found.get((name, dtype), {}).get(mode)
         if row is None:
@@ -114,7 +114,7 @@ def targets(rows: Sequence[Row]) -> str:
 
 def _together(rows: Sequence[Row]) -> list[tuple[str, ...]]:
     """Sixteen points in one forward, beside the plain forward of as many rows."""
-    lines = []
+    lines: list[tuple[str, ...]] = []
     for case, modes in latest(rows).items():
         row = modes.get("paired")
         if row and row.get("together_ms"):
