@@ -24,7 +24,7 @@ TARGETS = (
     ("2 × 64, loss of two candidates, rank1", "bfloat16", "on_entry", 0.85),
 )
 # A peer, the distribution and mode of the step beside it, how many times as fast it was to be.
-TIMES = {
+TIMES: dict[tuple[str, str, str], dict[str, float]] = {
     ("mezo", "gaussian", "paired"): {"float32": 5, "bfloat16": 10},
     ("mezo", "rank1", "on_entry"): {"float32": 6, "bfloat16": 20},
     ("fo-sgd", "rank1", "on_entry"): {"float32": 1.6, "bfloat16": 2},
