@@ -50,18 +50,20 @@ class Problem:
         exact = _like(net, torch.float64).requires_grad_(True)
         nn.functional.cross_entropy(exact(self.x.double()), self.y).backward()
         self.gradient = [p.grad for p in exact.parameters()]
-        self.slopes: dict[int, float] = {}
+        self.slopes: dict[tuple[int, str], float] = {}
 
-    def slope(self, seed: int) -> float:
+    def slope(self, seed: int, dist: str = "gaussian") -> float:
         """The directional derivative ∇L · z."""
-        if seed in self.slopes:
-            return self.slopes[seed]
+        if (seed, dist) in self.slopes:
+            return self.slopes[seed, dist]
         z = (
-            zk.noise.gaussian(g.numel(), seed=seed, stream=i).view_as(g).double()
+            zk.noise.rank1(g.shape, seed=seed, stream=i)
+            if dist == "rank1"
+            else zk.noise.gaussian(g.numel(), seed=seed, stream=i).view_as(g)
             for i, g in enumerate(self.gradient)
         )
-        total = sum(float((g * zi).sum()) for g, zi in zip(self.gradient, z, strict=True))
-        return self.slopes.setdefault(seed, total)
+        total = sum(float((g * zi.double()).sum()) for g, zi in zip(self.gradient, z, strict=True))
+        return self.slopes.setdefault((seed, dist), total)
 
     def perturb(self, seed: int, scale: float, rounding: str) -> None:
         """Put θ + scale · z into the narrow network, or unrounded into the wide one ("none")."""
@@ -120,6 +122,36 @@ def estimates(
         true.append(problem.slope(seed))
         same += (moved[0] == moved[1]).double().mean().item() / directions
     return {**against(found, true), "unmoved": same}
+
+
+@torch.no_grad()
+def along_rank1(problem: Problem, eps: float, way: str, directions: int) -> dict[str, float]:
+    """The two-sided estimate along rank one against the directional derivative, as `estimates`.
+
+    Args:
+        problem: The network.
+        eps: ε.
+        way: Weights and forward in float32 ("float32"); or in 16 bits, the weights perturbed and
+            rounded ("whole") or as they are stored and two vectors a matrix ("vectors").
+        directions: How many.
+    """
+    net = problem.wide if way == "float32" else problem.narrow
+    for p, w in zip(net.parameters(), problem.weights, strict=True):
+        p.copy_(w)
+    mode = "on_entry" if way == "vectors" else "in_place"
+    found, true = [], []
+    # Only what is trained is perturbed.
+    net.requires_grad_(True)
+    for seed in range(directions):
+        sides = []
+        for scale in (eps, -eps):
+            with zk.perturbed(net, seed, scale, dist="rank1", perturb=mode):
+                logits = net(problem.x.to(next(net.parameters()).dtype))
+            sides.append(float(nn.functional.cross_entropy(logits.float(), problem.y)))
+        found.append((sides[0] - sides[1]) / (2 * eps))
+        true.append(problem.slope(seed, "rank1"))
+    net.requires_grad_(False)
+    return against(found, true)
 
 
 def updates(problem: Problem, size: float, rounding: str, directions: int) -> dict[str, float]:
@@ -190,6 +222,11 @@ def measure(directions: int) -> list[dict[str, object]]:
                         experiment="estimate", dtype=dtype, rounding=rounding,
                         forward="float32" if forward == "float32" else "16 bits", scale=eps,
                     )  # fmt: skip
+            for way in ("float32", "whole", "vectors"):
+                add(
+                    along_rank1(problem, eps, way, directions), experiment=f"rank1, {way}",
+                    dtype=dtype, rounding="nearest", forward="", scale=eps,
+                )  # fmt: skip
         for size in UPDATES:
             for rounding in ("nearest", "stochastic"):
                 add(

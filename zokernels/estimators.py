@@ -45,7 +45,7 @@ def estimate(
     losses_at: Callable[[Sequence[Point]], Sequence[float]],
     seeds: Sequence[int],
     two_sided: bool,
-    together: bool = False,
+    together: int = 1,
     to_the_end: bool = False,
 ) -> Estimate:
     """Run the forwards of one step.
@@ -54,7 +54,7 @@ def estimate(
         losses_at: The losses at some points (seed, side): θ + side · εz(seed); side 0 is θ itself.
         seeds: One seed a query.
         two_sided: 2q forwards; otherwise q + 1.
-        together: Ask for two points at a time also one-sided, since they share a forward.
+        together: How many points share a forward, and so are asked for at a time.
         to_the_end: Run all of them also where a loss is not finite, as several processes must that
             run their forwards together.
 
@@ -66,7 +66,7 @@ def estimate(
         points += [(seed, 1.0), (seed, -1.0)] if two_sided else [(seed, 1.0)]
     losses: list[float] = []
     # Both sides of a direction count as one question.
-    size = 2 if together or two_sided else 1
+    size = together if together > 1 or not two_sided else 2
     for i in range(0, len(points), size):
         # A loss that is not finite ends the step: further forwards could not save it.
         if not to_the_end and not all(map(math.isfinite, losses)):

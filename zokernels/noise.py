@@ -105,10 +105,10 @@ def rank1(
     """
     try:
         size = torch.Size(shape)
-    except TypeError:
-        raise ValueError(
-            f"shape is {shape!r}, but it must be a list of sizes, as (768, 3072) is."
-        ) from None
+    except (TypeError, ValueError):
+        size = torch.Size([-1])
+    if min(size, default=0) < 0:
+        raise ValueError(f"shape is {shape!r}, but it must be a list of sizes, as (768, 3072) is.")
     flat = signs_of_rank1(prod(size), columns_of(size), seed, stream, 0, device)
     return flat.view(size)
 
@@ -185,6 +185,10 @@ def _signs(
     words, lead = _blocks(numel, seed, stream, offset, kind, device)
     bits = torch.stack(words, 1).unsqueeze(2) >> torch.arange(32, device=device) & 1
     return (bits * 2 - 1).reshape(-1)[lead : lead + numel].to(torch.float32)
+
+
+# What draws the elements of a distribution that knows no rows and columns.
+DRAWS = {GAUSSIAN: gaussian, RADEMACHER: rademacher}
 
 
 def philox4x32(key: tuple[int, int], counter: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

@@ -1,5 +1,6 @@
 """The noise, version 1: bits, addresses, exactness and refusals."""
 
+import functools
 import json
 import struct
 from pathlib import Path
@@ -17,6 +18,10 @@ DRAWS = {
     "mask": lambda numel, **where: noise.mask(numel, 0.3, **where),
     "rounding": lambda numel, *, seed, stream=0, offset=0, device="cpu": noise.uniform16(
         numel, noise.ROUNDING, seed, stream, offset, device
+    ),
+    # Part of a parameter of 37 columns.
+    "rank1": lambda numel, *, seed, stream=0, offset=0, device="cpu": noise.signs_of_rank1(
+        numel, 37, seed, stream, offset, device
     ),
 }
 
@@ -70,7 +75,7 @@ def test_first_block_under_key_1_2():
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(c, id=f"{c['kind']}-{c['seed']}-{c['stream']}-{c['offset']}-{c['numel']}")
+        pytest.param(c, id="-".join(str(v) for k, v in c.items() if k != "values"))
         for c in GOLDEN["cases"]
     ],
 )
@@ -84,8 +89,13 @@ def test_golden_vectors(case):
     if kind == "gaussian":
         got = noise.gaussian(numel, **where).view(torch.int32)
         expected = [struct.unpack(">i", bytes.fromhex(h))[0] for h in case["values"].split()]
-    elif kind == "rademacher":
-        got = noise.rademacher(numel, **where)
+    elif kind in ("rademacher", "rank1"):
+        draw = noise.rademacher
+        if kind == "rank1":
+            draw = functools.partial(
+                noise.signs_of_rank1, columns=int(case["columns"]), device="cpu"
+            )
+        got = draw(numel, **where)
         expected = [{"+": 1.0, "-": -1.0}[sign] for sign in case["values"]]
     elif kind == "mask":
         got = noise.mask(numel, case["keep"], **where)
@@ -96,6 +106,9 @@ def test_golden_vectors(case):
     assert GOLDEN["version"] == noise.VERSION
     assert len(expected) == numel
     assert got.tolist() == expected
+    if "shape" in case:
+        whole = noise.rank1(case["shape"], seed=where["seed"], stream=where["stream"])
+        assert whole.shape == tuple(case["shape"]) and whole.flatten().tolist() == expected
 
 
 SHARDS = [
@@ -138,8 +151,13 @@ def test_every_part_of_the_address_matters(kind, other):
 
 
 def test_kinds_draw_different_words():
-    drawn = {tuple(noise.uniform16(64, kind, 5, 0, 0, "cpu").tolist()) for kind in range(4)}
-    assert len(drawn) == 4
+    for block in (0, 1, 2**32):
+        drawn = set()
+        for kind, size in noise.BLOCK.items():
+            words, _ = noise._blocks(1, 5, 0, block * size, kind, "cpu")
+            assert [int(w) for w in words] == block_words(kind, 5, 0, block)
+            drawn |= {int(w) for w in words}
+        assert list(noise.BLOCK) == list(range(6)) and len(drawn) == 24
 
 
 def test_rademacher_reads_bits_from_the_least_significant_of_word_0():

@@ -259,13 +259,16 @@ def test_no_correlation_between_addresses(one, other):
 def test_no_correlation_between_kinds():
     numel = 2**20
     z = noise.gaussian(numel, seed=7).double().numpy()
-    signs = noise.rademacher(numel, seed=7).double().numpy()
+    signs = [
+        noise._signs(numel, kind, 7, 0, 0, "cpu").double().numpy()
+        for kind in (noise.RADEMACHER, noise.LEFT, noise.RIGHT)
+    ]
     numbers = [
         noise.uniform16(numel, kind, 7, 0, 0, "cpu").double().numpy()
         for kind in (noise.MASK, noise.ROUNDING)
     ]
-    together = np.stack([z, z**2, signs, *numbers], 1)
-    between = correlations(together, together)[np.triu_indices(5, 1)]
+    together = np.stack([z, z**2, *signs, *numbers], 1)
+    between = correlations(together, together)[np.triu_indices(7, 1)]
     assert np.abs(between).max() < SIGMAS / math.sqrt(numel)
 
 

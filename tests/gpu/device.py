@@ -10,8 +10,11 @@ import pytest
 import torch
 from conftest import bits, same_bits
 
+from zokernels import noise
+
 DRY = os.environ.get("ZOKERNELS_GPU_DRY") == "1"
 DEVICE = "cpu" if DRY else "cuda"
+DISTS = list(noise.KINDS)
 marks = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -35,7 +38,7 @@ def to_device(tensors):
     for t in tensors:
         shift = t.storage_offset()
         whole = torch.zeros(shift + t.numel(), dtype=t.dtype, device=DEVICE)
-        out.append(whole[shift:].copy_(t))
+        out.append(whole[shift:].view(t.shape).copy_(t))
     return out
 
 

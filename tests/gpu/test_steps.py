@@ -80,8 +80,9 @@ def test_a_step_has_the_cpus_losses(family, mode):
     assert opt.perturb == mode
 
 
+@pytest.mark.parametrize("dist", ["rademacher" if DRY else "gaussian", "rank1"])
 @pytest.mark.parametrize("dtype", some([torch.float32, torch.bfloat16], 1), ids=str)
-def test_every_mode_has_the_same_slope(dtype):
+def test_every_mode_has_the_same_slope(dtype, dist):
     torch.manual_seed(0)
     config = hf.OPTConfig(
         vocab_size=50 if DRY else 9000, hidden_size=16 if DRY else 64, num_hidden_layers=1,
@@ -91,7 +92,7 @@ def test_every_mode_has_the_same_slope(dtype):
     model = few_trained(hf.OPTForCausalLM(config)).to(DEVICE, dtype).eval()
     ids = torch.randint(3, config.vocab_size, (3, 12), device=DEVICE)
     before = [p.clone() for p in model.parameters()]
-    slopes, dist = [], "rademacher" if DRY else "gaussian"
+    slopes = []
     for mode in MODES:
         opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, seed=5, perturb=mode, dist=dist, backend="triton")
         opt.step(lambda: model(input_ids=ids, labels=ids).loss)
@@ -122,15 +123,16 @@ RULES = {
     "sign": (zk.ZOSGDSign, torch.float32, dict(lr=1e-3)),
     "momentum": (zk.ZOSGDMomentum, torch.bfloat16, dict(state_dtype=torch.bfloat16)),
     "adam": (zk.ZOAdam, torch.float32, dict(lr=1e-3, weight_decay=0.1)),
+    "rank1": (zk.ZOSGD, torch.bfloat16, dict(num_queries=2, dist="rank1", weight_decay=0.1)),
 }
 
 
-@pytest.mark.parametrize("name", some(RULES, 3))
+@pytest.mark.parametrize("name", some(RULES, 4))
 def test_a_run_on_the_device_is_replayed_by_a_cpu(name, tmp_path):
     rule, dtype, options = RULES[name]
     if DRY:
         # An interpreted program of signs takes a third of one of normals.
-        options = {**options, "dist": "rademacher"}
+        options = {"dist": "rademacher"} | options
     base = Net(dtype)
     model = copy.deepcopy(base).to(DEVICE)
     x, y = (t.to(DEVICE) for t in TOKENS)

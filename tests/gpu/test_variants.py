@@ -7,17 +7,26 @@ import itertools
 
 import pytest
 import torch
-from device import DEVICE, DRY, assert_same, marks, some, states_to_device, to_device
-from test_ops import DISTS, DTYPES, mask_of, unaligned
+from conftest import varied
+from device import DEVICE, DISTS, DRY, assert_same, marks, some, states_to_device, to_device
+from test_ops import DTYPES, mask_of, unaligned
 from test_update import RULES, flat, states_of
 
 import zokernels as zk
 
 pytestmark = marks
 
+# Unaligned ones, and an aligned one of whole groups.
 SIZES = [9, 103] if DRY else [0, 1, 7, 8, 9, 127, 1003, 4099, 100_003]
+WHOLE = 8192 + 77 if DRY else 100_003
 MASKS, ROUNDINGS = ["none", "random", "magnitude", "bits"], ["nearest", "stochastic"]
 OFFSETS = [0, 3, 8, 2**35 - 4, 129, 1, 2**40 + 5, 2**35 - 2000, 2**32 - 50_000]
+COLUMNS = [8, 100, 3, 2**33, 0, 1, 128, 300, 768]
+
+
+def tensors(dtype):
+    ragged = [unaligned(size, dtype, i) for i, size in enumerate(SIZES)]
+    return [*ragged, varied(WHOLE, dtype, 20)]
 
 
 def mask_on(kind, tensors, device):
@@ -32,8 +41,9 @@ def numbers(each_step, rounding, dist):
     return dict(
         seeds=[3, 2**63 + 5, 7, 8],
         coeffs=[1e-3, -0.5, 2e-30, 0.25],
-        streams=[5, 2**32 - 1, 0, 1, 2, 3, 4, 6, 7][: len(SIZES)],
-        offsets=OFFSETS[: len(SIZES)],
+        streams=[*[5, 2**32 - 1, 0, 1, 2, 3, 4, 6, 7][: len(SIZES)], 8],
+        offsets=[*OFFSETS[: len(SIZES)], 2**35],
+        columns=[*COLUMNS[: len(SIZES)], 128] if dist == "rank1" else None,
         dist=dist,
         decay=[0.99, 1.0] if each_step else 0.99,
         rounding=rounding,
@@ -47,7 +57,7 @@ ADDS = list(itertools.product(DTYPES, DISTS, MASKS, ROUNDINGS, [False, True]))
 
 @pytest.mark.parametrize("dtype, dist, mask, rounding, each_step", some(ADDS, 3), ids=str)
 def test_add_noise(dtype, dist, mask, rounding, each_step):
-    cpu = [unaligned(size, dtype, i) for i, size in enumerate(SIZES)]
+    cpu = tensors(dtype)
     gpu, masks = to_device(cpu), [mask_on(mask, cpu, device) for device in ("cpu", DEVICE)]
     call = numbers(each_step, rounding, dist)
     zk.ops.add_noise_(cpu, mask=masks[0], **call)
@@ -75,9 +85,9 @@ UPDATES = sorted(
 
 @pytest.mark.parametrize("name, dtype, state, mask, rounding, each_step", some(UPDATES, 4), ids=str)
 def test_apply_update(name, dtype, state, mask, rounding, each_step):
-    # Half of the combinations with each distribution, so that each value meets both.
-    dist = DISTS[(len(name) + len(mask) + (state is torch.float32) + each_step) % 2]
-    cpu = [unaligned(size, dtype, i) for i, size in enumerate(SIZES)]
+    # A third of the combinations with each distribution, so that each value meets all.
+    dist = DISTS[(len(name) + len(mask) + (state is torch.float32) + each_step) % len(DISTS)]
+    cpu = tensors(dtype)
     cpu_states = states_of(name, cpu, state)
     gpu, gpu_states = to_device(cpu), states_to_device(cpu_states)
     masks = [mask_on(mask, cpu, device) for device in ("cpu", DEVICE)]

@@ -43,14 +43,9 @@ def numbers_of_pass(
         raise ValueError(
             f"coeffs has {len(coeffs)} numbers, but seeds has {len(seeds)}; give one for each seed."
         )
-    streams = list(range(len(params))) if streams is None else listed(streams, "streams")
-    offsets = [0] * len(params) if offsets is None else listed(offsets, "offsets")
-    for name, values in (("streams", streams), ("offsets", offsets)):
-        if len(values) != len(params):
-            raise ValueError(
-                f"{name} has {len(values)} numbers, but params has {len(params)} tensors; "
-                "give one for each tensor."
-            )
+    places = list(range(len(params)))
+    streams = places if streams is None else one_each(streams, "streams", params)
+    offsets = [0] * len(params) if offsets is None else one_each(offsets, "offsets", params)
     queries = _queries(each_step, len(seeds))
     decays = per_step(decay, "decay", len(seeds), each_step)
     rounding_seeds = per_step(rounding_seed, "rounding_seed", len(seeds), each_step)
@@ -83,12 +78,7 @@ def _columns(columns: Any, params: Sequence[torch.Tensor], dist: str) -> list[in
                 "omit them, or use dist='rank1'."
             )
         return [0] * len(params)
-    given = [None] * len(params) if columns is None else listed(columns, "columns")
-    if len(given) != len(params):
-        raise ValueError(
-            f"columns has {len(given)} numbers, but params has {len(params)} tensors; "
-            "give one for each tensor."
-        )
+    given = [None] * len(params) if columns is None else one_each(columns, "columns", params)
     for c in given:
         if c is not None and (isinstance(c, bool) or not isinstance(c, int) or not 0 <= c < 2**63):
             raise ValueError(
@@ -99,6 +89,17 @@ def _columns(columns: Any, params: Sequence[torch.Tensor], dist: str) -> list[in
     return [
         noise.columns_of(p.shape) if c is None else c for p, c in zip(params, given, strict=True)
     ]
+
+
+def one_each(value: Any, name: str, params: Sequence[torch.Tensor]) -> list:
+    """The numbers in a list that has one for each tensor."""
+    values = listed(value, name)
+    if len(values) != len(params):
+        raise ValueError(
+            f"{name} has {len(values)} numbers, but params has {len(params)} tensors; "
+            "give one for each tensor."
+        )
+    return values
 
 
 def listed(value: Any, name: str) -> list:

@@ -15,7 +15,7 @@ from zokernels import noise
 from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
-KINDS = tuple(noise.KINDS.values())
+KINDS = noise.KINDS.values()
 
 # Bounds the int64 and float64 temporaries of a chunk to about 100 MB.
 _CHUNK = 1 << 20
@@ -134,8 +134,7 @@ def _where(keep: torch.Tensor | None, new: torch.Tensor, old: torch.Tensor) -> t
 def _draw(plan: Pass, i: int, numel: int, seed: int, at: dict[str, Any]) -> torch.Tensor:
     if plan.kind == noise.RANK1:
         return noise.signs_of_rank1(numel, plan.columns[i], seed, **at)
-    draw = noise.gaussian if plan.kind == noise.GAUSSIAN else noise.rademacher
-    return draw(numel, seed=seed, **at)
+    return noise.DRAWS[plan.kind](numel, seed=seed, **at)
 
 
 def _keep(

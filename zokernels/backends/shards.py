@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from zokernels import masks, noise
+from zokernels.backends import checks
 
 
 class Cut(NamedTuple):
@@ -119,7 +120,8 @@ def cut(
         offsets: Only where no tensor is a `DTensor`, which knows its own.
         columns: As for `zokernels.ops.add_noise_`.
         mask: Any but `Bits`.
-        in_matrices: Whether the noise has rows and columns.
+        in_matrices: Whether the noise has rows and columns; else ``columns`` go on as they are, to
+            be refused.
 
     Raises:
         ValueError: If the arguments do not go together.
@@ -149,13 +151,15 @@ def cut(
             with_them.append([t[start : start + count] for t in flats])
             starts.append(offset)
             places.append(i)
-    numbers = places if streams is None else [streams[i] for i in places]
-    widths: list[int | None] | None = None
+    numbers, widths = places, columns
+    if streams is not None:
+        of_whole = checks.one_each(streams, "streams", params)
+        numbers = [of_whole[i] for i in places]
     if in_matrices:
-        of_whole = columns if columns is not None else [None] * len(params)
+        given = [None] * len(params) if columns is None else columns
         own = [
             noise.columns_of(p.shape) if c is None else c
-            for p, c in zip(params, of_whole, strict=True)
+            for p, c in zip(params, checks.one_each(given, "columns", params), strict=True)
         ]
         widths = [own[i] for i in places]
     return Cut(pieces, with_them, numbers, starts, widths, masks.take(mask, places))

@@ -292,7 +292,7 @@ class GraphedStep:
         """What is captured: no word of it comes from the host, and none goes there."""
         with self._perturber.session():
             together = isinstance(self._perturber, Paired) and not self._perturber.off
-            size = 2 if together else 1
+            size = self.opt._together if together else 1
             losses: list[Any] = []
             for i in range(0, len(self._lanes), size):
                 losses += self._losses_at(self._lanes[i : i + size])

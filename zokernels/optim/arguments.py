@@ -29,6 +29,21 @@ def module_of(params: Any) -> nn.Module | None:
     return inspect.getgeneratorlocals(params)["self"]
 
 
+def check_points(points: Any, perturb: str | None) -> None:
+    """Raise ValueError unless so many points can share a forward."""
+    if points == "all" or (type(points) is int and points >= 2):
+        if points == 2 or perturb == "paired":
+            return
+        raise ValueError(
+            f"points is {points!r}, but only perturb='paired' runs points in one forward, and "
+            f"perturb is {perturb!r}; give that, or leave points out."
+        )
+    raise ValueError(
+        f"points is {points!r}, but it must be how many points share a forward, at least 2, or "
+        "'all' of the step."
+    )
+
+
 def check_trainable(model: nn.Module | None, params: list[torch.Tensor]) -> None:
     """Raise unless a step can write every trainable parameter.
 

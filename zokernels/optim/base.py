@@ -44,7 +44,8 @@ class ZOOptimizer(Constructed):
         eps: Scale ε > 0 of the perturbation.
         num_queries: Directions a step, q ≥ 1.
         two_sided: Central difference, 2q forwards; otherwise forward difference, q + 1.
-        dist: Directions, ``"gaussian"`` or ``"rademacher"``.
+        dist: Directions, ``"gaussian"``, ``"rademacher"``, or ``"rank1"``, of which a forward needs
+            two vectors a matrix and no weights of its own.
         mask: What may be perturbed and updated, one of `zokernels.masks`.
         sparsity: Share s of the weights to leave out, by the rule of `zokernels.optim.sparse`: more
             of a tensor the smaller its weights are now. Instead of ``mask``.
@@ -59,8 +60,10 @@ class ZOOptimizer(Constructed):
         maximize: Step up instead of down.
         seed: Seed of the run. Step t's directions follow from (seed, t, query).
         perturb: ``"on_entry"`` (default for a module: memory of the largest layer), ``"paired"``
-            (two points in one forward: faster, twice the activations) or
+            (several points in one forward: faster, so many times the activations) or
             ``"in_place"`` (default for parameters: a copy of the trainable weights).
+        points: Of ``"paired"``: how many points share a forward, at least 2, or ``"all"`` of the
+            step: both sides of every query, or a whole population.
         lazy_logits: Make a language model's logits only where the loss looks at them; not in place.
         backend: As for `zokernels.ops.add_noise_`.
         max_bad_steps: Raise after this many steps in a row with a loss that was not finite.
@@ -258,7 +261,8 @@ class ZOOptimizer(Constructed):
 
         perturber = self._perturbers.of(params)
         with perturber.session():
-            losses = Losses(run, directions, perturber, self.timing, self._base_loss, block is None)
+            together = self._together if block is None else 1
+            losses = Losses(run, directions, perturber, self.timing, self._base_loss, together)
             yield losses
             self._base_loss = losses.base
 

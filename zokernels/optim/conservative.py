@@ -61,4 +61,4 @@ def _move(group: dict, found: Estimate, side: int) -> Move:
     """What the update of a group does to each of its parameters."""
     gradients = [side * (d / float(group["eps"])) for d in found.differences]
     decay = 1.0 - float(group["lr"]) * group["weight_decay"]
-    return Move(tuple(step_coefficients(group, gradients)), decay, group["rounding"])
+    return Move(tuple(step_coefficients(group, gradients)), decay, group["rounding"], True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from zokernels.distributed import Distributed, connect
 from zokernels.optim import blocks as partitions
 from zokernels.optim import notices, sparse
 from zokernels.optim.accumulation import Accumulating, Batches
-from zokernels.optim.arguments import check_trainable, module_of
+from zokernels.optim.arguments import check_points, check_trainable, module_of
 from zokernels.optim.buffers import Buffers
 from zokernels.optim.forward import StepTiming
 from zokernels.optim.groups import check_group, describe, join_run
@@ -52,6 +53,7 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         maximize: bool = False,
         seed: int = 0,
         perturb: str | None = None,
+        points: int | str = 2,
         lazy_logits: bool = True,
         backend: str | None = None,
         max_bad_steps: int = 10,
@@ -68,6 +70,8 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
             notices.of_a_list(type(self).__name__)
         self.perturb = choose_mode(self.model, perturb)
         self._wanted = perturb
+        check_points(points, perturb)
+        self.points = points
         self.lazy_logits = lazy_logits
         self.backend = backend
         self.max_bad_steps = max_bad_steps
@@ -115,6 +119,13 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
             sparse.install(self.param_groups)
         # What the first step compares the model with.
         self._world = World.read(self._optimizers(), self.model)
+
+    @property
+    def _together(self) -> int:
+        """How many points share a forward."""
+        if self.perturb != "paired":
+            return 1
+        return sys.maxsize if self.points == "all" else int(self.points)
 
     def _optimizers(self) -> list[torch.optim.Optimizer]:
         """This one, and what else trains parts of the model in its steps."""

@@ -22,6 +22,9 @@ Closure = Callable[[], torch.Tensor | float]
 class StepTiming:
     """Seconds of the last step: forwards without the noise made in them, noise, update, all.
 
+    ``matrices`` is how many perturbed matrices the forwards have made in memory: with
+    ``dist="rank1"`` those of operations that have no other way.
+
     With ``reuse_forward`` of `HybridZO` the backward counts among the forwards.
     ``waiting`` is what the exchange with other processes took: mostly, waiting for the slowest.
     """
@@ -32,6 +35,7 @@ class StepTiming:
     update: float = 0.0
     waiting: float = 0.0
     total: float = 0.0
+    matrices: int = 0
 
 
 def check_closure(closure: Closure | None) -> Closure:
@@ -162,8 +166,8 @@ class Losses:
         perturber: Perturbs the model.
         timing: Where the time is noted.
         base: The loss at θ, if it is known.
-        together: Whether points may share a forward: those of a block may not, which begin at the
-            block from what the last one left.
+        together: How many points share a forward: 1 for those of a block, which begin at the block
+            from what the last one left.
 
     Attributes:
         base: The loss at θ, if it is known by now.
@@ -176,20 +180,21 @@ class Losses:
         perturber: InPlace | OnEntry,
         timing: StepTiming,
         base: float | None,
-        together: bool,
+        together: int,
     ):
         self.run, self.directions, self.perturber = run, directions, perturber
         self.timing, self.base = timing, base
-        self.together = together and isinstance(perturber, Paired)
+        self.together = together if isinstance(perturber, Paired) else 1
 
     def of(self, places: Sequence[Place]) -> list[float]:
         """The loss at each of some places, which share a forward where that is possible."""
         before, noise_before = time.perf_counter(), self.perturber.seconds
+        whole_before = self.perturber.matrices
         lanes = [
             None if moves is None else self.directions(moves, seeds, rounding_seed=rounding_seed)
             for moves, seeds, rounding_seed in places
         ]
-        if self.together and len(lanes) > 1:
+        if self.together > 1 and len(lanes) > 1:
             assert isinstance(self.perturber, Paired)
             found = self.perturber.run_all(lanes, lambda: self.run(self.perturber.params))
             if None in lanes:
@@ -198,6 +203,7 @@ class Losses:
             found = [self._at(lane) for lane in lanes]
         noise = self.perturber.seconds - noise_before
         self.timing.noise += noise
+        self.timing.matrices += self.perturber.matrices - whole_before
         self.timing.forwards += time.perf_counter() - before - noise
         return found
 

@@ -33,7 +33,7 @@ def perturbed(
         model: The module; its parameters' streams are their positions in ``named_parameters()``.
         seed: Seed of the direction, 0 … 2⁶⁴ − 1.
         scale: Factor on the direction; negative for the other side.
-        dist: ``"gaussian"`` or ``"rademacher"``.
+        dist: ``"gaussian"``, ``"rademacher"`` or ``"rank1"``.
         mask: One of `zokernels.masks`, with one entry a trainable parameter where it is a list.
         perturb: ``"on_entry"`` (the default), or ``"in_place"``. On entry, a parameter that no
             forward uses is not perturbed in this context: it raises at its end; and what

@@ -47,6 +47,7 @@ class DeferredDirection(Direction):
         self.can_mirror = reads_in_memory(self.runs_by)  # type: ignore[misc]
         self.is_closed = False
         self._prepared: dict[tuple, list[Deferred]] = {}
+        self._vectors: DeferredDirection | None = None
 
     @property
     def count(self) -> int:
@@ -56,6 +57,19 @@ class DeferredDirection(Direction):
     def forget(self) -> None:
         """Let go of what is prepared: its memory may not be that of the next forward."""
         self._prepared.clear()
+        self._vectors = None
+
+    def of_vectors(self, vectors: Sequence[torch.Tensor], places: Sequence[int]) -> Direction:
+        """The same point, whose numbers are read where those of this one are."""
+        if self._vectors is None or self._vectors.params is not vectors:
+            like = super().of_vectors(vectors, places)
+            kinds = [self.kinds[i] for i in places]
+            self._vectors = DeferredDirection(like, self.numbers, kinds)
+        self._vectors.is_closed = self.is_closed
+        if self.other is not None:
+            # One of the two has been made before the other knew of it.
+            self._vectors.other = self.other.of_vectors(vectors, places)
+        return self._vectors
 
     def fill(
         self,

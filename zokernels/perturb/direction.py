@@ -15,11 +15,15 @@ from zokernels.backends import layouts, select
 
 
 class Move(NamedTuple):
-    """How a parameter moves along K directions: w ↦ decay · w + Σₖ scaleₖ · zₖ, rounded once."""
+    """How a parameter moves along K directions: w ↦ decay · w + Σₖ scaleₖ · zₖ, rounded once.
+
+    ``as_written`` asks for the values that a pass would write, to the bit.
+    """
 
     scales: tuple[float, ...]
     decay: float = 1.0
     rounding: str = "nearest"
+    as_written: bool = False
 
     @property
     def is_plain(self) -> bool:
@@ -49,6 +53,38 @@ class Direction:
     mask: masks.Mask | None = None
     backend: str | None = None
     rounding_seed: int = 0
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether a matrix's noise is known by two vectors, and nobody asks for its bits."""
+        return (
+            self.dist == "rank1"
+            and self.mask is None
+            and len(self.seeds) == 1
+            and all(move.is_plain and not move.as_written for move in set(self.moves))
+        )
+
+    def of_vectors(self, vectors: Sequence[torch.Tensor], places: Sequence[int]) -> Direction:
+        """The same point, of vectors that stand for rows or columns of parameters.
+
+        Args:
+            vectors: Of shape (rows, 1) or (1, columns).
+            places: For each the number of its parameter.
+        """
+        return Direction(
+            vectors,  # type: ignore[arg-type]
+            [self.streams[i] for i in places],
+            [self.moves[i] for i in places],
+            self.seeds,
+            self.dist,
+            backend=self.backend,
+        )
+
+    def columns_of(self, chosen: Sequence[int]) -> list[int] | None:
+        """The columns of the chosen parameters, where the noise has some."""
+        if self.dist != "rank1":
+            return None
+        return [noise.columns_of(self.params[i].shape) for i in chosen]
 
     @property
     def runs_by(self) -> ModuleType | None:
@@ -85,6 +121,7 @@ class Direction:
                 move.scales,
                 streams=[self.streams[chosen[j]] for j in places],
                 offsets=[offsets[j] for j in places] if offsets else None,
+                columns=self.columns_of([chosen[j] for j in places]),
                 dist=self.dist,
                 mask=masks.take(self.mask, [chosen[j] for j in places]),
                 decay=move.decay,

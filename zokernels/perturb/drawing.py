@@ -153,7 +153,8 @@ class Drawing:
     def _plan(self, lane: Direction, chosen: Sequence[int], out: Values) -> AddNoise:
         numbers = checks.numbers_of_pass(
             [self.sources[i] for i in chosen], lane.seeds, lane.moves[chosen[0]].scales,
-            streams=[lane.streams[i] for i in chosen], dist=lane.dist,
+            streams=[lane.streams[i] for i in chosen], columns=lane.columns_of(chosen),
+            dist=lane.dist,
         )  # fmt: skip
         return AddNoise(**numbers, out=out)
 

@@ -19,6 +19,7 @@ from torch import nn
 from zokernels import masks
 from zokernels.backends import layouts
 from zokernels.perturb.drawing import Drawing, Lane, Values
+from zokernels.perturb.factors import Factors
 from zokernels.perturb.windows import Windows, aligned, group_small
 
 # Tensors of up to so many elements are filled together.
@@ -39,8 +40,13 @@ class Filler:
     Attributes:
         lanes: The points of the forward that is under way.
         sources: The stored weights, while one is.
+        factors: What is known of matrices by two vectors, and not made.
         seconds: Time spent in here.
+        matrices: How many were made whole so far, one for each lane that has its own.
     """
+
+    # Whether operations may go by factors where they know how.
+    has_factors = True
 
     def __init__(self, params: Sequence[nn.Parameter], keep: bool = False):
         self.params = list(params)
@@ -48,9 +54,11 @@ class Filler:
         self.keep = keep
         self.lanes: Sequence[Lane] = ()
         self.seconds = 0.0
+        self.matrices = 0
+        self.factors = Factors(keep)
         self._drawing = Drawing(keep)
         self._scratch: dict[tuple, torch.Tensor] = {}
-        self._addresses: list[tuple] = []
+        self._addresses: tuple = ()
         self._groups: list[tuple[list[int], list[int]]] = []
         self._group_of: dict[int, int] = {}
         # Where a group's parameters lie in scratch: for each lane, a place a parameter.
@@ -72,14 +80,20 @@ class Filler:
         """What is asked for from here on is for a forward at these points."""
         self.sources = [p.detach() for p in self.params]
         addresses = [(p.data_ptr(), p.dtype, p.shape, p.stride()) for p in self.sources]
-        if addresses != self._addresses:
+        in_factors = any(lane is not None and lane.dist == "rank1" for lane in lanes)
+        if (addresses, in_factors) != self._addresses:
             self._forget_places()
-            self._addresses = addresses
-            self._groups = group_small(self.sources, SMALL)
+            self._addresses = (addresses, in_factors)
+            # A group is made whole, and matrices that have factors need not be.
+            most = [0 if in_factors and p.dim() > 1 else SMALL for p in self.sources]
+            self._groups = group_small(self.sources, most)
             self._group_of = {i: g for g, (chosen, _) in enumerate(self._groups) for i in chosen}
             self._windows.clear()
         self.lanes = lanes
         self._drawing.begin(lanes, self.sources)
+        if self.has_factors:
+            with self._timed():
+                self.factors.begin(lanes, self.sources)
         self._held, self._window, self._together, self._made = {}, {}, {}, set()
         self._room = _KEPT
         self._elements = self._elements_again = 0
@@ -90,6 +104,7 @@ class Filler:
     def end(self) -> None:
         """The forward is over."""
         self._held, self._window, self._together, self.sources = {}, {}, {}, []
+        self.factors.end()
         if self._elements_again > (_OFTEN - 1) * self._elements and not self._is_warned:
             self._is_warned = True
             warnings.warn(
@@ -104,6 +119,7 @@ class Filler:
     def release(self) -> None:
         """Give the scratch memory back; it is made again when it is needed."""
         self._scratch.clear()
+        self.factors.release()
         self._held, self._window = {}, {}
         self._forget_places()
 
@@ -170,6 +186,7 @@ class Filler:
             p = self.sources[i]
             size = p[at].numel()
             self._count((i, at), size)
+            self._count_matrix(p)
             out = [
                 p[at] if lane is None else self._own(("own", i, k, at), p[at])
                 for k, lane in enumerate(self.lanes)
@@ -186,9 +203,10 @@ class Filler:
         return i in self._again and self.sources[i].nbytes <= self._room
 
     def _keep(self, i: int) -> Values:
-        self._room -= self.sources[i].nbytes
-        self._count(i, self.sources[i].numel())
         p = self.sources[i]
+        self._room -= p.nbytes
+        self._count(i, p.numel())
+        self._count_matrix(p)
         memory = [self._piece(("own", i, k), p, p.numel()) for k in range(len(self.lanes))]
         out = [layouts.shaped(m, p) for m in memory]
         for o, lane in zip(out, self.lanes, strict=True):
@@ -204,6 +222,10 @@ class Filler:
         else:
             self._elements += elements
         self._made.add(what)
+
+    def _count_matrix(self, p: torch.Tensor) -> None:
+        if p.dim() > 1:
+            self.matrices += sum(lane is not None for lane in self.lanes)
 
     def part(self, i: int, begin: int, end: int) -> Values:
         """Rows ``begin`` … ``end`` − 1 of a matrix, in the scratch of `values`."""
@@ -233,6 +255,9 @@ class Filler:
         Returns:
             For each lane a tensor of shape (*numbers, width).
         """
+        if (vectors := self.factors.of(i)) is not None:
+            with self._timed():
+                return [vectors.rows(self.sources[i], n, k) for k, n in enumerate(numbers)]
         if (
             not self._drawing.is_native_for([self.sources[i]])
             or numbers[0].dtype is not torch.int64
@@ -259,6 +284,7 @@ class Filler:
     def _large(self, i: int) -> Values:
         p = self.sources[i]
         self._count(i, p.numel())
+        self._count_matrix(p)
         if self._drawing.in_windows:
             return self._in_window(i)
         out = [layouts.shaped(o, p) for o in self._take("large", p, p.numel())]
@@ -292,6 +318,7 @@ class Filler:
     def _fresh(self, i: int) -> Values:
         p = self.sources[i]
         self._count(i, p.numel())
+        self._count_matrix(p)
         out = [
             p if lane is None else self._own(("own", i, k), p) for k, lane in enumerate(self.lanes)
         ]
@@ -309,6 +336,7 @@ class Filler:
         chosen, pieces = self._groups[g][0], self._pieces_of(g)
         self._drawing.fill(("group", g), chosen, [list(own.values()) for own in pieces])
         for j in chosen:
+            self._count_matrix(self.sources[j])
             own = [
                 self.sources[j] if lane is None else pieces[k][j]
                 for k, lane in enumerate(self.lanes)

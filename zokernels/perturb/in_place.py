@@ -19,11 +19,16 @@ from zokernels.perturb.weight import Misused
 class InPlace:
     """Perturbs the weights themselves, from a copy of them (1 × the trainable weights).
 
+    Attributes:
+        matrices: How many were made in memory besides: none.
+
     Args:
         params: What is perturbed.
         keep: Keep the copy's memory between sessions, at the same addresses.
         model: The module, where there is one: what a parameter is called.
     """
+
+    matrices = 0
 
     def __init__(
         self,

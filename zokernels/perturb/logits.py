@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from zokernels.perturb import structured
 from zokernels.perturb.dispatch import DATA, METADATA, writes
 from zokernels.perturb.weight import Entry, Misused, PerturbedWeight, Unshareable, is_perturbed
 
@@ -194,6 +195,10 @@ class PerturbedLogits(torch.Tensor):
         flat = [h.contiguous() for h in flat]
         step = rows_of_a_part(flat[0].shape[1], flat[0].dtype, flat[0].device.type)
         biases = self.biases()
+        vectors = filler.factors.of(self.weight)
+        if vectors is not None:
+            yield from structured.parts(filler.sources[self.weight], vectors, flat, biases, step)
+            return
         for begin in range(0, self.vocabulary, step):
             end = min(begin + step, self.vocabulary)
             values = filler.part(self.weight, begin, end)

@@ -58,6 +58,11 @@ class OnEntry:
         """Time spent on noise."""
         return self._filler.seconds
 
+    @property
+    def matrices(self) -> int:
+        """How many perturbed matrices were made in memory so far."""
+        return self._filler.matrices
+
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
         """The forwards of one step."""

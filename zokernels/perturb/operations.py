@@ -1,7 +1,8 @@
 """The operations that take weights, on weights that each lane of a forward has its own of.
 
 They are here for speed: what is known of an operation is made in scratch memory, and without the
-weights of all lanes in one tensor. An operation returns NotImplemented where it meets what it
+weights of all lanes in one tensor; or, along a direction of rank one, with the stored weights alone
+(`zokernels.perturb.structured`). An operation returns NotImplemented where it meets what it
 doesn't know; it is then done on weights with memory of their own.
 """
 
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from zokernels.perturb import structured
 from zokernels.perturb.dispatch import OPERATIONS
 from zokernels.perturb.logits import PerturbedLogits
 from zokernels.perturb.weight import Entry, Unshareable, is_perturbed, resolve
@@ -24,6 +26,8 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if is_perturbed(weight) and PerturbedLogits.can_wait(x, weight):
         return PerturbedLogits.waiting(x, weight, bias)
+    if (vectors := structured.vectors_of(weight)) is not None:
+        return structured.linear(x, weight, bias, vectors)
     if entry.points is not None and _can_write_apart(x):
         return _linear_apart(x, weight, bias, entry)
     return _each(x, (weight, bias), F.linear)
@@ -61,7 +65,36 @@ def _addmm(bias: Any, x: Any, weight: Any, **kwargs: Any) -> Any:
     # Conv1D of transformers.
     if kwargs:
         return NotImplemented
+    found = _matmul(x, weight, bias)
+    if found is not NotImplemented:
+        return found
     return _each(x, (bias, weight), lambda own, b, w: torch.addmm(b, own, w))
+
+
+def _matmul(x: Any, weight: Any, bias: Any = None) -> Any:
+    vectors = structured.vectors_of(weight)
+    if vectors is None or weight.dim() != 2 or not _is_known(x, weight.entry):
+        return NotImplemented
+    return structured.matmul(x, weight, bias, vectors)
+
+
+def _convolution(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    def run(
+        x: Any,
+        weight: Any,
+        bias: Any = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> Any:
+        vectors = structured.vectors_of(weight)
+        if vectors is None or not _is_known(x, weight.entry):
+            return NotImplemented
+        place = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
+        return structured.convolution(operation, x, weight, bias, vectors, place)
+
+    return run
 
 
 def _layer_norm(
@@ -174,6 +207,12 @@ OPERATIONS.update(
         F.layer_norm: _layer_norm,
         F.rms_norm: _rms_norm,
         torch.addmm: _addmm,
+        torch.matmul: _matmul,
+        torch.Tensor.matmul: _matmul,
+        torch.Tensor.__matmul__: _matmul,
+        F.conv1d: _convolution(F.conv1d),
+        F.conv2d: _convolution(F.conv2d),
+        F.conv3d: _convolution(F.conv3d),
         torch.mul: _elementwise(torch.mul),
         torch.Tensor.mul: _elementwise(torch.mul),
         torch.add: _elementwise(torch.add),

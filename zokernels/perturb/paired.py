@@ -45,10 +45,11 @@ class Paired(OnEntry):
         """``forward()`` at every point: what `run` gives for each."""
         if self.off is not None or len(lanes) == 1:
             return [self._run_alone(lane, forward) for lane in lanes]
-        done = []
+        known: dict[int, float] = {}
         if not self._is_settled:
-            # A forward of its own tells which parameters no operation asks for.
-            done = [self._run_alone(lanes[0], forward)]
+            # A perturbed forward of its own tells which parameters no operation asks for.
+            k = next((k for k, lane in enumerate(lanes) if lane is not None), 0)
+            known[k] = self._run_alone(lanes[k], forward)
         try:
             for holder in self._hooks.holders:
                 kind = type(holder).__name__
@@ -58,7 +59,10 @@ class Paired(OnEntry):
             if not (isinstance(error, Unshareable) or is_about_points(error)):
                 raise
             why = str(error)
-        found = done + [self._run_alone(lane, forward) for lane in lanes[len(done) :]]
+        found = [
+            known[k] if k in known else self._run_alone(lane, forward)
+            for k, lane in enumerate(lanes)
+        ]
         # What a forward of its own raises as well has been raised by now.
         self._give_up(why)
         return found

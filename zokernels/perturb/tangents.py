@@ -53,6 +53,7 @@ class _Tangents(Filler):
     """Makes weights with their tangents; nothing is kept beyond the operation that asked."""
 
     can_split = False
+    has_factors = False
 
     def fresh(self, i: int) -> Values:
         """A parameter with its tangent."""

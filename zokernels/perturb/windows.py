@@ -71,15 +71,19 @@ class Windows:
         return windows
 
 
-def group_small(params: Sequence[torch.Tensor], small: int) -> list[tuple[list[int], list[int]]]:
+def group_small(
+    params: Sequence[torch.Tensor], most: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
     """Groups of small parameters of one kind: their numbers, and where each begins in scratch.
+
+    Small is what has at most so many elements as ``most`` says of it.
 
     What is not row-major is filled one by one, so that such parameters have groups of their own.
     """
     groups: list[tuple[list[int], list[int]]] = []
     end: dict[int, int] = {}
     open_group: dict[tuple, int] = {}
-    for i, p in enumerate(params):
+    for i, (p, small) in enumerate(zip(params, most, strict=True)):
         if p.numel() > small:
             continue
         kind = (p.dtype, p.device, p.is_contiguous())

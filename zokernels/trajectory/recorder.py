@@ -41,6 +41,7 @@ class Recorder:
         self._writer = writer
         self._seed = seed
         self._tensors = [p for _, p, _ in named]
+        self._streams = [stream for _, _, stream in named]
         self._following = following
         self._begun_with = [(name, checksums.shape(p), p.dtype) for name, p, _ in named]
         self._places = {id(p): i for i, p in enumerate(self._tensors)}
@@ -189,8 +190,9 @@ class Recorder:
             with ops.listening(lambda *call: self._noted.append(self._scalars(step, *call))):
                 yield
         except BaseException as error:
-            # These two are raised before a weight is written.
-            if self._noted or not isinstance(error, ValueError | TypeError):
+            # These two are raised before a weight is written; what is said of a pass, after it.
+            refused = isinstance(error, ValueError | TypeError)
+            if self._noted or not refused or isinstance(error, TrajectoryError):
                 self._break(step, type(error).__name__)
             raise
 
@@ -231,6 +233,7 @@ class Recorder:
         coeffs: Sequence[float],
         options: dict[str, Any],
     ) -> Scalars:
+        self._check_own(params, options)
         of = self._describe(rule, params, options)
         own = [derive_seed(self._seed, step, k) for k in range(len(seeds))]
         rounding_seed = options["rounding_seed"]
@@ -248,6 +251,25 @@ class Recorder:
             mask_seed=None if mask_seed == self._mask_seeds[of] else mask_seed,
         )
 
+    def _check_own(self, params: Sequence[torch.Tensor], options: dict[str, Any]) -> None:
+        """Raise unless a replay would give the pass the same places, streams and columns."""
+        streams = options["streams"] or range(len(params))
+        columns = options["columns"] or [None] * len(params)
+        if (
+            options["offsets"] is not None
+            or options["each_step"]
+            or list(streams) != [self._streams[self._place(p)] for p in params]
+            or any(
+                c not in (None, noise.columns_of(p.shape))
+                for p, c in zip(params, columns, strict=True)
+            )
+        ):
+            raise TrajectoryError(
+                "A pass over shards or several steps, or with streams or columns that are not its "
+                "parameters' own, was made in one optimizer step, which a trajectory cannot "
+                "record; pass whole parameters, one step at a time."
+            )
+
     def _describe(self, rule: str, params: Sequence[torch.Tensor], options: dict[str, Any]) -> int:
         """The number of the description that fits the pass; a new one where none does."""
         mask = masks.to_plain(options["mask"])
@@ -261,11 +283,6 @@ class Recorder:
         )  # fmt: skip
         if key in self._known:
             return self._known[key]
-        if options["offsets"] is not None or options["each_step"]:
-            raise TrajectoryError(
-                "A pass over shards, or over several steps, was made in one optimizer step, which "
-                "a trajectory cannot record; pass whole parameters, one step at a time."
-            )
         described = {
             "rule": rule,
             "parameters": [self._place(p) for p in params],

@@ -18,7 +18,8 @@ PARTS = {
     "update": ("update", style.GREEN),
     "rest": ("Python", style.PURPLE),
 }
-MODES = ("paired", "on_entry", "in_place")
+# What costs its forwards alone, and the modes of dense noise.
+MODES = ("rank1", "paired", "on_entry", "in_place")
 PEERS = {
     "fo-sgd": "FO-SGD, backprop",
     "fo-adamw": "FO-AdamW, backprop",
@@ -34,7 +35,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     Raises:
         ValueError: If no row has peers.
     """
-    cases = steps.compared(rows)
+    cases = _cases(rows)
     if not cases:
         raise ValueError("no row has peers")
     figure.set_size_inches(style.WIDTH, 5.7)
@@ -54,13 +55,25 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     first = cases[0][0]
     what = (
         f"{first['model'].upper()} with random weights, {first['rows']} × {first['length']} "
-        "tokens, full fine-tuning by ZO-SGD. Medians, each over forwards timed in turn with it; "
-        "whiskers: quartiles; dashed: the two plain forwards."
+        "tokens, full fine-tuning by ZO-SGD: rank1 on entry, the other modes along normals. "
+        "Medians, each over forwards timed in turn with it; whiskers: quartiles; dashed: the two "
+        "plain forwards."
     )
     style.frame(
         figure, "Time of a fine-tuning step, by part", f"{what} {results.caption(used)}.",
         above[0].get_legend_handles_labels()[0],
     )  # fmt: skip
+
+
+def _cases(rows: Sequence[Row]) -> list[tuple[Row, dict[str, Row]]]:
+    """For each type the row that has peers, and the steps by `MODES`."""
+    found: dict[str, tuple[Row, dict[str, Row]]] = {}
+    for row, modes in steps.compared(rows):
+        if row["dist"] not in ("rank1", "gaussian"):
+            continue
+        own = {"rank1": modes["on_entry"]} if row["dist"] == "rank1" else modes
+        found[row["dtype"]] = (row, found.get(row["dtype"], (row, {}))[1] | own)
+    return list(found.values())
 
 
 def _all(axes: Any, row: Row, modes: dict[str, Row]) -> None:

@@ -71,14 +71,15 @@ def reading(rows: Sequence[Row]) -> str:
     """How docs/performance.md reads the table."""
     narrow, wide = _gaussians(rows)
     by_memory = sum(binding_seeds(row) > 1 for row in chosen(rows))
-    signs = {r["case"]: r for r in chosen(rows)}["add_noise bfloat16 rademacher"]
+    of = {row["case"]: row for row in chosen(rows)}
+    signs, rank1 = (of[f"add_noise bfloat16 {dist}"] for dist in ("rademacher", "rank1"))
     return (
         f"Read so: with one seed memory binds {by_memory} of {len(chosen(rows))} kernels. Of a "
         f"Gaussian `add_noise` the instructions take {_share(narrow)} of the memory's time in "
         f"bfloat16 and {_share(wide)} in float32; with {binding_seeds(narrow)} seeds in bfloat16, "
         f"or {binding_seeds(wide)} in float32, they bind the pass. Replaying many seeds in one "
         f"pass is making noise and nothing else, {_further(narrow)} instructions a weight and "
-        f"seed ({_further(signs)} with signs)."
+        f"seed ({_further(signs)} with signs, {_further(rank1)} with signs of rows and columns)."
     )
 
 

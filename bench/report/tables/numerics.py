@@ -32,6 +32,22 @@ def estimate(rows: Sequence[Row]) -> str:
     return f"{document.table(head, lines, 'l' + 'r' * 10)}\n\n{results.caption(rows)}."
 
 
+def rank1(rows: Sequence[Row]) -> str:
+    """Gain and noise of the estimate along rank one, a line a type and ε."""
+    ways = ("float32", "whole", "vectors")
+    of = {(r["dtype"], r["scale"], r["experiment"]): r for r in rows}
+    lines = []
+    for dtype, scale in dict.fromkeys((r["dtype"], r["scale"]) for r in _of("estimate", rows)):
+        cells = [of[(dtype, scale, f"rank1, {way}")] for way in ways]
+        gains = [f"{float(r['gain']):.3f} ± {float(r['gain_error']):.3f}" for r in cells]
+        lines.append([dtype, scale, *gains, *(f"{float(r['noise']):.2g}" for r in cells)])
+    head = (
+        "weights", "ε", "gain, float32", "whole weights", "two vectors", "noise, float32",
+        "whole weights", "two vectors",
+    )  # fmt: skip
+    return document.table(head, lines, "l" + "r" * 7)
+
+
 def update(rows: Sequence[Row]) -> str:
     """Gain and noise of the update, a line a type, size and rounding."""
     lines = [

@@ -35,6 +35,8 @@ OPTIMIZERS = {
     "blocks": (zk.ZOSGD, dict(blocks="module")),
     "simultaneous": (zk.ZOAdam, dict(blocks="module", block_order="simultaneous")),
     "sparse": (zk.ZOSGD, dict(sparsity=0.3, resample_every=2)),
+    "rank1": (zk.ZOSGD, dict(dist="rank1")),
+    "rank1-in-place": (zk.ZOAdam, dict(dist="rank1", perturb="in_place")),
     "paired": (zk.ZOSGD, dict(perturb="paired")),
     "in-place": (zk.ZOSGD, dict(perturb="in_place", mask=zk.masks.Magnitude(0.3))),
 }

@@ -37,8 +37,18 @@ SHARDED = {
     "blocks": dict(),
     "sparse": dict(),
     "in-place": dict(),
+    "rank1-in-place": dict(mask=zk.masks.Random([0.5, 0.9, 0.1, 0.7], seed=9)),
     "sign": dict(mask=zk.masks.Random([0.5, 0.9, 0.1, 0.7], seed=9)),
 }
+
+# Arguments of a pass over four tensors that are none.
+LISTS = (
+    dict(streams=[1, 2, 3]),
+    dict(dist="rank1", columns=[6] * 5),
+    dict(dist="rank1", columns=6),
+    dict(columns=[6, 0, 7, 0]),
+)
+IN_16_BITS = dict(state_dtype=torch.bfloat16, rounding="stochastic", lr=0.1)
 
 
 def sharded(model, mesh=None, root_only=False):
@@ -67,11 +77,11 @@ def fsdp(name):
     )
 
 
-def fsdp_16_bit():
+def fsdp_16_bit(name):
     model = sharded(network(torch.bfloat16))
-    opt = make(model, "adam", state_dtype=torch.bfloat16, rounding="stochastic", lr=0.1)
+    opt = make(model, name, **IN_16_BITS)
     train(model, opt, [0, 1], dtype=torch.bfloat16)
-    again = make(model, "adam", state_dtype=torch.bfloat16, rounding="stochastic", lr=0.1)
+    again = make(model, name, **IN_16_BITS)
     again.load_state_dict(opt.state_dict())
     train(model, again, [2, 3], dtype=torch.bfloat16)
     return dict(weights=weights(model))
@@ -117,16 +127,16 @@ def fsdp_not_finite():
     return dict(same=all(map(torch.equal, before, weights(model))), bad=opt.bad_steps)
 
 
-def fsdp_recorded(out):
+def fsdp_recorded(out, name):
     model = sharded(network())
-    opt = make(model, "momentum")
-    path = out / f"sharded-{dist.get_world_size()}.zk"
+    opt = make(model, name)
+    path = out / f"sharded-{name}-{dist.get_world_size()}.zk"
     opt.record(path)
     train(model, opt)
     opt.trajectory.close()
     done = weights(model)
     model = sharded(network())
-    opt = make(model, "momentum")
+    opt = make(model, name)
     opt.resume(path, until=2)
     train(model, opt, range(2, STEPS))
     opt.trajectory.close()
@@ -136,6 +146,7 @@ def fsdp_recorded(out):
 def fsdp_refused():
     model = sharded(network())
     bits = zk.masks.Bits([torch.ones(p.shape, dtype=torch.bool) for p in network().parameters()])
+    cut = list(model.parameters())
     return dict(
         on_entry=caught(ValueError, lambda: make(model, perturb="on_entry")),
         forward=caught(ValueError, lambda: make(model, "forward")),
@@ -143,6 +154,12 @@ def fsdp_refused():
             ValueError, lambda: train(model, make(model, num_queries=4, parallel="query"))
         ),
         bits=caught(ValueError, lambda: train(model, make(model, mask=bits))),
+        lists=[
+            caught(
+                (ValueError, TypeError), lambda how=how: zk.ops.add_noise_(cut, [1], [1.0], **how)
+            )
+            for how in LISTS
+        ],
     )
 
 
@@ -181,10 +198,12 @@ def tensor_parallel(two_dimensional):
     model = parallelize_module(model, mesh["tensor"], plan)
     if two_dimensional:
         model = sharded(model, mesh["data"])
-    with zk.perturbed(model, 7, 0.1, dist="gaussian"):
-        moved = weights(model)
-    with zk.perturbed(plain, 7, 0.1, dist="gaussian", perturb="in_place"):
-        wanted = weights(plain)
+    moved, wanted = [], []
+    for kind in ("gaussian", "rank1"):
+        with zk.perturbed(model, 7, 0.1, dist=kind):
+            moved += weights(model)
+        with zk.perturbed(plain, 7, 0.1, dist=kind, perturb="in_place"):
+            wanted += weights(plain)
     opts = [make(m, "adam") for m in (model, plain)]
     losses = [train(m, opt) for m, opt in zip((model, plain), opts, strict=True)]
     return dict(
@@ -203,16 +222,39 @@ def uneven():
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     world = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (world,))
-    whole = torch.randn(5, 9, 3, generator=torch.Generator().manual_seed(1))
-    plain = whole.clone()
-    zk.ops.add_noise_([plain], [3, 4], [0.5, 1.0], streams=[2], mask=zk.masks.Random(0.7, 1))
+    line = init_device_mesh("cpu", (world,))
+    placements = [[p] for p in (Shard(0), Shard(1), Shard(-1), Replicate())]
+    meshes = [(line, placed) for placed in placements]
+    if world == 4:
+        grid = init_device_mesh("cpu", (2, 2))
+        meshes += [(grid, placed) for placed in ([Shard(0), Shard(1)], [Shard(1), Shard(0)])]
     same = {}
-    for placement in (Shard(0), Shard(1), Shard(2), Replicate()):
-        cut = distribute_tensor(whole.clone(), mesh, [placement])
-        zk.ops.add_noise_([cut], [3, 4], [0.5, 1.0], streams=[2], mask=zk.masks.Random(0.7, 1))
-        same[str(placement)] = torch.equal(cut.full_tensor(), plain)
+    for kind in ("gaussian", "rank1"):
+        for shape in ((5, 9), (5, 9, 3), (5, 3, 2, 3)):
+            for mesh, placed in meshes:
+                where = f"{kind} {shape} {placed}"
+                same[where] = all(
+                    torch.equal(cut.full_tensor(), plain)
+                    for cut, plain in _passes_over(
+                        shape, lambda t, m=mesh, p=placed: distribute_tensor(t, m, p), kind
+                    )
+                )
     return same
+
+
+def _passes_over(shape, cut, kind):
+    """A tensor after two passes, and its state: cut over the processes, and whole."""
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    how = dict(dist=kind, streams=[2], mask=zk.masks.Random(0.7, 1), decay=0.99)
+    found = []
+    for place in (cut, lambda whole: whole):
+        weight, m = place(start.clone()), place(torch.zeros(shape))
+        zk.ops.add_noise_([weight], [3, 4], [0.5, 1.0], **how)
+        zk.ops.apply_update_(
+            [weight], [{"m": m}], "momentum", [5, 6], [0.25, -1.0], lr=0.1, beta=0.9, **how
+        )
+        found.append((weight, m))
+    return zip(*found, strict=True)
 
 
 def main(out):
@@ -221,10 +263,12 @@ def main(out):
     found = {f"data {name}": data(name) for name in OPTIMIZERS}
     found |= {f"query {name}": query(name) for name in OPTIMIZERS}
     cases = (traffic, not_finite, failing, straying, other_settings, refused, uneven,
-             fsdp_16_bit, fsdp_shares, fsdp_interrupted, fsdp_not_finite, fsdp_refused)  # fmt: skip
+             fsdp_shares, fsdp_interrupted, fsdp_not_finite, fsdp_refused)  # fmt: skip
     found |= {case.__name__: case() for case in cases}
     found |= {f"fsdp {name}": fsdp(name) for name in SHARDED}
-    found |= {case.__name__: case(out) for case in (recorded, resumed, fsdp_recorded)}
+    found |= {f"16 bits {name}": fsdp_16_bit(name) for name in ("adam", "rank1-in-place")}
+    found |= {case.__name__: case(out) for case in (recorded, resumed)}
+    found |= {f"recorded {n}": fsdp_recorded(out, n) for n in ("momentum", "rank1-in-place")}
     found["tensor parallel"] = tensor_parallel(two_dimensional=False)
     if world == 4:
         found |= {"both": both(), "hsdp": hsdp(), "two_runs": two_runs(out)}

@@ -229,11 +229,11 @@ def test_weights_cut_by_fsdp_make_the_same_bits(found, world, name):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_bfloat16_weights_and_states_cut_by_fsdp(found, world):
+@pytest.mark.parametrize("name", ["adam", "rank1-in-place"])
+def test_bfloat16_weights_and_states_cut_by_fsdp(found, world, name):
     one = ranks.network(torch.bfloat16)
-    options = dict(state_dtype=torch.bfloat16, rounding="stochastic", lr=0.1)
-    ranks.train(one, ranks.make(one, "adam", **options), dtype=torch.bfloat16)
-    assert same(each(found, world, "fsdp_16_bit")[0]["weights"], ranks.weights(one))
+    ranks.train(one, ranks.make(one, name, **ranks_cut.IN_16_BITS), dtype=torch.bfloat16)
+    assert same(each(found, world, f"16 bits {name}")[0]["weights"], ranks.weights(one))
 
 
 @pytest.mark.parametrize("world", WORLDS)
@@ -259,11 +259,12 @@ def test_a_loss_that_is_not_finite_with_cut_weights(found, world):
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_the_log_of_cut_weights_is_that_of_whole_ones(found, out, world):
-    for result in each(found, world, "fsdp_recorded"):
+@pytest.mark.parametrize("name", ["momentum", "rank1-in-place"])
+def test_the_log_of_cut_weights_is_that_of_whole_ones(found, out, world, name):
+    for result in each(found, world, f"recorded {name}"):
         assert same(result["weights"], result["resumed"])
     whole = ranks.network()
-    zk.replay(whole, out / f"sharded-{world}.zk")
+    zk.replay(whole, out / f"sharded-{name}-{world}.zk")
     assert same(ranks.weights(whole), result["weights"])
 
 
@@ -275,6 +276,17 @@ def test_what_cut_weights_cannot_do_is_refused(found, world):
         assert "no forward-mode derivative" in result["forward"]
         assert "gives them different directions" in result["query"]
         assert "Bits" in result["bits"]
+        for message, expected in zip(
+            result["lists"],
+            (
+                "streams has 3 numbers, but params has 4",
+                "columns has 5 numbers, but params has 4",
+                "columns is 6, but it must be a list",
+                "columns are given, but dist is 'gaussian'",
+            ),
+            strict=True,
+        ):
+            assert expected in message
 
 
 def test_copies_of_cut_weights_with_directions_of_their_own(found):
@@ -289,7 +301,10 @@ def test_copies_of_cut_weights_with_directions_of_their_own(found):
 @pytest.mark.parametrize("world", WORLDS)
 def test_a_part_of_any_dimension_has_the_noise_of_its_place(found, world):
     for process in found[world]:
-        assert len(process["uneven"]) == 4 and all(process["uneven"].values())
+        result = process["uneven"]
+        assert [where for where, fits in result.items() if not fits] == []
+        # Two distributions, three shapes, four placements of a line and two of a grid.
+        assert len(result) == 2 * 3 * (6 if world == 4 else 4)
 
 
 @pytest.mark.parametrize(

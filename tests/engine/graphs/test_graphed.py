@@ -91,6 +91,10 @@ CASES = {
     "plain": {},
     "one-sided": dict(two_sided=False, num_queries=3, weight_decay=0.3),
     "queries": dict(num_queries=3, weight_decay=0.1, dist="rademacher", maximize=True),
+    "rank one": dict(num_queries=3, weight_decay=0.1, dist="rank1"),
+    "rank one, all points": dict(dist="rank1", num_queries=2, points="all", two_sided=False),
+    "rank one, rounding": dict(dtype=torch.bfloat16, dist="rank1", rounding="stochastic"),
+    "rank one, sign": dict(rule=zk.ZOSGDSign, lr=1e-4, dist="rank1"),
     "rounding": dict(dtype=torch.bfloat16, rounding="stochastic", weight_decay=0.2),
     "half": dict(dtype=torch.float16, num_queries=2, rounding="stochastic"),
     "mask": dict(mask=zk.masks.Random(0.6, 5)),
@@ -105,7 +109,8 @@ CASES = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_the_optimizers_step_bit_for_bit(case, mode):
-    one, other = pair(perturb=mode, **CASES[case])
+    options = {k: v for k, v in CASES[case].items() if k != "points" or mode == "paired"}
+    one, other = pair(perturb=mode, **options)
     (model, opt), (twin, twin_opt) = one, other
     first, *rest = batches(5)
     step = zk.GraphedStep(twin_opt, loss_fn(twin), first, capture=False)

@@ -27,6 +27,8 @@ RULES = {
     "chosen weights": (zk.ZOSGDMomentum, {}),
     "sparsity": (zk.ZOSGD, dict(sparsity=0.3, resample_every=2)),
     "blocks": (zk.ZOSGD, dict(blocks="module")),
+    "rank one": (zk.ZOSGD, dict(dist="rank1", num_queries=2)),
+    "rank one adam": (zk.ZOAdam, dict(dist="rank1")),
     "signs": (zk.ZOSGD, dict(dist="rademacher", two_sided=False, maximize=True)),
 }
 

@@ -17,6 +17,7 @@ RUNS = {
     "sgd": (zk.ZOSGD, dict(num_queries=2, mask=zk.masks.Magnitude(0.4))),
     "sparse": (zk.ZOSGD, dict(sparsity=0.3, resample_every=1)),
     "adam": (zk.ZOAdam, dict(amsgrad=False, bias_correction=True)),
+    "rank1": (zk.ZOSGDSign, dict(dist="rank1", num_queries=2)),
 }
 ODD = JSON | st.sampled_from([-1, 2**32, 2**64, 2**80, 1e39, 1e400, "cauchy", "float64", True])
 

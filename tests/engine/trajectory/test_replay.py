@@ -46,6 +46,29 @@ CASES = {
     "plain": (zk.ZOSGD, torch.float32, {}),
     "queries": (zk.ZOSGD, torch.float32, dict(num_queries=3, two_sided=False)),
     "rademacher": (zk.ZOSGD, torch.float32, dict(dist="rademacher", maximize=True)),
+    "rank1": (zk.ZOSGD, torch.float32, dict(dist="rank1", num_queries=2)),
+    "rank1, float16": (zk.ZOSGD, torch.float16, dict(dist="rank1", rounding="stochastic")),
+    "rank1, float64": (zk.ZOSGD, torch.float64, dict(dist="rank1", two_sided=False)),
+    "rank1, random mask": (
+        zk.ZOSGD,
+        torch.bfloat16,
+        dict(dist="rank1", mask=zk.masks.Random([0.3, 0.5, 0.9, 1.0], 7), rounding="stochastic"),
+    ),
+    "rank1, magnitude mask, sign": (
+        zk.ZOSGDSign,
+        torch.float32,
+        dict(dist="rank1", mask=zk.masks.Magnitude(0.4), num_queries=3),
+    ),
+    "rank1, momentum": (
+        zk.ZOSGDMomentum,
+        torch.bfloat16,
+        dict(dist="rank1", rounding="stochastic", beta=0.8, state_dtype=torch.bfloat16),
+    ),
+    "rank1, adam": (
+        zk.ZOAdam,
+        torch.float32,
+        dict(dist="rank1", num_queries=2, bias_correction=True, perturb="paired"),
+    ),
     "bfloat16": (zk.ZOSGD, torch.bfloat16, {}),
     "stochastic": (zk.ZOSGD, torch.bfloat16, dict(rounding="stochastic", num_queries=2)),
     "float16": (zk.ZOSGD, torch.float16, dict(rounding="stochastic")),
@@ -126,7 +149,7 @@ import os, sys, torch, test_replay as t, zokernels as zk
 for i, (backend, threads, isa) in enumerate(t.ways()):
     torch.set_num_threads(threads)
     os.environ["ZOKERNELS_ISA"] = isa
-    model, _ = t.make("stochastic")
+    model, _ = t.make(sys.argv[3])
     zk.replay(model, sys.argv[1], backend=backend)
     torch.save(t.weights(model), f"{sys.argv[2]}/{i}")
 """
@@ -139,10 +162,12 @@ def ways():
 
 
 @needs_native
-def test_replay_is_the_same_in_another_process_threads_instruction_set_and_backend(tmp_path):
-    _, after = train("stochastic", tmp_path / "run")
+@pytest.mark.parametrize("case", ["stochastic", "rank1, random mask"])
+def test_replay_is_the_same_in_another_process_threads_instruction_set_and_backend(case, tmp_path):
+    _, after = train(case, tmp_path / "run")
     env = {**environment(), "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", CHILD, tmp_path / "run", tmp_path], check=True, env=env)
+    command = [sys.executable, "-c", CHILD, tmp_path / "run", tmp_path, case]
+    subprocess.run(command, check=True, env=env)
     for i, way in enumerate(ways()):
         assert equal(torch.load(tmp_path / str(i), weights_only=True), after[-1]), way
 

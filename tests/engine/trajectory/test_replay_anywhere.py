@@ -11,6 +11,8 @@ RULES = {
     "sgd": (zk.ZOSGD, dict(mask=zk.masks.Magnitude(0.2), weight_decay=0.1)),
     "adam": (zk.ZOAdam, dict(bias_correction=True, num_queries=2)),
     "momentum": (zk.ZOSGDMomentum, dict(sparsity=0.2, state_dtype=torch.bfloat16)),
+    "rank1": (zk.ZOSGD, dict(dist="rank1", num_queries=2)),
+    "rank1, adam": (zk.ZOAdam, dict(dist="rank1", mask=zk.masks.Random(0.6, 3))),
 }
 
 
@@ -32,6 +34,7 @@ def assert_equal(model, twin):
 
 @pytest.mark.parametrize("rule, dtype", [
     ("sgd", torch.float32), ("adam", torch.float32), ("momentum", torch.bfloat16),
+    ("rank1", torch.bfloat16), ("rank1, adam", torch.float32),
 ], ids=str)  # fmt: skip
 @pytest.mark.parametrize("where", LAYOUTS)
 def test_a_run_is_recorded_replayed_and_resumed_wherever_it_lies(where, rule, dtype, tmp_path):

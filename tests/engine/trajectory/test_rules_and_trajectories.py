@@ -17,13 +17,21 @@ RUNS = {
     "sparse": (zk.ZOSGD, dict(sparsity=0.3, resample_every=2)),
     "blocks": (zk.ZOSGD, dict(blocks="module")),
     "blocks at the end": (zk.ZOSGD, dict(blocks="module", block_order="simultaneous")),
+    "rank1": (zk.ZOSGD, dict(dist="rank1", num_queries=2)),
+    "rank1, conservative": (zk.ZOSGDConservative, dict(dist="rank1")),
+    "rank1, sparse": (zk.ZOSGD, dict(dist="rank1", sparsity=0.3, resample_every=2)),
+    "rank1, blocks": (zk.ZOAdam, dict(dist="rank1", blocks="module")),
+    "rank1, forward": (zk.ForwardGrad, dict(dist="rank1")),
     "blocks, adam": (zk.ZOAdam, dict(blocks="module", bias_correction=True)),
 }
 
 
 def made(kind, options):
     model = Small()
-    return model, kind(model, lr=0.01, eps=1e-2, weight_decay=0.1, seed=5, **options)
+    common = dict(lr=0.01, weight_decay=0.1, seed=5)
+    if kind is not zk.ForwardGrad:
+        common["eps"] = 1e-2
+    return model, kind(model, **common, **options)
 
 
 def weights(model):
@@ -58,12 +66,13 @@ def test_a_run_is_replayed_and_resumed(name, tmp_path):
     assert same(model, expected)
 
 
-def test_a_window_is_replayed_and_refuses_to_be_resumed(tmp_path):
-    expected = recorded(zk.ZOSGDMomentum, dict(window=3), tmp_path / "run.zk")
+@pytest.mark.parametrize("dist", ["gaussian", "rank1"])
+def test_a_window_is_replayed_and_refuses_to_be_resumed(dist, tmp_path):
+    expected = recorded(zk.ZOSGDMomentum, dict(window=3, dist=dist), tmp_path / "run.zk")
     twin = Small()
     zk.replay(twin, tmp_path / "run.zk")
     assert same(twin, expected)
-    model, opt = made(zk.ZOSGDMomentum, dict(window=3))
+    model, opt = made(zk.ZOSGDMomentum, dict(window=3, dist=dist))
     before = weights(model)
     with pytest.raises(zk.TrajectoryError, match="state_dict"):
         opt.resume(tmp_path / "run.zk")

@@ -180,7 +180,7 @@ def test_the_committed_rows_can_be_appended_to(name):
 
     columns, later = {
         "ops": (ops.COLUMNS, ops.LATER),
-        "step": (step.COLUMNS, machine.LATER),
+        "step": (step.COLUMNS, step.LATER),
         "codegen": (codegen.COLUMNS, codegen._ABOUT),
     }[name]
     results.check(machine.ROOT / "bench" / "results" / f"{name}.csv", columns, later)

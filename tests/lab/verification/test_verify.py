@@ -32,12 +32,16 @@ def verify(*argv):
     [
         "noise",
         "exact/reference/*/float16/*/bits/stochastic/*",
+        "exact/reference/*/bfloat16/rank1/random/nearest/*",
         "passes/*/bfloat16/gaussian/random/stochastic/*",
+        "passes/*/float32/rank1/bits/nearest/*",
+        "statistics/rank1",
         "statistics/rounding",
         "training/cpu/module/ZOSGD/float32",
         "training/cpu/module/textbook",
+        "training/cpu/module/rank1",
         "drift/cpu/bfloat16/*/exception",
-        "replay/*/ZOSGD/bfloat16",
+        "replay/*/ZOSGD/bfloat16/*",
     ],
 )
 def test_a_right_machine_passes(only, capsys):
@@ -130,6 +134,37 @@ def test_a_wrong_reference_is_found_by_exact_arithmetic(monkeypatch, capsys):
     finally:
         passes.expect.cache_clear()
     assert "is not what exact arithmetic gives" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("only", "sentence"),
+    [
+        ("exact/reference/add_noise_/float32/rank1", "is not what exact arithmetic gives"),
+        ("noise/reference/golden/rank1", "not the golden vector of version 1"),
+    ],
+)
+def test_rows_that_draw_what_columns_do_are_found(only, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(zk.noise, "LEFT", zk.noise.RIGHT)
+    passes.expect.cache_clear()
+    try:
+        assert verify("--only", only) == 1
+    finally:
+        passes.expect.cache_clear()
+    assert sentence in capsys.readouterr().out
+
+
+def test_forwards_along_rank1_that_are_wrong_are_found(monkeypatch, capsys):
+    make = training.make
+
+    def off(*args, **options):
+        if options["perturb"] == "on_entry":
+            options["eps"] = 1.001e-2
+        return make(*args, **options)
+
+    monkeypatch.setattr(training, "make", off)
+    assert verify("--only", "training/cpu/module/rank1/float64") == 1
+    out = capsys.readouterr().out
+    assert "from that of a run in place" in out and "1 of 2 cases FAILED" in out
 
 
 def test_noise_that_is_wrong_is_found(monkeypatch, capsys):

@@ -7,10 +7,10 @@ what the kernels of add_noise.py and update.py share; table.py and launch.py are
 from zokernels.backends.triton.add_noise import add_noise, prepare_add_noise
 from zokernels.backends.triton.arithmetic import INTERPRETED
 from zokernels.backends.triton.update import apply_update, prepare_apply_update
-from zokernels.noise import GAUSSIAN, RADEMACHER
+from zokernels.noise import GAUSSIAN, RADEMACHER, RANK1
 
 # The distributions that they draw.
-KINDS = (GAUSSIAN, RADEMACHER)
+KINDS = (GAUSSIAN, RADEMACHER, RANK1)
 
 __all__ = [
     "KINDS",

@@ -7,28 +7,26 @@ import triton
 import triton.language as tl
 
 from zokernels.backends.plan import AddNoise
-from zokernels.backends.triton import arithmetic, launch, noise, table
+from zokernels.backends.triton import arithmetic, launch, table
 from zokernels.backends.triton.arithmetic import narrow, nearest, stochastic, widen
 from zokernels.backends.triton.group import (
-    ALIGNED,
-    COLUMNS,
-    END,
-    FIRST_GROUP,
-    FIRST_INDEX,
+    CELLS,
     KEEP_ALL,
     KEEP_MAGNITUDE,
-    LEAD,
-    STREAM,
     add_scaled,
     address,
-    blocks,
+    begin,
+    inside,
+    is_whole,
     keep_small,
     keep_static,
     load,
     number,
+    of_rows,
     places,
     scaled_noise,
     store,
+    uniform16,
 )  # fmt: skip
 from zokernels.backends.triton.noise import ROUNDING
 from zokernels.noise import GAUSSIAN
@@ -36,20 +34,18 @@ from zokernels.noise import GAUSSIAN
 
 @triton.jit
 def _group(
-    row_ptr, start, numbers_ptr, seeds, queries,
+    row_ptr, start, row, column, numbers_ptr, seeds, queries,
     DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr,
     STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr, SMALL: tl.constexpr,
     MIRROR: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One group. ``numbers``: seeds, then their coefficients, then of each step decay and seed."""
-    index = tl.load(row_ptr + FIRST_INDEX) + start
-    stream = tl.load(row_ptr + STREAM)
-    place = start + places(ROWS)
-    inside = (place >= tl.load(row_ptr + LEAD)) & (place < tl.load(row_ptr + END))
-    raw = load(address(row_ptr, 0, start, MEMORY_TYPE, WHOLE), inside, ROWS, WHOLE)
+    place = places(row_ptr, KIND, ROWS, WHOLE)
+    here = inside(row_ptr, start, row, column, KIND, ROWS)
+    raw = load(address(row_ptr, 0, start, MEMORY_TYPE, WHOLE), place, here, WHOLE)
     weight = widen(raw, DTYPE)
     if KEEP_KIND != KEEP_ALL and KEEP_KIND != KEEP_MAGNITUDE:
-        keep = keep_static(row_ptr, index, start, inside, KEEP_KIND, ROWS)
+        keep = keep_static(row_ptr, start, place, here, KEEP_KIND, KIND, ROWS, WHOLE)
     coeffs_ptr = numbers_ptr + seeds
     decays_ptr = coeffs_ptr + seeds
     steps = seeds // queries if STEPS else 1
@@ -61,14 +57,15 @@ def _group(
         other = acc
         first = step * queries
         for k in range(first, first + queries):
-            z = scaled_noise(index, stream, tl.load(numbers_ptr + k), KIND, SMALL, ROWS)
-            coeff = number(coeffs_ptr + k)
+            seed = tl.load(numbers_ptr + k)
+            z = scaled_noise(row_ptr, start, column, seed, KIND, SMALL, ROWS)
+            coeff = of_rows(number(coeffs_ptr + k), row_ptr, row, seed, KIND, ROWS)
             acc = add_scaled(acc, z, coeff, KIND)
             if MIRROR:
                 other = add_scaled(other, z, -coeff, KIND)
         if STOCHASTIC:
-            low, high = blocks(index, 8, ROWS)
-            u = noise.uniform16(low, high, stream, ROUNDING, tl.load(decays_ptr + steps + step))
+            seed = tl.load(decays_ptr + steps + step)
+            u = uniform16(row_ptr, start, place, seed, ROUNDING, KIND, ROWS, WHOLE)
             acc = stochastic(acc, u, DTYPE)
         elif STEPS:
             acc = nearest(acc, DTYPE)
@@ -78,10 +75,10 @@ def _group(
         # A NaN stays one whatever is added, so it may keep its bits, and outside the mask it must.
         original = widen(raw, DTYPE)
         result = tl.where(original == original, result, raw)
-    store(address(row_ptr, 1, start, MEMORY_TYPE, WHOLE), result, inside, ROWS, WHOLE)
+    store(address(row_ptr, 1, start, MEMORY_TYPE, WHOLE), place, result, here, WHOLE)
     if MIRROR:
         result = narrow(other, DTYPE)
-        store(address(row_ptr, 2, start, MEMORY_TYPE, WHOLE), result, inside, ROWS, WHOLE)
+        store(address(row_ptr, 2, start, MEMORY_TYPE, WHOLE), place, result, here, WHOLE)
 
 
 @triton.jit(do_not_specialize=["seeds", "queries"])
@@ -93,7 +90,7 @@ def _add_noise_kernel(
 ):  # fmt: skip
     """A program takes one group of one tensor.
 
-    ``groups``: int32, the tensor of each program. ``table``: int64 (tensors, COLUMNS).
+    ``groups``: int32, the tensor of each program. ``table``: int64 (tensors, CELLS).
     ``numbers``: int64, see `_group`. ``seeds``: K. ``queries``: seeds a step. ``GUARD``: where in
     the numbers behind the coefficients it says whether to write; 0 for nowhere.
     """
@@ -101,15 +98,14 @@ def _add_noise_kernel(
         if tl.load(numbers_ptr + 2 * seeds + GUARD) == 0:
             return
     program = tl.program_id(0)
-    row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * COLUMNS
-    start = (program - tl.load(row_ptr + FIRST_GROUP)) * (ROWS * 8)
-    whole = (start >= tl.load(row_ptr + LEAD)) & (start + ROWS * 8 <= tl.load(row_ptr + END))
-    if whole & (tl.load(row_ptr + ALIGNED) != 0):
-        _group(row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND, KEEP_KIND,
-               STOCHASTIC, STEPS, DECAY, SMALL, MIRROR, ROWS, True)  # fmt: skip
+    row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * CELLS
+    start, row, column = begin(row_ptr, program, KIND, ROWS)
+    if is_whole(row_ptr, start, row, column, KIND, ROWS):
+        _group(row_ptr, start, row, column, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND,
+               KEEP_KIND, STOCHASTIC, STEPS, DECAY, SMALL, MIRROR, ROWS, True)  # fmt: skip
     else:
-        _group(row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND, KEEP_KIND,
-               STOCHASTIC, STEPS, DECAY, SMALL, MIRROR, ROWS, False)  # fmt: skip
+        _group(row_ptr, start, row, column, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, KIND,
+               KEEP_KIND, STOCHASTIC, STEPS, DECAY, SMALL, MIRROR, ROWS, False)  # fmt: skip
 
 
 def add_noise(plan: AddNoise) -> None:

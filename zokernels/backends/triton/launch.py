@@ -37,8 +37,15 @@ _NORMAL, _NORMAL_ADDED = Shape(256, 4), Shape(256, 2, 96)
 # "sign" and momentum; of float32 weights "sign" spills with fewer registers, and needs fewer warps.
 _NORMAL_SIMPLE_RULE, _NORMAL_WIDE_SIGN = Shape(256, 4, 64), Shape(256, 4, 72)
 # Both sides of a direction at once.
-_BOTH = {noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96)}
+_BOTH = {
+    noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96),
+    noise.RANK1: Shape(1024, 4),
+}  # fmt: skip
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
+# Tiles of a rank-one direction, chosen by what the compiler says, not measured yet: the more a
+# thread has, the thinner its two blocks of signs a seed are spread.
+_TILE = {True: Shape(2048, 4), False: Shape(1024, 4)}
+_TILE_OF_RULE = {"sign": Shape(1024, 4, 168), "momentum": Shape(1024, 4), "adam": Shape(512, 4)}
 
 
 # What `shaped` asks for in place of the table.
@@ -62,8 +69,8 @@ def shape_of_add_noise(kind: int, plain: bool, mirror: bool = False) -> Shape:
         return _tried
     if mirror:
         return _BOTH[kind]
-    if kind == noise.RADEMACHER:
-        return _SIGNS[plain]
+    if kind != noise.GAUSSIAN:
+        return (_TILE if kind == noise.RANK1 else _SIGNS)[plain]
     return _NORMAL_ADDED if plain else _NORMAL
 
 
@@ -71,6 +78,8 @@ def shape_of_update(kind: int, rule: str, wide: bool) -> Shape:
     """The group of an update pass; ``wide`` is of float32 weights."""
     if _tried is not None:
         return _tried
+    if kind == noise.RANK1:
+        return _TILE_OF_RULE[rule]
     if kind == noise.RADEMACHER:
         return _SIGNS[False]
     if rule == "adam":

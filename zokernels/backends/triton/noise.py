@@ -14,6 +14,10 @@ GAUSSIAN = tl.constexpr(0)
 RADEMACHER = tl.constexpr(1)
 MASK = tl.constexpr(2)
 ROUNDING = tl.constexpr(3)
+LEFT = tl.constexpr(4)
+RIGHT = tl.constexpr(5)
+# A rank-one direction, as `zokernels.noise.RANK1`.
+RANK1 = LEFT
 
 _M0 = tl.constexpr(0xD2511F53)
 _M1 = tl.constexpr(0xCD9E8D57)
@@ -118,6 +122,38 @@ def flips(low, high, stream, seed):
     byte = words >> (tl.arange(0, 4)[None, :] * 8).to(tl.uint32)
     byte = tl.reshape(byte, (low.shape[0] * 16, 1))
     return byte << (31 - tl.arange(0, 8))[None, :].to(tl.uint32)
+
+
+@triton.jit
+def uniform16_of(index, stream, KIND: tl.constexpr, seed):
+    """The 16-bit numbers of elements anywhere: int64 indices, uint32 of their shape."""
+    block = index >> 3
+    w0, w1, w2, w3 = philox(block.to(tl.uint32), block >> 32, stream, KIND, seed)
+    which = (index & 7).to(tl.uint32)
+    word = tl.where(which < 4, tl.where(which < 2, w0, w1), tl.where(which < 6, w2, w3))
+    return (word >> ((which & 1) * 16)) & 0xFFFF
+
+
+@triton.jit
+def flips_along(first, COUNT: tl.constexpr, stream, KIND: tl.constexpr, seed):
+    """For the signs of rows or columns: bit 31 as of `flips`; uint32 of shape (COUNT,).
+
+    Args:
+        first: Number of the first one, a scalar and a multiple of ``COUNT`` or of 128.
+        COUNT: How many; a power of two.
+        stream: Number of the parameter.
+        KIND: ``LEFT`` or ``RIGHT``.
+        seed: The seed.
+    """
+    number = tl.arange(0, COUNT)
+    block = (first >> 7).to(tl.uint32)
+    if COUNT > 128:
+        block += (number >> 7).to(tl.uint32)
+    # Of up to 128 signs one block has all, which is a scalar: every thread draws it for itself.
+    w0, w1, w2, w3 = philox(block, first >> 39, stream, KIND, seed)
+    place = ((first & 127).to(tl.uint32) + number.to(tl.uint32)) & 127
+    word = tl.where(place < 64, tl.where(place < 32, w0, w1), tl.where(place < 96, w2, w3))
+    return word << (31 - (place & 31))
 
 
 @triton.jit

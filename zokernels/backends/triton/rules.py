@@ -6,7 +6,6 @@ In go a gradient, the weight and its states before a step; out come weight and s
 import triton
 import triton.language as tl
 
-from zokernels.backends.triton import noise
 from zokernels.backends.triton.arithmetic import (
     bits_of,
     divide,
@@ -16,7 +15,7 @@ from zokernels.backends.triton.arithmetic import (
     sqrt,
     stochastic,
 )
-from zokernels.backends.triton.group import blocks, number
+from zokernels.backends.triton.group import number, uniform16
 from zokernels.backends.triton.noise import ROUNDING
 
 SIGN = tl.constexpr(0)
@@ -31,22 +30,24 @@ def _sign(g):
 
 
 @triton.jit
-def _stored(x, index, stream, seed, DTYPE: tl.constexpr, ROWS: tl.constexpr):
+def _stored(
+    x, row_ptr, start, place, seed, DTYPE: tl.constexpr, KIND: tl.constexpr, ROWS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
     """A new state as its type holds it: a 16-bit state is always rounded stochastically."""
     if DTYPE == tl.float32:
         return x
     else:
-        low, high = blocks(index, 8, ROWS)
-        u = noise.uniform16(low, high, stream, ROUNDING, seed)
+        u = uniform16(row_ptr, start, place, seed, ROUNDING, KIND, ROWS, WHOLE)
         return stochastic(x, u, DTYPE)
 
 
 @triton.jit
 def take_step(
-    g, weight, m, v, x, keep, index, stream, decays_ptr, step, steps,
+    g, weight, m, v, x, keep, row_ptr, start, place, decays_ptr, step, steps,
     DTYPE: tl.constexpr, M_TYPE: tl.constexpr, V_TYPE: tl.constexpr, RULE: tl.constexpr,
     MASKED: tl.constexpr, STOCHASTIC: tl.constexpr, STEPS: tl.constexpr, DECAY: tl.constexpr,
-    ROWS: tl.constexpr,
+    KIND: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Weight and states after a step.
 
@@ -59,13 +60,20 @@ def take_step(
     if RULE == SIGN:
         direction = _sign(g)
     elif RULE == MOMENTUM:
-        new_m = _stored(fma(m, number(rule_ptr), g), index, stream, rounding + 1, M_TYPE, ROWS)
+        new_m = fma(m, number(rule_ptr), g)
+        new_m = _stored(
+            new_m, row_ptr, start, place, rounding + 1, M_TYPE, KIND, ROWS, WHOLE
+        )  # fmt: skip
         direction = new_m
     else:
         new_m = fma(m, number(rule_ptr), g * number(rule_ptr + 1))
-        new_m = _stored(new_m, index, stream, rounding + 1, M_TYPE, ROWS)
+        new_m = _stored(
+            new_m, row_ptr, start, place, rounding + 1, M_TYPE, KIND, ROWS, WHOLE
+        )  # fmt: skip
         new_v = fma(v, number(rule_ptr + 2), g * number(rule_ptr + 3) * g)
-        new_v = _stored(new_v, index, stream, rounding + 2, V_TYPE, ROWS)
+        new_v = _stored(
+            new_v, row_ptr, start, place, rounding + 2, V_TYPE, KIND, ROWS, WHOLE
+        )  # fmt: skip
         divisor = new_v
         if RULE == AMSGRAD:
             new_x = tl.where(new_v > x, new_v, x)
@@ -75,8 +83,7 @@ def take_step(
     acc = weight * number(decays_ptr + step) if DECAY else weight
     acc = fma(direction, rate, acc)
     if STOCHASTIC:
-        low, high = blocks(index, 8, ROWS)
-        u = noise.uniform16(low, high, stream, ROUNDING, rounding)
+        u = uniform16(row_ptr, start, place, rounding, ROUNDING, KIND, ROWS, WHOLE)
         acc = stochastic(acc, u, DTYPE)
     elif STEPS:
         acc = nearest(acc, DTYPE)

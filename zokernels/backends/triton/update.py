@@ -15,21 +15,19 @@ from zokernels.backends.triton.arithmetic import (
     widen,
 )  # fmt: skip
 from zokernels.backends.triton.group import (
-    ALIGNED,
-    COLUMNS,
-    END,
-    FIRST_GROUP,
-    FIRST_INDEX,
+    CELLS,
     KEEP_ALL,
     KEEP_MAGNITUDE,
-    LEAD,
-    STREAM,
     add_scaled,
     address,
+    begin,
+    inside,
+    is_whole,
     keep_small,
     keep_static,
     load,
     number,
+    of_rows,
     places,
     scaled_noise,
     store,
@@ -42,39 +40,40 @@ _RULES = {"sign": 0, "momentum": 1, "adam": 2}
 
 @triton.jit
 def _load(
-    row_ptr, WHICH: tl.constexpr, start, inside, DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr,
-    ROWS: tl.constexpr, WHOLE: tl.constexpr,
+    row_ptr, WHICH: tl.constexpr, start, place, here, DTYPE: tl.constexpr,
+    MEMORY_TYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     pointer = address(row_ptr, WHICH, start, MEMORY_TYPE, WHOLE)
-    return load(pointer, inside, ROWS, WHOLE)
+    return load(pointer, place, here, WHOLE)
 
 
 @triton.jit
 def _store(
-    row_ptr, WHICH: tl.constexpr, start, inside, x, DTYPE: tl.constexpr,
-    MEMORY_TYPE: tl.constexpr, ROWS: tl.constexpr, WHOLE: tl.constexpr,
+    row_ptr, WHICH: tl.constexpr, start, place, here, x, DTYPE: tl.constexpr,
+    MEMORY_TYPE: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     pointer = address(row_ptr, WHICH, start, MEMORY_TYPE, WHOLE)
-    store(pointer, narrow(x, DTYPE), inside, ROWS, WHOLE)
+    store(pointer, place, narrow(x, DTYPE), here, WHOLE)
 
 
 @triton.jit
 def _gradient(
-    zero, numbers_ptr, seeds, first, queries, index, stream,
+    zero, numbers_ptr, seeds, first, queries, row_ptr, start, row, column,
     KIND: tl.constexpr, SMALL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """The gradient g of the step whose first seed is number ``first``."""
     g = zero
     for k in range(first, first + queries):
         seed = tl.load(numbers_ptr + k)
-        z = scaled_noise(index, stream, seed, KIND, SMALL, ROWS)
-        g = add_scaled(g, z, number(numbers_ptr + seeds + k), KIND)
+        z = scaled_noise(row_ptr, start, column, seed, KIND, SMALL, ROWS)
+        coeff = of_rows(number(numbers_ptr + seeds + k), row_ptr, row, seed, KIND, ROWS)
+        g = add_scaled(g, z, coeff, KIND)
     return g
 
 
 @triton.jit
 def _group(
-    row_ptr, start, numbers_ptr, seeds, queries,
+    row_ptr, start, row, column, numbers_ptr, seeds, queries,
     DTYPE: tl.constexpr, MEMORY_TYPE: tl.constexpr, M_TYPE: tl.constexpr, M_MEMORY: tl.constexpr,
     V_TYPE: tl.constexpr, V_MEMORY: tl.constexpr, X_TYPE: tl.constexpr, X_MEMORY: tl.constexpr,
     RULE: tl.constexpr, KIND: tl.constexpr, KEEP_KIND: tl.constexpr, STOCHASTIC: tl.constexpr,
@@ -82,60 +81,61 @@ def _group(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One group. ``numbers``: seeds, their coefficients, and what `take_step` reads."""
-    index = tl.load(row_ptr + FIRST_INDEX) + start
-    stream = tl.load(row_ptr + STREAM)
-    place = start + places(ROWS)
-    inside = (place >= tl.load(row_ptr + LEAD)) & (place < tl.load(row_ptr + END))
-    raw = _load(row_ptr, 0, start, inside, DTYPE, MEMORY_TYPE, ROWS, WHOLE)
+    place = places(row_ptr, KIND, ROWS, WHOLE)
+    here = inside(row_ptr, start, row, column, KIND, ROWS)
+    raw = _load(row_ptr, 0, start, place, here, DTYPE, MEMORY_TYPE, WHOLE)
     weight = widen(raw, DTYPE)
     # Zeros in the layout of the weights: plain ones would have another, and each round of the loop
     # over seeds would move the sum through shared memory (4 instructions a weight).
     zero = float_of((bits_of(weight).to(tl.uint64) >> 32).to(tl.uint32))
     if not STEPS:
         # Before the states are loaded, so that they don't wait in registers for the noise.
-        g = _gradient(zero, numbers_ptr, seeds, 0, queries, index, stream, KIND, SMALL, ROWS)
-    m, v, x, keep = weight, weight, weight, inside
+        g = _gradient(
+            zero, numbers_ptr, seeds, 0, queries, row_ptr, start, row, column, KIND, SMALL, ROWS
+        )
+    m, v, x, keep = weight, weight, weight, here
     if RULE >= MOMENTUM:
-        m = widen(_load(row_ptr, 1, start, inside, M_TYPE, M_MEMORY, ROWS, WHOLE), M_TYPE)
+        m = widen(_load(row_ptr, 1, start, place, here, M_TYPE, M_MEMORY, WHOLE), M_TYPE)
     if RULE >= ADAM:
-        v = widen(_load(row_ptr, 2, start, inside, V_TYPE, V_MEMORY, ROWS, WHOLE), V_TYPE)
+        v = widen(_load(row_ptr, 2, start, place, here, V_TYPE, V_MEMORY, WHOLE), V_TYPE)
     if RULE == AMSGRAD:
-        x = widen(_load(row_ptr, 3, start, inside, X_TYPE, X_MEMORY, ROWS, WHOLE), X_TYPE)
+        x = widen(_load(row_ptr, 3, start, place, here, X_TYPE, X_MEMORY, WHOLE), X_TYPE)
     MASKED: tl.constexpr = KEEP_KIND != KEEP_ALL
     if MASKED and KEEP_KIND != KEEP_MAGNITUDE:
-        keep = keep_static(row_ptr, index, start, inside, KEEP_KIND, ROWS)
+        keep = keep_static(row_ptr, start, place, here, KEEP_KIND, KIND, ROWS, WHOLE)
     decays_ptr = numbers_ptr + 2 * seeds
     if STEPS:
         steps = seeds // queries
         for step in range(steps):
             g = _gradient(
-                zero, numbers_ptr, seeds, step * queries, queries, index, stream, KIND, SMALL, ROWS
-            )
+                zero, numbers_ptr, seeds, step * queries, queries, row_ptr, start, row, column,
+                KIND, SMALL, ROWS,
+            )  # fmt: skip
             if KEEP_KIND == KEEP_MAGNITUDE:
                 keep = keep_small(row_ptr, weight)
             weight, m, v, x = take_step(
-                g, weight, m, v, x, keep, index, stream, decays_ptr, step, steps, DTYPE,
-                M_TYPE, V_TYPE, RULE, MASKED, STOCHASTIC, STEPS, DECAY, ROWS,
+                g, weight, m, v, x, keep, row_ptr, start, place, decays_ptr, step, steps,
+                DTYPE, M_TYPE, V_TYPE, RULE, MASKED, STOCHASTIC, STEPS, DECAY, KIND, ROWS, WHOLE,
             )  # fmt: skip
     else:
         if KEEP_KIND == KEEP_MAGNITUDE:
             keep = keep_small(row_ptr, weight)
         weight, m, v, x = take_step(
-            g, weight, m, v, x, keep, index, stream, decays_ptr, 0, 1, DTYPE, M_TYPE, V_TYPE,
-            RULE, MASKED, STOCHASTIC, STEPS, DECAY, ROWS,
+            g, weight, m, v, x, keep, row_ptr, start, place, decays_ptr, 0, 1, DTYPE, M_TYPE,
+            V_TYPE, RULE, MASKED, STOCHASTIC, STEPS, DECAY, KIND, ROWS, WHOLE,
         )  # fmt: skip
     result = narrow(weight, DTYPE)
     if MASKED:
         # A NaN stays one whatever is added, so it may keep its bits, and outside the mask it must.
         original = widen(raw, DTYPE)
         result = tl.where(original == original, result, raw)
-    store(address(row_ptr, 0, start, MEMORY_TYPE, WHOLE), result, inside, ROWS, WHOLE)
+    store(address(row_ptr, 0, start, MEMORY_TYPE, WHOLE), place, result, here, WHOLE)
     if RULE >= MOMENTUM:
-        _store(row_ptr, 1, start, inside, m, M_TYPE, M_MEMORY, ROWS, WHOLE)
+        _store(row_ptr, 1, start, place, here, m, M_TYPE, M_MEMORY, WHOLE)
     if RULE >= ADAM:
-        _store(row_ptr, 2, start, inside, v, V_TYPE, V_MEMORY, ROWS, WHOLE)
+        _store(row_ptr, 2, start, place, here, v, V_TYPE, V_MEMORY, WHOLE)
     if RULE == AMSGRAD:
-        _store(row_ptr, 3, start, inside, x, X_TYPE, X_MEMORY, ROWS, WHOLE)
+        _store(row_ptr, 3, start, place, here, x, X_TYPE, X_MEMORY, WHOLE)
 
 
 @triton.jit(do_not_specialize=["seeds", "queries"])
@@ -149,7 +149,7 @@ def _apply_update_kernel(
 ):  # fmt: skip
     """A program takes one group of one tensor.
 
-    ``groups``: int32, the tensor of each program. ``table``: int64 (tensors, COLUMNS).
+    ``groups``: int32, the tensor of each program. ``table``: int64 (tensors, CELLS).
     ``numbers``: int64, see `_group`. ``seeds``: K. ``queries``: seeds a step. ``GUARD``: where in
     the numbers behind the coefficients it says whether to write; 0 for nowhere.
     """
@@ -157,20 +157,19 @@ def _apply_update_kernel(
         if tl.load(numbers_ptr + 2 * seeds + GUARD) == 0:
             return
     program = tl.program_id(0)
-    row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * COLUMNS
-    start = (program - tl.load(row_ptr + FIRST_GROUP)) * (ROWS * 8)
-    whole = (start >= tl.load(row_ptr + LEAD)) & (start + ROWS * 8 <= tl.load(row_ptr + END))
-    if whole & (tl.load(row_ptr + ALIGNED) != 0):
+    row_ptr = table_ptr + tl.load(groups_ptr + program).to(tl.int64) * CELLS
+    start, row, column = begin(row_ptr, program, KIND, ROWS)
+    if is_whole(row_ptr, start, row, column, KIND, ROWS):
         _group(
-            row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, M_TYPE, M_MEMORY,
-            V_TYPE, V_MEMORY, X_TYPE, X_MEMORY, RULE, KIND, KEEP_KIND, STOCHASTIC, STEPS, DECAY,
-            SMALL, ROWS, True,
+            row_ptr, start, row, column, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, M_TYPE,
+            M_MEMORY, V_TYPE, V_MEMORY, X_TYPE, X_MEMORY, RULE, KIND, KEEP_KIND, STOCHASTIC, STEPS,
+            DECAY, SMALL, ROWS, True,
         )  # fmt: skip
     else:
         _group(
-            row_ptr, start, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, M_TYPE, M_MEMORY,
-            V_TYPE, V_MEMORY, X_TYPE, X_MEMORY, RULE, KIND, KEEP_KIND, STOCHASTIC, STEPS, DECAY,
-            SMALL, ROWS, False,
+            row_ptr, start, row, column, numbers_ptr, seeds, queries, DTYPE, MEMORY_TYPE, M_TYPE,
+            M_MEMORY, V_TYPE, V_MEMORY, X_TYPE, X_MEMORY, RULE, KIND, KEEP_KIND, STOCHASTIC, STEPS,
+            DECAY, SMALL, ROWS, False,
         )  # fmt: skip
 
 

@@ -31,8 +31,11 @@ from zokernels.lab.tasks.memory import says_out
 
 COLUMNS = (
     *machine.COLUMNS, "model", "optimizer", "perturb", "dtype", "rows", "length", "source",
-    "peak_mb", "theory_mb", "weights_mb", "state_mb", "scratch_mb", "run_mb", "step_s",
+    "peak_mb", "theory_mb", "weights_mb", "state_mb", "scratch_mb", "run_mb", "step_s", "dist",
+    "points",
 )  # fmt: skip
+# Those that files of earlier versions lack.
+LATER = (*machine.LATER, "dist", "points")
 MEASURED, ARITHMETIC, KILLED = "measured", "arithmetic", "killed for memory"
 FAILED = "failed: "
 # What the system, and libraries for themselves, need besides a cell's own bytes.
@@ -60,7 +63,7 @@ def row(cell: Cell, measure: bool = True, here: bool = False) -> dict[str, Any]:
     return {
         **machine.about(cell.device),
         **{k: v for k, v in asdict(cell).items() if k != "device"},
-        "perturb": cell.perturb if is_perturbed(cell.optimizer) else "",
+        **{k: "" for k in ("perturb", "dist", "points") if not is_perturbed(cell.optimizer)},
         "source": found["source"],
         "peak_mb": "" if peak is None else f"{peak / 2**20:.0f}",
         "theory_mb": f"{theory.total / 2**20:.0f}",
@@ -127,7 +130,8 @@ def step_of(model: Any, cell: Cell) -> Callable[[], Any]:
         return forwards
     options = {**_BASE, "hybrid_split": footprint.split(model.config.num_hidden_layers)}
     if is_perturbed(cell.optimizer):
-        options["perturb"] = cell.perturb
+        options |= dict(perturb=cell.perturb, dist=cell.dist, points=cell.points)
+        options["num_queries"] = max(1, cell.points // 2)
     opt = optimizers.build(cell.optimizer, model, options)
     return lambda: opt.step(closure)
 

@@ -163,7 +163,8 @@ def shaped(dtype: str, shapes: Sequence[Shaped]) -> list[Case]:
     """The Triton kernels' plain passes in groups of other shapes."""
     found = []
     for one in shapes:
-        keywords = {"amsgrad": True} if one.op == "amsgrad" else {}
+        keywords: dict[str, Any] = {"amsgrad": True} if one.op == "amsgrad" else {}
+        keywords |= {"columns": [4096]} if one.dist == "rank1" else {}
         plain = _build(dtype, one.op, one.dist, "", 1, keywords, "triton", "")
         build = functools.partial(_in_groups, plain, one)
         found.append(Case(dtype, one.op, one.dist, "", "triton", build, shape=str(one)))
@@ -187,8 +188,11 @@ def _in_groups(build: Callable[[Tensors], Pass], shape: Shaped, tensors: Tensors
 
 
 def plain(dtype: str, backend: str, isa: str) -> list[Case]:
-    """`add_noise_` of one direction alone, for the instruction sets that are not the best."""
-    return [c for c in ours(dtype, backend, isa, False) if c.op == "add_noise_" and not c.variant]
+    """`add_noise_` of few kinds, for the instruction sets that are not the best."""
+    chosen = ("", "16 seeds")
+    return [
+        c for c in ours(dtype, backend, isa, False) if c.op == "add_noise_" and c.variant in chosen
+    ]
 
 
 Kind = tuple[str, str, str, int, dict[str, Any]]
@@ -204,6 +208,9 @@ def _kinds(dtype: str, full: bool) -> list[Kind]:
     kinds.append((add, normal, "random mask", 1, {"mask": half}))
     kinds.append((add, normal, "8 seeds", 8, {}))
     kinds.append((add, normal, "8 steps", 8, {"each_step": True}))
+    # Of the one vector of weights, rows of a usual length.
+    rank1, matrix = "rank1", {"columns": [4096]}
+    kinds += [(add, rank1, "", 1, matrix), (add, rank1, "16 seeds", 16, matrix)]
     if full:
         kinds.append((add, normal, "magnitude mask", 1, {"mask": masks.Magnitude(0.0135)}))
         kinds.append((add, normal, "bit mask", 1, {}))
@@ -214,6 +221,9 @@ def _kinds(dtype: str, full: bool) -> list[Kind]:
     for rule in ("sign", "momentum", "adam"):
         kinds.append((rule, normal, "", 1, {}))
     if full:
+        kinds += [(add, rank1, "8 seeds", 8, matrix)]
+        kinds += [(add, rank1, "8 steps", 8, {"each_step": True, **matrix})]
+        kinds += [(rule, rank1, "", 1, matrix) for rule in ("sign", "momentum", "adam")]
         kinds.append(("amsgrad", normal, "", 1, {"amsgrad": True}))
         kinds.append(("adam", normal, NARROW, 1, {}))
         kinds.append(("adam", normal, "random mask", 1, {"mask": half}))

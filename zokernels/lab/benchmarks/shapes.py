@@ -15,7 +15,8 @@ from zokernels.lab.tasks.errors import InputError
 
 COLUMNS = ("op", "dist", "rows", "warps", "registers")
 OPS = ("add_noise_", "add_noise", "sign", "momentum", "adam", "amsgrad")
-# A group holds whole blocks of 128 signs, and a warp has at least one row of eight a thread.
+# A group holds whole blocks of 128 signs, or is a tile of 128 columns; and a warp has at least one
+# row of eight a thread.
 _ROWS, _WARPS, _REGISTERS = (32, 8192), (1, 16), (24, 255)
 
 

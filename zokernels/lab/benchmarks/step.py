@@ -49,6 +49,7 @@ class Case:
     scheme: str = "full"
     loss: str = "tokens"
     queries: int = 1
+    points: int = 2
     peers: tuple[str, ...] = ()
     backend: str | None = None
 
@@ -58,13 +59,16 @@ class Result:
     """Medians over repetitions.
 
     Attributes:
-        forwards_ms: Two plain forwards, ``model(**batch).loss`` under `torch.no_grad`.
+        forwards_ms: As many plain forwards as the step has, two a query: ``model(**batch).loss``
+            under `torch.no_grad`.
         step_ms: A step.
-        ratio: The step over the two forwards of the same repetition.
+        ratio: The step over the forwards of the same repetition.
         low, high: The quartiles of that ratio.
-        parts: Of a step in forwards, noise, update and the rest (Python), over the two forwards; on
-            CUDA not known.
-        peers: Of each peer that memory holds, its step over the two forwards.
+        parts: Of a step in forwards, noise, update and the rest (Python), over the plain forwards;
+            on CUDA not known.
+        together_ms: Plain forwards of the batch repeated for each of the points that share one:
+            as many rows in all.
+        peers: Of each peer that memory holds, its step over its own two forwards.
         weights: Trainable ones.
         tokens: Of a batch.
         memory_mb: What the step needed beyond two forwards at its peak: on a GPU the allocator's
@@ -82,15 +86,18 @@ class Result:
     tokens: int
     memory_mb: float
     repeats: int
+    together_ms: float | None = None
     peers: dict[str, float] = field(default_factory=dict)
 
 
 COLUMNS = (
     *machine.COLUMNS, "spin", "model", "scheme", "loss", "rows", "length", "dtype", "optimizer",
-    "queries", "dist", "perturb", "lazy_logits", "forwards_ms", "step_ms", "ratio", "low", "high",
-    *PARTS, "tokens_per_s", "ns_per_weight", "memory_mb", "repeats", "times_faster_than_mezo",
-    "mezo", "torchzero", "fo-sgd", "fo-adamw",
+    "queries", "dist", "perturb", "points", "lazy_logits", "forwards_ms", "step_ms",
+    "ratio", "low", "high", *PARTS, "tokens_per_s", "ns_per_weight", "memory_mb", "repeats",
+    "times_faster_than_mezo", "mezo", "torchzero", "fo-sgd", "fo-adamw", "together_ms",
 )  # fmt: skip
+# Those that files of earlier versions lack.
+LATER = (*machine.LATER, "points", "together_ms")
 
 
 def row(case: Case, result: Result) -> dict[str, object]:
@@ -108,6 +115,7 @@ def row(case: Case, result: Result) -> dict[str, object]:
         "repeats": result.repeats,
         "times_faster_than_mezo": f"{mezo / result.ratio:.1f}" if mezo else "",
         **{name: f"{value:.2f}" for name, value in result.peers.items()},
+        "together_ms": f"{result.together_ms:.1f}" if result.together_ms is not None else "",
     }
     # How long an idle thread spins: on a virtual machine it may lose its core by that.
     spin = os.environ.get("GOMP_SPINCOUNT", "")
@@ -131,9 +139,12 @@ def measure(
         seconds: After which no repetition begins, but there are at least `FEWEST`.
 
     Raises:
-        ValueError: If a graph is to be timed beside peers. MeZO's puts weights elsewhere in memory,
-            and the graph would go on writing where they were.
+        ValueError: If a graph is to be timed beside peers: MeZO's puts weights elsewhere in memory,
+            and the graph would go on writing where they were. Or a step of several queries, which
+            theirs have not.
     """
+    if case.queries > 1 and case.peers:
+        raise ValueError("The peers' steps have one query; time several without them.")
     if case.perturb in GRAPHED and case.peers:
         raise ValueError(f"{case.perturb} can't be timed beside peers, which replace its weights.")
     if model is None:
@@ -145,14 +156,18 @@ def measure(
     @torch.no_grad()
     def forwards() -> None:
         # What a user writes, whatever part of it the step's own closure needs.
-        float(model(**inputs).loss)
-        float(model(**inputs).loss)
+        for _ in range(2 * case.queries):
+            float(model(**inputs).loss)
+
+    runs: dict[str, Run] = {"forwards": forwards}
+    if case.points > 2:
+        runs["together"] = _together(case, model, inputs)
 
     before = _peak_mb(case.device, forwards)
     opt, step, peak = _first_step(case, model, inputs)
     rivals = _fitting(case, model, inputs)
     taken, parts = _repeat(
-        {"forwards": forwards, "step": step}, rivals, opt, case.device, repeats, progress, seconds
+        runs | {"step": step}, rivals, opt, case.device, repeats, progress, seconds
     )
     ratios = [s / f for s, f in zip(taken["step"], taken["forwards"], strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
@@ -168,6 +183,7 @@ def measure(
         tokens=case.rows * case.length,
         memory_mb=peak - before,
         repeats=len(ratios),
+        together_ms=1000 * statistics.median(taken["together"]) if "together" in taken else None,
         peers={name: statistics.median(taken[name]) / base for name in rivals},
     )
 
@@ -176,7 +192,8 @@ def _first_step(case: Case, model: Any, inputs: dict[str, Any]) -> tuple[Any, Ru
     """The optimizer, its step, which has run once, and the MiB held at the peak of that."""
     options = dict(
         lr=1e-7, eps=1e-3, dist=case.dist, perturb=case.perturb.removeprefix("graphed_"),
-        num_queries=case.queries, lazy_logits=case.lazy_logits, backend=case.backend,
+        num_queries=case.queries, points=case.points, lazy_logits=case.lazy_logits,
+        backend=case.backend,
     )  # fmt: skip
     opt = optimizers.build(case.optimizer, model, options)
     if case.perturb not in GRAPHED:
@@ -196,6 +213,19 @@ def _first_step(case: Case, model: Any, inputs: dict[str, Any]) -> tuple[Any, Ru
     peak = _peak_mb(case.device, capture)
     graphs[0](inputs)
     return opt, partial(graphs[0], inputs), peak
+
+
+def _together(case: Case, model: Any, inputs: dict[str, torch.Tensor]) -> Run:
+    """Plain forwards of the batch repeated, as many as the step has of several points."""
+    count = min(case.points, 2 * case.queries)
+    repeated = {k: v.repeat(count, *[1] * (v.dim() - 1)) for k, v in inputs.items()}
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(-(-2 * case.queries // count)):
+            float(model(**repeated).loss)
+
+    return run
 
 
 def _repeat(

@@ -55,6 +55,7 @@ def runs(full: bool) -> list[Run]:
     if full:
         narrow = (*step, "--dtype", "bfloat16")
         found.append(Run("step", (*narrow, "--dist", "rademacher"), 4, "step-rademacher", hf))
+        found.append(Run("step", (*narrow, "--dist", "rank1"), 4, "step-rank1", hf))
         found.append(
             Run("step", (*narrow, "--loss", "candidates", "--no-peers"), 2, "step-candidates", hf)
         )
@@ -93,7 +94,7 @@ def _step(rows: Rows) -> list[str]:
     found = ((name, first.get(name)) for name in ("mezo", "fo-sgd", "fo-adamw"))
     beside = ", ".join(f"{name} {ratio}" for name, ratio in found if ratio)
     lines = [
-        f"{row['perturb']}, {row['dtype']}: {row['ratio']} times two forwards "
+        f"{row['perturb']}, {row['dtype']}: {row['ratio']} times its forwards "
         f"({row['low']}–{row['high']})"
         for row in rows
     ]

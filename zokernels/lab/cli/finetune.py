@@ -60,7 +60,7 @@ def command(
     two_sided: Annotated[
         bool, _option("Differences on both sides.", _METHOD, "--two-sided/--one-sided")
     ] = True,
-    dist: Annotated[str, _option("gaussian or rademacher.", _METHOD)] = "gaussian",
+    dist: Annotated[str, _option("gaussian, rademacher or rank1.", _METHOD)] = "gaussian",
     scheme: Annotated[str, _option(f"What is trained: {', '.join(SCHEMES)}.", _MODEL)] = "full",
     train_only: Annotated[
         str | None, _option("Regular expression over parameter names.", _MODEL)
@@ -99,6 +99,9 @@ def command(
     ] = True,
     dtype: Annotated[str, _option("float32, bfloat16 or float16.", _MODEL)] = "float32",
     perturb: Annotated[str | None, _option("on_entry, paired or in_place.", _METHOD)] = None,
+    points: Annotated[
+        str, _option("Points of a forward with --perturb paired: a number, or all.", _METHOD)
+    ] = "2",
     backend: Annotated[str | None, _option("Kernels to use; see zokernels env.", _METHOD)] = None,
     min_words: Annotated[int | None, _option("Shortest training sentence.", _DATA)] = None,
     max_words: Annotated[int | None, _option("Longest training sentence.", _DATA)] = None,

@@ -205,6 +205,8 @@ def value(key: str, given: Any, path: Path, where: str) -> Any:
     kinds = typing.get_args(_TYPES[key]) or (_TYPES[key],)
     if given is None and type(None) in kinds:
         return None
+    if int in kinds and type(given) is int:
+        return given
     if bool in kinds:
         if isinstance(given, bool):
             return given

@@ -25,7 +25,8 @@ _HYBRID_ONLY = {
     "fo_lr": "the learning rate of the other layers",
 }
 _ZEROTH_ORDER_ONLY = (
-    "num_queries two_sided dist sparsity resample_every blocks rounding perturb backend".split()
+    "num_queries two_sided dist sparsity resample_every blocks rounding perturb points "
+    "backend".split()
 )
 
 

@@ -34,11 +34,14 @@ OPTIMIZERS = (
     "zo-sgd", "zo-sgd-sign", "zo-sgd-mmt", "zo-sgd-cons", "zo-adam", "forward-grad",
     "fo-sgd", "fo-adam",
 )  # fmt: skip
-# The three enhancements, which the paper adds to ZO-SGD on all weights.
+# The three enhancements, which the paper adds to ZO-SGD on all weights; and one recipe more on all
+# weights, with the grids of ZO-SGD: LOZO (Chen et al., ICLR 2025) at rank 1 with both factors fresh
+# in every step, and those factors signs.
 _ENHANCED: dict[str, dict[str, Any]] = {
     "zo-sgd-blocks": {"blocks": "layer"},
     "zo-sgd-sparse": {"sparsity": 0.2},
     # The deep part's learning rate is ours: of it nothing is published.
+    "lozo": {"dist": "rank1"},
     "hybrid": {"hybrid_split": 8, "fo_lr": 1e-5, "fo_optimizer": "fo-adam"},
 }
 _COMMON: dict[str, Any] = {

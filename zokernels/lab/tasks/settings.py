@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from zokernels import noise
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import DTYPES
 from zokernels.lab.tasks.schemes import SCHEMES
@@ -13,7 +14,7 @@ from zokernels.lab.tasks.scoring import OBJECTIVES
 SCHEDULES = ("constant", "linear", "cosine")
 CHOICES = {
     "schedule": SCHEDULES,
-    "dist": ("gaussian", "rademacher"),
+    "dist": tuple(noise.KINDS),
     "blocks": (None, "layer", "module"),
     "block_order": ("sequential", "simultaneous"),
     "scheme": SCHEMES,
@@ -82,6 +83,7 @@ class Settings:
     save_weights: bool = True
     dtype: str = "float32"
     perturb: str | None = None
+    points: int | str = 2
     backend: str | None = None
     min_words: int | None = None
     max_words: int | None = None
@@ -91,6 +93,10 @@ class Settings:
     overwrite: bool = False
     device: str = "cpu"
     name: str | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.points, str) and self.points.isdecimal():
+            self.points = int(self.points)
 
     @classmethod
     def of(cls, plain: dict[str, Any], source: Path, out: Path) -> "Settings":
@@ -152,6 +158,12 @@ class Settings:
         if self.min_words and self.max_words and self.min_words > self.max_words:
             raise InputError(
                 f"--min-words {self.min_words} is above --max-words {self.max_words}; swap them."
+            )
+        if self.points != "all" and not (type(self.points) is int and self.points >= 2):
+            raise InputError(f"--points must be a number from 2 on, or all, got '{self.points}'.")
+        if self.points != 2 and self.perturb != "paired":
+            raise InputError(
+                f"--points {self.points} needs --perturb paired, which runs points in one forward."
             )
         if self.keep_best and not self.eval_every:
             raise InputError("--keep-best needs --eval-every, which says how often to look.")

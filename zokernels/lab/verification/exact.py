@@ -92,8 +92,20 @@ def uniform16(seed: int, stream: int, kind: int, index: int) -> int:
 
 def rademacher(seed: int, stream: int, index: int) -> Fraction:
     """An element's sign."""
-    words = philox(seed, stream, 1, index // 128)
-    return Fraction(2 * (words[index % 128 // 32] >> index % 32 & 1) - 1)
+    return Fraction(_sign(seed, stream, 1, index))
+
+
+def rank1(seed: int, stream: int, index: int, columns: int) -> Fraction:
+    """The sign of an element's row times that of its column, where there are any."""
+    if columns == 0:
+        return rademacher(seed, stream, index)
+    row, column = divmod(index, columns)
+    return Fraction(_sign(seed, stream, 4, row) * _sign(seed, stream, 5, column))
+
+
+def _sign(seed: int, stream: int, kind: int, place: int) -> int:
+    words = philox(seed, stream, kind, place // 128)
+    return 2 * (words[place % 128 // 32] >> place % 32 & 1) - 1
 
 
 def gaussian(seed: int, stream: int, index: int) -> Fraction:

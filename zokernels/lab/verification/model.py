@@ -76,7 +76,8 @@ def build(name: str, dtype: str, device: str) -> tuple[nn.Module, Loss]:
     def loss() -> torch.Tensor:
         found = model(ids)
         logits = found if isinstance(found, torch.Tensor) else found.logits
-        return functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return functional.cross_entropy(wide[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
     return model, loss
 

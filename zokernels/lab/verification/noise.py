@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -88,18 +89,23 @@ def _plain(case: dict[str, Any], where: dict[str, Any]) -> torch.Tensor:
         return noise.mask(numel, case["keep"], **where).float()
     if kind == "rounding":
         return noise.uniform16(numel, noise.ROUNDING, **where, device="cpu")
+    if kind == "rank1":
+        return noise.signs_of_rank1(numel, int(case["columns"]), **where, device="cpu")
     return (noise.gaussian if kind == "gaussian" else noise.rademacher)(numel, **where)
 
 
 def _through_a_pass(engine: Engine, case: dict[str, Any], where: dict[str, Any]) -> torch.Tensor:
     """What a pass adds to zeros: the noise itself, and under a mask where it is not 0."""
-    p = torch.zeros(case["numel"], device=engine.device)
-    masked = case["kind"] == "mask"
+    # Of a shape it is to know the columns by itself.
+    p = torch.zeros(case.get("shape", [case["numel"]]), device=engine.device)
+    masked, in_matrices = case["kind"] == "mask", case["kind"] == "rank1"
     mask = masks.Random(case["keep"], seed=where["seed"]) if masked else None
+    columns = [int(case["columns"])] if in_matrices and "shape" not in case else None
     with engine.chosen():
         ops.add_noise_(
             [p], [where["seed"]], [1.0], streams=[where["stream"]], offsets=[where["offset"]],
-            dist="rademacher" if masked else case["kind"], mask=mask, backend=engine.backend,
+            columns=columns, dist="rademacher" if masked else case["kind"], mask=mask,
+            backend=engine.backend,
         )  # fmt: skip
     return p.abs().cpu() if masked else p.cpu()
 
@@ -112,8 +118,10 @@ def statistics(deep: bool) -> Iterator[Case]:
 
 
 @functools.lru_cache(maxsize=1)
-def _sample(numel: int, dist: str, seed: int = 2**63 + 1, stream: int = 3) -> torch.Tensor:
-    p = torch.zeros(numel)
+def _sample(
+    shape: int | tuple[int, int], dist: str, seed: int = 2**63 + 1, stream: int = 3
+) -> torch.Tensor:
+    p = torch.zeros(shape)
     ops.add_noise_([p], [seed], [1.0], streams=[stream], dist=dist)
     return p
 
@@ -191,14 +199,47 @@ def _seeds(numel: int) -> str:
     return _bounded(ratios)
 
 
-def _signs(numel: int) -> str:
-    signs = _sample(numel, "rademacher").view(-1, 128).double()
+def _signs(numel: int, vector: str = "") -> str:
+    """Of kind 1, or of a rank-one direction's vector."""
+    signs = _vector(numel, vector) if vector else _sample(numel, "rademacher")
+    signs = _blocks_of(signs)
     if not bool((signs.abs() == 1).all()):
         raise Failed("a sign is neither +1 nor -1.")
     within = (signs.T @ signs / len(signs))[~torch.eye(128, dtype=torch.bool)]
+    across = signs[:-1].T @ signs[1:] / (len(signs) - 1)
     error = 1 / math.sqrt(len(signs))
-    ratios = _errors(within, error) + _errors(signs.mean(0), error)
+    ratios = _errors(within, error) + _errors(across, 1 / math.sqrt(len(signs) - 1))
+    ratios += _errors(signs.mean(0), error)
     return _bounded(ratios + _errors(signs.mean(), 1 / math.sqrt(numel)))
+
+
+def _blocks_of(signs: torch.Tensor) -> torch.Tensor:
+    return signs.view(-1, 128).double()
+
+
+def _vector(numel: int, vector: str) -> torch.Tensor:
+    """The signs of a direction's rows, or of its columns, all times the only one of the other."""
+    return _sample((numel, 1) if vector == "left" else (1, numel), "rank1").flatten()
+
+
+def _vectors(numel: int) -> str:
+    """Rows, columns and kind 1 under one seed: at the same places, and by places in a block."""
+    kinds = [_vector(numel, v) for v in ("left", "right")] + [_sample(numel, "rademacher")]
+    ratios = []
+    for a, b in itertools.combinations(kinds, 2):
+        ratios += _errors((a * b).double().mean(), 1 / math.sqrt(numel))
+        found = _blocks_of(a).T @ _blocks_of(b) / (numel // 128)
+        ratios += _errors(found, 1 / math.sqrt(numel // 128))
+    return _bounded(ratios)
+
+
+def _rectangles(numel: int) -> str:
+    """The four corners of every rectangle multiply to 1."""
+    side = math.isqrt(numel)
+    z = _sample((side, side), "rank1")
+    whole = torch.outer(z[:, 0], z[0]) * z[0, 0]
+    _compare("a direction", whole, z, "the product of its first row and column")
+    return ""
 
 
 def _mask(numel: int) -> str:
@@ -228,6 +269,10 @@ _JUDGES: dict[str, Callable[[int], str]] = {
     "gaussian/neighbours": _neighbours,
     "gaussian/seeds_and_streams": _seeds,
     "rademacher/signs": _signs,
+    "rank1/left": functools.partial(_signs, vector="left"),
+    "rank1/right": functools.partial(_signs, vector="right"),
+    "rank1/left_and_right": _vectors,
+    "rank1/rectangles": _rectangles,
     "mask/shares": _mask,
     # The step above 1 is 2⁻⁷ in bfloat16 and 2⁻¹⁰ in float16.
     "rounding/bfloat16": functools.partial(_rounding, torch.bfloat16, 2.0**-10, 1 / 8),

@@ -16,7 +16,7 @@ from zokernels.lab.verification.difference import first_difference
 from zokernels.lab.verification.engines import REFERENCE, Engine
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DISTS = ("gaussian", "rademacher")
+DISTS = ("gaussian", "rademacher", "rank1")
 MASKS = ("none", "random", "magnitude", "bits")
 ROUNDINGS = ("nearest", "stochastic")
 RULES: dict[str, dict[str, Any]] = {
@@ -37,6 +37,11 @@ DEEP_SIZES = (0, 1, 7, 8, 9, 31, 127, 128, 1003, 4099, 20_011)
 # Numbers of a block that carry into its high word, and places within a block.
 _OFFSETS = (0, 3, 2**40 + 4095, 2**35 - 4, 129, 8 * 2**32 - 1)
 _STREAMS = (5, 2**32 - 1, 0, 1, 2**31)
+# Of rank one: no matrix, one column, rows that end in a vector, in a block or beyond it, one row.
+# With the offsets above the numbers of rows' and of columns' blocks need their high words.
+_COLUMNS = (0, 1, 3, 37, 131, 1003, 5003, 2**41)
+# And one more tensor: kernels keep the signs of some thousand rows and columns at a time.
+_MATRIX = 13_001
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ def specs(deep: bool) -> list[Spec]:
     its own, and the states' type, alternate, so that each value meets every other; deep, these two
     are combined with all, too.
     """
-    sizes, found = DEEP_SIZES if deep else SIZES, []
+    common, found = DEEP_SIZES if deep else SIZES, []
     axes = itertools.product(OPS, DTYPES, DISTS, MASKS, ROUNDINGS)
     for op, dtype, dist, mask, rounding in axes:
         has_state = op in RULES and op != "sign"
@@ -78,6 +83,7 @@ def specs(deep: bool) -> list[Spec]:
         chosen = [(turn % 2 == 1, has_state and (turn // 2) % 2 == 1)]
         if deep:
             chosen = list(itertools.product((False, True), (False, True)[: 1 + has_state]))
+        sizes = (*common, _MATRIX) if dist == "rank1" else common
         for each_step, narrow in chosen:
             found.append(Spec(op, dtype, dist, mask, rounding, each_step, narrow, sizes))
     return found
@@ -163,6 +169,10 @@ def arguments(spec: Spec, device: str) -> tuple[list[torch.Tensor], dict[str, An
         rounding_seed=[77, 2**64 - 1] if spec.each_step else 2**64 - 2,
         each_step=2 if spec.each_step else False,
     )
+    if spec.dist == "rank1":
+        # Under every mask and rounding each tensor has another number.
+        turn = len(ROUNDINGS) * MASKS.index(spec.mask) + ROUNDINGS.index(spec.rounding)
+        call["columns"] = [_COLUMNS[(i + turn) % len(_COLUMNS)] for i in range(count)]
     return params, call
 
 

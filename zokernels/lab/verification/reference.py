@@ -66,6 +66,8 @@ def _element(
     """Weight and states of an element after the pass."""
     stream, index = call["streams"][i], call["offsets"][i] + e
     draw = exact.gaussian if call["dist"] == "gaussian" else exact.rademacher
+    if call["dist"] == "rank1":
+        draw = functools.partial(exact.rank1, columns=call["columns"][i])
     queries = call["each_step"] or len(call["seeds"])
     for step in range(len(call["seeds"]) // queries):
         decay, seed = (

@@ -15,31 +15,34 @@ from zokernels.lab.verification.case import Case
 from zokernels.lab.verification.engines import REFERENCE, Engine
 from zokernels.lab.verification.training import compare, make, weights_of
 
-_RUNS = {
-    "ZOSGD": ("float32", "bfloat16"),
-    "ZOSGDMomentum": ("float16",),
-    "ZOAdam": ("bfloat16",),
-}
+# Rule, type and distribution.
+_RUNS = (
+    ("ZOSGD", "float32", "gaussian"),
+    ("ZOSGD", "bfloat16", "gaussian"),
+    ("ZOSGDMomentum", "float16", "gaussian"),
+    ("ZOAdam", "bfloat16", "gaussian"),
+    ("ZOSGD", "bfloat16", "rank1"),
+    ("ZOAdam", "float32", "rank1"),
+)
 _STEPS = 12
 
 
 def cases(engines: Sequence[Engine]) -> Iterator[Case]:
     """A recording by the default backend, replayed by each engine."""
-    for rule, dtypes in _RUNS.items():
-        for dtype in dtypes:
-            for engine in (REFERENCE, *engines):
-                run = functools.partial(_replays, rule, dtype, engine)
-                yield Case(f"replay/{engine.name}/{rule}/{dtype}", run)
+    for rule, dtype, dist in _RUNS:
+        for engine in (REFERENCE, *engines):
+            run = functools.partial(_replays, rule, dtype, dist, engine)
+            yield Case(f"replay/{engine.name}/{rule}/{dtype}/{dist}", run)
 
 
 # The engines of a run come one after the other.
 @functools.lru_cache(maxsize=1)
-def _recorded(rule: str, dtype: str) -> tuple[bytes, list[str], list[torch.Tensor]]:
+def _recorded(rule: str, dtype: str, dist: str) -> tuple[bytes, list[str], list[torch.Tensor]]:
     """The log of a run, and the names and values of the weights that it ended with."""
     model, loss = models.build("module", dtype, "cpu")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run.zk"
-        optimizer = make(rule, model, dtype)
+        optimizer = make(rule, model, dtype, dist=dist)
         optimizer.record(path)
         for _ in range(_STEPS):
             optimizer.step(loss)
@@ -47,8 +50,8 @@ def _recorded(rule: str, dtype: str) -> tuple[bytes, list[str], list[torch.Tenso
         return path.read_bytes(), *weights_of(model)
 
 
-def _replays(rule: str, dtype: str, engine: Engine) -> str:
-    log, names, expected = _recorded(rule, dtype)
+def _replays(rule: str, dtype: str, dist: str, engine: Engine) -> str:
+    log, names, expected = _recorded(rule, dtype, dist)
     model, _ = models.build("module", dtype, engine.device)
     with tempfile.TemporaryDirectory() as folder, engine.chosen():
         path = Path(folder) / "run.zk"

@@ -1,5 +1,7 @@
 """Passes that read their numbers in memory, by the Triton kernels in Triton's interpreter."""
 
+import math
+
 import pytest
 import torch
 from anywhere import There
@@ -10,10 +12,25 @@ from test_update import RULES, flat, states_of
 
 import zokernels as zk
 from zokernels.backends import deferred
+from zokernels.backends.triton import launch
 from zokernels.perturb import DeferredDirection, Direction, Move, filling
 from zokernels.perturb.deferred import words
 
 SIZES = [1, 103]
+# Of the tiles that `small_groups` makes two whole ones and one that is not; and a vector.
+SHAPES = [(9, 128), (5,)]
+
+
+def tensors(dtype, dist):
+    shapes = SHAPES if dist == "rank1" else [(n,) for n in SIZES]
+    return [varied(math.prod(s), dtype, i).view(s) for i, s in enumerate(shapes)]
+
+
+@pytest.fixture
+def small_groups():
+    """Groups of 512 elements, tiles of four rows: their interpreted programs are quick."""
+    with launch.shaped(launch.Shape(64, 1)):
+        yield
 
 
 def prepare(call):
@@ -37,12 +54,17 @@ CASES = [
     (torch.float16, "gaussian", "nearest", "none"),
     (torch.float32, "rademacher", "nearest", "random"),
     (torch.float16, "rademacher", "stochastic", "none"),
+    (torch.float32, "rank1", "nearest", "none"),
+    (torch.bfloat16, "rank1", "stochastic", "random"),
+    (torch.float16, "rank1", "nearest", "bits"),
 ]
 
 
 @pytest.mark.parametrize("dtype, dist, rounding, mask", CASES, ids=str)
-def test_one_prepared_pass_takes_one_set_of_numbers_after_another(dtype, dist, rounding, mask):
-    expected = [varied(n, dtype, i) for i, n in enumerate(SIZES)]
+def test_one_prepared_pass_takes_one_set_of_numbers_after_another(
+    dtype, dist, rounding, mask, small_groups
+):
+    expected = tensors(dtype, dist)
     got = [t.clone() for t in expected]
     how = dict(streams=[5, 2**32 - 1], dist=dist, mask=mask_of(mask, expected), rounding=rounding)
     one, plan, numbers = prepare(
@@ -62,18 +84,20 @@ def test_one_prepared_pass_takes_one_set_of_numbers_after_another(dtype, dist, r
         assert all(map(same_bits, expected, got))
 
 
-@pytest.mark.parametrize("dist", ["gaussian", "rademacher"])
+@pytest.mark.parametrize("dist", zk.noise.KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_both_sides_of_a_direction_come_from_one_draw(dtype, dist):
     # A tensor of an unaligned start, one of whole groups, and ragged ends.
     p = [varied(n, dtype, i)[i:] for i, n in enumerate((103, 4097 + 512))]
-    streams, seeds, coeffs = [5, 2**32 - 1], [3, 2**64 - 1], [1e-3, -0.5]
+    if dist == "rank1":
+        p = [p[0], varied(71 * 136 + 1, dtype)[1:].view(71, 136), varied(9600, dtype).view(75, 128)]
+    streams, seeds, coeffs = [5, 2**32 - 1, 0][: len(p)], [3, 2**64 - 1], [1e-3, -0.5]
     sides = [[torch.full_like(t, 7) for t in p] for _ in range(2)]
-    like = Direction(p, streams, [Move((1.0, 1.0))] * 2, seeds, dist, backend="triton")
+    like = Direction(p, streams, [Move((1.0, 1.0))] * len(p), seeds, dist, backend="triton")
     numbers = torch.tensor(words(seeds, coeffs))
-    direction = DeferredDirection(like, [numbers], [0, 0])
+    direction = DeferredDirection(like, [numbers], [0] * len(p))
     assert direction.can_mirror
-    direction.fill(p, sides[0], [0, 1], mirror=sides[1])
+    direction.fill(p, sides[0], range(len(p)), mirror=sides[1])
     for side, got in zip((1, -1), sides, strict=True):
         expected = [torch.empty_like(t) for t in p]
         scaled = [side * c for c in coeffs]
@@ -169,15 +193,16 @@ def test_weights_are_those_of_the_reference_in_any_order(mode, few_are_small):
     assert all(map(same_bits, *found))
 
 
+@pytest.mark.parametrize("dist", ["gaussian", "rank1"])
 @pytest.mark.parametrize("name", RULES)
-def test_a_rule_takes_its_rate_from_memory(name):
-    p = [varied(n, torch.bfloat16, i) for i, n in enumerate(SIZES)]
+def test_a_rule_takes_its_rate_from_memory(name, dist, small_groups):
+    p = tensors(torch.bfloat16, dist)
     expected, states = [t.clone() for t in p], states_of(name, p, torch.bfloat16)
     wanted = [{k: t.clone() for k, t in s.items()} for s in states]
     rule = {k: v for k, v in RULES[name].items() if k != "step"}
     one, plan, numbers = prepare(
         lambda: zk.ops.apply_update_(
-            p, states, seeds=[0], coeffs=[1.0], lr=1.0, backend="triton", **rule
+            p, states, seeds=[0], coeffs=[1.0], lr=1.0, dist=dist, backend="triton", **rule
         )
     )
     for seed, coeff, lr, decay in ((3, 0.5, 0.01, 0.99), (2**63, -2.0, 0.02, 1.0)):
@@ -189,7 +214,7 @@ def test_a_rule_takes_its_rate_from_memory(name):
         one.run()
         zk.ops.apply_update_(
             expected, wanted, seeds=[seed], coeffs=[coeff], lr=lr, decay=decay,
-            rounding_seed=seed + 1, backend="reference", **rule,
+            rounding_seed=seed + 1, dist=dist, backend="reference", **rule,
         )  # fmt: skip
         assert all(map(same_bits, flat(expected, wanted), flat(p, states)))
 

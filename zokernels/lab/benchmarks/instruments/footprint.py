@@ -30,7 +30,10 @@ from zokernels.perturb.layers import layers_of
 
 @dataclass(frozen=True)
 class Cell:
-    """A step whose memory is asked for: ``rows`` sequences of ``length`` tokens."""
+    """A step whose memory is asked for: ``rows`` sequences of ``length`` tokens.
+
+    ``points`` of "paired" share a forward; the step has half as many queries.
+    """
 
     model: str
     optimizer: str
@@ -39,6 +42,8 @@ class Cell:
     dtype: str = "float32"
     perturb: str = "on_entry"
     device: str = "cpu"
+    dist: str = "gaussian"
+    points: int = 2
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,9 @@ def of(cell: Cell) -> Footprint:
     shape = _shape(cell.model)
     moved = shape.deep if kind.backward == "deep" else shape.weights
     device = cell.device.partition(":")[0]
-    run = _run(cell.model, cell.rows, cell.length, dtype, _way(cell, kind), device)
+    way = _way(cell, kind)
+    rows = cell.rows * (cell.points if way == "paired" else 1)
+    run = _run(cell.model, rows, cell.length, dtype, way, device)
     if kind.backward != "none":
         # An update holds two tensors of the size of a parameter's besides the gradients; on CUDA
         # torch.optim takes all parameters in one call, and holds one of each.
@@ -140,6 +147,8 @@ class _Shape:
         layer: The largest parameter that is no table of embeddings and no head.
         table: The largest table of embeddings.
         small: Of the small parameters, those that are perturbed together.
+        vectors: Rows and columns of all matrices.
+        lines: All parameters of one dimension.
         deep: Those of the layers that `hybrid` trains by backpropagation.
     """
 
@@ -148,6 +157,8 @@ class _Shape:
     layer: int
     table: int
     small: int
+    vectors: int
+    lines: int
     deep: int
 
 
@@ -166,6 +177,8 @@ def _shape(name: str) -> _Shape:
         layer=max(n for n in inner if n != head.numel()),
         table=max(p.numel() for p in params if id(p) in table),
         small=min(windows.GROUP, sum(n for n in inner if n <= filling.SMALL)),
+        vectors=sum(sum(p.shape) for p in params if p.dim() == 2),
+        lines=sum(p.numel() for p in params if p.dim() == 1),
         deep=sum(p.numel() for p in deep),
     )
 
@@ -178,7 +191,11 @@ def _scratch(cell: Cell, kind: Kind, shape: _Shape, dtype: torch.dtype) -> int:
     if kind.tangent:
         # A tangent is of a parameter as a whole, also of a table of embeddings.
         return shape.largest * dtype.itemsize
-    lanes = 2 if cell.perturb == "paired" else 1
+    lanes = cell.points if cell.perturb == "paired" else 1
+    if cell.dist == "rank1":
+        # Of float32 what a pass begins from; for each point what it draws, and the signs of that.
+        vectors = shape.vectors * (4 + lanes * (4 + dtype.itemsize))
+        return vectors + lanes * shape.lines * dtype.itemsize
     # Of a table of embeddings the CPU's kernels make the rows that are looked up, others all.
     layer = shape.layer if cell.device == "cpu" else max(shape.layer, shape.table)
     return lanes * (layer + shape.small) * dtype.itemsize
@@ -199,7 +216,7 @@ def _run(
     """The most bytes alive at a time besides the weights and the state."""
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = models.empty(name, dtype).eval()
-        inputs = models.batch(model, rows * (2 if way == "paired" else 1), length, caches=False)
+        inputs = models.batch(model, rows, length, caches=False)
         if way == "deep":
             model.requires_grad_(False)
             for layer in _deep(model):

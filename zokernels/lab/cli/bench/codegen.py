@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zokernels import noise
 from zokernels.lab.benchmarks import machine, plots
 from zokernels.lab.cli.bench import output
 from zokernels.lab.tasks.errors import InputError
@@ -50,8 +51,9 @@ def command(
 
 
 def _cases(compiler: Any) -> list[Any]:
-    kinds = [("add_noise", dist) for dist in ("gaussian", "rademacher")]
+    kinds = [("add_noise", dist) for dist in noise.KINDS]
     kinds += [(rule, "gaussian") for rule in ("sign", "momentum", "adam", "amsgrad")]
+    kinds += [(rule, "rank1") for rule in ("sign", "momentum", "adam")]
     return [compiler.Case(op, dtype, dist) for op, dist in kinds for dtype in _DTYPES]
 
 

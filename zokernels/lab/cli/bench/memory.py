@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zokernels import noise
 from zokernels.lab.benchmarks import passes, plots
 from zokernels.lab.cli.bench import output
 from zokernels.lab.tasks.errors import InputError
@@ -26,6 +27,10 @@ def command(
     length: Annotated[list[int] | None, typer.Option(help="Tokens of a row.")] = None,
     dtype: output.DTYPE = "float32",
     perturb: Annotated[str, typer.Option(help="on_entry, paired or in_place.")] = "on_entry",
+    dist: Annotated[str, typer.Option(help="gaussian, rademacher or rank1.")] = "gaussian",
+    points: Annotated[
+        int, typer.Option(min=2, help="Points of a forward with --perturb paired.")
+    ] = 2,
     device: output.DEVICE = "cpu",
     measure: Annotated[
         bool, typer.Option(help="Measure what fits here, or only by arithmetic.")
@@ -45,10 +50,13 @@ def command(
     from zokernels.lab.benchmarks import memory, models
     from zokernels.lab.benchmarks.instruments import footprint
 
-    out = output.Output(csv_file, json, plot, memory.COLUMNS)
+    out = output.Output(csv_file, json, plot, memory.COLUMNS, memory.LATER)
     output.check_choice("--model", model, models.NAMES)
     output.check_choice("--dtype", dtype, passes.DTYPES)
     output.check_choice("--perturb", perturb, ("on_entry", "paired", "in_place"))
+    output.check_choice("--dist", dist, noise.KINDS)
+    if points != 2 and perturb != "paired":
+        raise InputError(f"--points {points} needs --perturb paired; got --perturb {perturb}.")
     wanted = optimizer or _OPTIMIZERS
     for name in wanted:
         output.check_choice("--optimizer", name, footprint.KINDS)
@@ -58,7 +66,7 @@ def command(
             raise InputError(f"{option} must be at least 1, got {min(values)}.")
     models.check_shape(model, max(lengths), device)
     cells = [
-        footprint.Cell(model, name, batch, tokens, dtype, perturb, device)
+        footprint.Cell(model, name, batch, tokens, dtype, perturb, device, dist, points)
         for name, batch, tokens in itertools.product(wanted, batches, lengths)
     ]
     found: list[dict[str, Any]] = []
@@ -81,6 +89,7 @@ def command(
 def _table(rows: list[dict[str, Any]], gpu_memory: float) -> Table:
     first = rows[0]
     ways = ", ".join(dict.fromkeys(row["perturb"] for row in rows if row["perturb"]))
+    ways += ", ".join(dict.fromkeys(f" by {row['dist']}" for row in rows if row["perturb"]))
     table = Table(
         title=f"{first['model']}, all weights, {first['dtype']}. Peak memory of a step in GiB",
         caption="inference: two forwards. GPUs: of how many the memory together holds the peak, "

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zokernels import noise
 from zokernels.lab.benchmarks import passes, plots
 from zokernels.lab.benchmarks import peers as others
 from zokernels.lab.cli.bench import output
@@ -22,7 +23,10 @@ def command(
     device: output.DEVICE = "cpu",
     optimizer: Annotated[str, typer.Option(help="As for finetune.")] = "zo-sgd",
     queries: Annotated[int, typer.Option(min=1, help="Directions a step.")] = 1,
-    dist: Annotated[str, typer.Option(help="gaussian or rademacher.")] = "gaussian",
+    dist: Annotated[str, typer.Option(help="gaussian, rademacher or rank1.")] = "gaussian",
+    points: Annotated[
+        int, typer.Option(min=2, help="Points of a forward with --perturb paired.")
+    ] = 2,
     scheme: Annotated[str, typer.Option(help="What is trained, as for finetune.")] = "full",
     perturb: Annotated[
         list[str] | None,
@@ -36,36 +40,36 @@ def command(
     ] = "tokens",
     lazy_logits: Annotated[bool, typer.Option(help="Logits only where the loss looks.")] = True,
     peers: Annotated[
-        bool, typer.Option(help="Also MeZO's, torchzero's and first-order steps.")
+        bool, typer.Option(help="Also MeZO's, torchzero's and first-order steps, of one query.")
     ] = True,
     repeats: Annotated[int, typer.Option(min=1, help="Repetitions, in turn.")] = 20,
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
 ) -> None:
-    """Time a step against the two forwards it is made of, with random weights and tokens."""
+    """Time a step against the forwards it is made of, with random weights and tokens."""
     output.check_needs("bench step", "transformers")
     from zokernels.lab.benchmarks import models, step
 
-    out = output.Output(csv_file, json, plot, step.COLUMNS)
+    out = output.Output(csv_file, json, plot, step.COLUMNS, step.LATER)
     modes = perturb or ["on_entry", "paired"]
     output.check_choice("--model", model, models.NAMES)
     output.check_choice("--dtype", dtype, passes.DTYPES)
-    output.check_choice("--dist", dist, ("gaussian", "rademacher"))
+    output.check_choice("--dist", dist, noise.KINDS)
     output.check_choice("--loss", loss, step.LOSSES)
     for mode in modes:
         output.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
         _check_graphed(mode, device, loss, mode in step.GRAPHED)
     models.check(model, rows, length, dtype, device)
     # The peers are timed once, beside the first mode that is no graph.
-    waiting = others.available() if peers else []
+    waiting = others.available() if peers and queries == 1 else []
     found: list[dict[str, Any]] = []
     with output.progress() as progress:
         for mode in modes:
             names, waiting = ([], waiting) if mode in step.GRAPHED else (waiting, [])
             case = step.Case(
                 model, rows, length, dtype, device, optimizer, dist, mode, lazy_logits, scheme,
-                loss, queries, tuple(names),
+                loss, queries, points if mode == "paired" else 2, tuple(names),
             )  # fmt: skip
             bar = progress.add_task(f"{model} {dtype} {mode}", total=repeats)
             result = step.measure(case, repeats, partial(progress.advance, bar))
@@ -86,11 +90,11 @@ def _check_graphed(mode: str, device: str, loss: str, graphed: bool) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    first = rows[0]
+    first, forwards = rows[0], 2 * int(rows[0]["queries"])
     table = Table(
         title=f"{first['model']}, {first['scheme']}, {first['dtype']}, {first['rows']} × "
-        f"{first['length']} tokens, {first['optimizer']}\nMultiples of two plain forwards "
-        f"({first['forwards_ms']} ms), medians and quartiles",
+        f"{first['length']} tokens, {first['optimizer']}\nMultiples of the step's "
+        f"{forwards} plain forwards ({first['forwards_ms']} ms), medians and quartiles",
         title_justify="left",
     )
     table.add_column("what")
@@ -103,12 +107,15 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "  update": lambda row: row["update"],
         "  rest, Python": lambda row: row["rest"],
         "milliseconds": lambda row: row["step_ms"],
+        "of plain forwards of the batch repeated": lambda row: row["together_ms"],
         "tokens a second": lambda row: row["tokens_per_s"],
         "nanoseconds a weight": lambda row: row["ns_per_weight"],
         "peak memory beyond the forwards, MiB": lambda row: row["memory_mb"],
     }
     for name, value in shown.items():
-        table.add_row(name, *(str(value(row)) or "–" for row in rows))
+        values = [str(value(row)) for row in rows]
+        if any(values):
+            table.add_row(name, *(v or "–" for v in values))
     return table
 
 

@@ -1,0 +1,179 @@
+"""The two vectors of each matrix along a direction of rank one, for every lane of a forward.
+
+With z = left · rightᵀ a product with W + σz is one with W as it is stored, and two vectors more.
+All of a model's vectors are drawn at a forward's beginning, in one pass: a pass over the column
+(rows, 1) gives σ·left·right₀, one over the row (1, columns) σ·left₀·right, and their first element,
+σ·left₀·right₀, is what their signs' product has to be multiplied by to be σz.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from zokernels import noise
+from zokernels.perturb.drawing import Drawing, Lane
+from zokernels.perturb.windows import aligned
+
+
+class Vectors(NamedTuple):
+    """What σz is of a matrix: scale · left · rightᵀ; the first dimension is the lanes.
+
+    Attributes:
+        left: ±1 of shape (lanes, rows), in the matrix's type; 0 for a lane at θ itself.
+        right: ±1 of shape (lanes, columns).
+        scale: Of shape (lanes,), float32, or float64 of a matrix of float64.
+        number: The scale of the first lane, where the host knows it.
+    """
+
+    left: torch.Tensor
+    right: torch.Tensor
+    scale: torch.Tensor
+    number: float | None
+
+    def of(self, lane: int) -> Vectors:
+        """Those of a lane."""
+        here = slice(lane, lane + 1)
+        number = self.number if lane == 0 else None
+        return Vectors(self.left[here], self.right[here], self.scale[here], number)
+
+    def moved(
+        self,
+        bias: torch.Tensor | None,
+        factor: torch.Tensor,
+        signs: torch.Tensor,
+    ) -> torch.Tensor:
+        """``bias + scale · factor · signs``; the scale is not rounded to 16 bits.
+
+        Where there are several lanes they are the first dimension of ``factor``.
+        """
+        start = factor.new_zeros(()) if bias is None else bias
+        if self.number is not None and len(self.scale) == 1:
+            return torch.addcmul(start, factor, signs, value=self.number)
+        return torch.addcmul(start, self._scaled(factor), signs)
+
+    def add(self, y: torch.Tensor, factor: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
+        """Add scale · factor · signs to y, in place; see `moved`."""
+        if self.number is not None and len(self.scale) == 1:
+            return y.addcmul_(factor, signs, value=self.number)
+        return y.addcmul_(self._scaled(factor), signs)
+
+    def _scaled(self, factor: torch.Tensor) -> torch.Tensor:
+        scale = self.scale.view(-1, *[1] * (factor.dim() - 1)) if factor.dim() else self.scale[0]
+        return (factor.to(scale.dtype) * scale).to(factor.dtype)
+
+    def rows(self, stored: torch.Tensor, numbers: torch.Tensor, lane: int) -> torch.Tensor:
+        """Rows of a matrix at a lane's point, looked up: of shape (*numbers, width)."""
+        left = self.left[lane][numbers].unsqueeze(-1)
+        return self.of(lane).add(F.embedding(numbers, stored), left, self.right[lane])
+
+
+@dataclass
+class _Memory:
+    """The vectors of the matrices of one type on one device, each lane's one after the other."""
+
+    drawn: torch.Tensor
+    signs: torch.Tensor
+    # The number of each matrix, and where its vectors begin.
+    places: list[tuple[int, int, int]]
+
+    @property
+    def is_on_host(self) -> bool:
+        return self.drawn.device.type == "cpu"
+
+
+class Factors:
+    """Draws the vectors of matrices.
+
+    Args:
+        keep: Whether memory has the same address in each forward.
+    """
+
+    def __init__(self, keep: bool):
+        self._drawing = Drawing(keep)
+        self._memories: list[_Memory] = []
+        self._known: tuple = ()
+        self._vectors: list[torch.Tensor] = []
+        self._out: list[list[torch.Tensor]] = []
+        self._of_vector: list[int] = []
+        self._found: dict[int, Vectors] = {}
+
+    def of(self, i: int) -> Vectors | None:
+        """The vectors of a parameter; None where the forward has none of it."""
+        return self._found.get(i)
+
+    def begin(self, lanes: Sequence[Lane], sources: Sequence[torch.Tensor]) -> None:
+        """Draw what a forward at these points needs of the stored weights' directions."""
+        self._found = {}
+        moved = [lane for lane in lanes if lane is not None]
+        if not moved or not all(lane.has_factors for lane in moved):
+            return
+        known = (len(lanes), *((p.shape, p.dtype, p.device) for p in sources))
+        if known != self._known:
+            self._make(len(lanes), sources)
+            self._known = known
+        points = [lane and lane.of_vectors(self._vectors, self._of_vector) for lane in lanes]
+        self._drawing.begin(points, self._vectors)
+        if self._vectors:
+            self._drawing.fill(("vectors",), range(len(self._vectors)), self._out)
+        for memory in self._memories:
+            for k, lane in enumerate(lanes):
+                if lane is None:
+                    memory.drawn[k].zero_()
+            memory.signs.copy_(memory.drawn.sign())
+            numbers = self._numbers_of(memory)
+            for (i, left, right), number in zip(memory.places, numbers, strict=True):
+                columns = noise.columns_of(sources[i].shape)
+                rows = sources[i].numel() // columns
+                self._found[i] = Vectors(
+                    memory.signs[:, left : left + rows],
+                    memory.signs[:, right : right + columns],
+                    memory.drawn[:, left],
+                    number,
+                )
+
+    def end(self) -> None:
+        """The forward is over."""
+        self._found = {}
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._drawing.forget()
+        self._memories, self._vectors, self._out, self._known = [], [], [], ()
+
+    def _make(self, lanes: int, sources: Sequence[torch.Tensor]) -> None:
+        self.release()
+        self._of_vector, self._out = [], [[] for _ in range(lanes)]
+        alike: dict[tuple, list[int]] = {}
+        for i, p in enumerate(sources):
+            if p.dim() > 1 and p.numel():
+                alike.setdefault((p.dtype, p.device), []).append(i)
+        for (dtype, device), chosen in alike.items():
+            wide = torch.float64 if dtype is torch.float64 else torch.float32
+            places, shapes, end = [], [], 0
+            for i in chosen:
+                columns = noise.columns_of(sources[i].shape)
+                rows = sources[i].numel() // columns
+                places.append((i, end, end + aligned(rows)))
+                shapes += [((rows, 1), end, i), ((1, columns), end + aligned(rows), i)]
+                end += aligned(rows) + aligned(columns)
+            nothing = torch.zeros(end, dtype=wide, device=device)
+            drawn = torch.zeros((lanes, end), dtype=wide, device=device)
+            signs = torch.zeros((lanes, end), dtype=dtype, device=device)
+            self._memories.append(_Memory(drawn, signs, places))
+            for shape, start, i in shapes:
+                here = slice(start, start + shape[0] * shape[1])
+                self._vectors.append(nothing[here].view(shape))
+                self._of_vector.append(i)
+                for k in range(lanes):
+                    self._out[k].append(drawn[k, here].view(shape))
+
+    def _numbers_of(self, memory: _Memory) -> Sequence[float | None]:
+        if not memory.is_on_host:
+            return [None] * len(memory.places)
+        first: list[float] = memory.drawn[0, [left for _, left, _ in memory.places]].tolist()
+        return first
