@@ -69,10 +69,15 @@ std::vector<Span> cut(const zk_pass& args, int64_t elements) {
     std::vector<Span> spans;
     for (int64_t i = 0; i < args.tensor_count; i++) {
         const zk_tensor& t = args.tensors[i];
-        const uint64_t size = span_of(args, t, elements), offset = t.offset;
-        for (uint64_t at = 0, end, count = t.numel; at < count; at = end) {
-            end = std::min(count, at + size - (offset + at) % size);
-            end = std::min(end, at + SAME_HIGH - (offset + at) % SAME_HIGH);
+        const uint64_t offset = t.offset, count = t.numel, size = span_of(args, t, elements);
+        // A span has whole rows, or a part of one.
+        const uint64_t row = kind_of(args, t) == ZK_RANK1 ? t.columns : 0;
+        for (uint64_t at = 0, end; at < count; at = end) {
+            const auto next = [&](uint64_t multiple) {
+                return at + multiple - (offset + at) % multiple;
+            };
+            end = std::min({count, next(size), next(SAME_HIGH)});
+            if (size < row) end = std::min(end, next(row));
             spans.push_back({&t, (int64_t)at, (int64_t)end});
         }
     }
