@@ -9,7 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int W = 8;
-    static constexpr int ROWS = 2;
+    static constexpr int ROWS = 2, ACROSS = 4;
     static constexpr int HALVES = 2;
     typedef float F __attribute__((vector_size(32)));
     typedef int32_t I __attribute__((vector_size(32)));
@@ -18,7 +18,6 @@ struct Simd {
 
     static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
     static F fma_exact(F a, F b, F c) { return fma(a, b, c); }
-    static F add_signed(F a, F b, F c) { return fma(a, b, c); }
     static F to_float(I x) { return (F)_mm256_cvtepi32_ps((__m256i)x); }
     static F sqrt(F x) { return (F)_mm256_sqrt_ps((__m256)x); }
     static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }

@@ -10,7 +10,7 @@ namespace {
 
 struct Simd {
     static constexpr int W = 16;      // float32 lanes
-    static constexpr int ROWS = 4;    // times four vectors, which half of the registers hold
+    static constexpr int ROWS = 4, ACROSS = 4;
     static constexpr int HALVES = 2;  // vectors of 64-bit lanes that fill W 32-bit lanes
     typedef float F __attribute__((vector_size(64)));
     typedef int32_t I __attribute__((vector_size(64)));
@@ -20,11 +20,6 @@ struct Simd {
     static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
     // The same where a · b is exact: without such an instruction that is cheaper.
     static F fma_exact(F a, F b, F c) { return fma(a, b, c); }
-    // The same for a = ±1, on other units of the processor.
-    static F add_signed(F a, F b, F c) {
-        const __m512i sign = _mm512_set1_epi32((int)0x80000000);
-        return (F)_mm512_ternarylogic_epi32((__m512i)a, sign, (__m512i)b, 0x6A) + c;
-    }
     static F to_float(I x) { return (F)_mm512_cvtepi32_ps((__m512i)x); }
     static F sqrt(F x) { return (F)_mm512_sqrt_ps((__m512)x); }
     // a > b ? a : b

@@ -9,7 +9,7 @@ namespace {
 
 struct Simd {
     static constexpr int W = 1;
-    static constexpr int ROWS = 1;
+    static constexpr int ROWS = 1, ACROSS = 8;
     static constexpr int HALVES = 1;
     typedef float F;
     typedef int32_t I;
@@ -18,7 +18,6 @@ struct Simd {
 
     static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
     static F fma_exact(F a, F b, F c) { return a * b + c; }
-    static F add_signed(F a, F b, F c) { return a * b + c; }
     static F to_float(I x) { return (F)x; }
     static F sqrt(F x) { return std::sqrt(x); }
     static F max(F a, F b) { return a > b ? a : b; }

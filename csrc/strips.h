@@ -10,9 +10,10 @@ template <int DTYPE>
 class Strips {
     typedef Tile<DTYPE> T;
     typedef Directions<ZK_RANK1, T::SPLIT> Noise;
-    // As many rows and registers of each as there are registers for; with few seeds memory is what
-    // there is to wait for, and it is fastest read in one go.
-    static constexpr int ROWS = S::ROWS, FEW = 3;
+    // As many rows at a time, and registers of each, as there are registers for. As long as the
+    // signs stay in the first cache, memory is read faster row by row.
+    static constexpr int ROWS = S::ROWS;
+    static constexpr uint64_t FEW = 1 << 11;
 
     const zk_pass& args;
     const zk_tensor& tensor;
@@ -32,22 +33,18 @@ class Strips {
         const auto place = noise.from_column(column);
         const float *even = noise.of_seed(0) + place.even, *odd = noise.of_seed(0) + place.odd;
         const float* c = noise.coefficient(0, row);
-        const auto term = [&](auto add) ZK_ALWAYS {
+        for (int64_t k = 0; k < args.seed_count; k++) {
+            F z[V];
 #pragma GCC unroll 8
-            for (int r = 0; r < V; r++) {
-                const F z = Noise::load(r % 2 ? odd : even, r);
+            for (int r = 0; r < V; r++) z[r] = Noise::load(r % 2 ? odd : even, r);
 #pragma GCC unroll 8
-                for (int q = 0; q < R; q++) acc[q][r] = add(z, splat(c[q]), acc[q][r]);
+            for (int q = 0; q < R; q++) {
+                const F one = splat(c[q]);
+#pragma GCC unroll 8
+                for (int r = 0; r < V; r++) acc[q][r] = S::fma_exact(z[r], one, acc[q][r]);
             }
             even += noise.right_length, odd += noise.right_length, c += noise.left_length;
-        };
-        int64_t k = 0;
-        // By turns on the units that multiply and on those that only add.
-        for (; k + 2 <= args.seed_count; k += 2) {
-            term(S::fma_exact);
-            term(S::add_signed);
         }
-        if (k < args.seed_count) term(S::fma_exact);
 #pragma GCC unroll 8
         for (int q = 0; q < R; q++) T::template store<V>(out[q], acc[q], in[q]);
     }
@@ -95,8 +92,8 @@ class Strips {
 
     void operator()(const Rectangle& r) {
         uint64_t row = r.row;
-        if (args.seed_count > FEW)
-            for (; row + ROWS <= r.row_end; row += ROWS) rows<ROWS, 4>(row, r.from, r.to);
+        if (args.seed_count * (r.to - r.from) > FEW)
+            for (; row + ROWS <= r.row_end; row += ROWS) rows<ROWS, S::ACROSS>(row, r.from, r.to);
         for (; row < r.row_end; row++) rows<1, 8>(row, r.from, r.to);
     }
 };
