@@ -20,9 +20,9 @@ def test_bench_codegen_writes_what_it_counts(tmp_path, capsys):
     files = ["--json", str(out), "--csv", str(rows), "--plot", str(plot)]
     assert main(["bench", "codegen", "--sm", "90", *files]) == 0
     found = json.loads(out.read_text())["codegen"]
-    assert {row["sm"] for row in found} == {90} and len(found) == 18
+    assert {row["sm"] for row in found} == {90} and len(found) == 30
     assert all(row["spills"] == 0 and row["fusible"] == 0 for row in found)
-    assert len(rows.read_text().splitlines()) == 19
+    assert len(rows.read_text().splitlines()) == 31
     assert "<svg" in plot.read_text()
     assert "add_noise" in capsys.readouterr().out
 

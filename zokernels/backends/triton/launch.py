@@ -34,8 +34,8 @@ class Shape(NamedTuple):
 # Measured (docs/performance.md). More elements a thread spread the fixed work thinner, and take
 # registers: with few warps on a multiprocessor nobody computes while others wait for memory.
 _NORMAL, _NORMAL_ADDED = Shape(256, 4), Shape(256, 2, 96)
-# "sign" and momentum; of float32 weights "sign" spills with fewer registers, and needs fewer warps.
-_NORMAL_SIMPLE_RULE, _NORMAL_WIDE_SIGN = Shape(256, 4, 64), Shape(256, 4, 72)
+# "sign" and momentum; of float32 weights both spill with fewer registers, and need fewer warps.
+_NORMAL_SIMPLE_RULE, _NORMAL_WIDE_RULE = Shape(256, 4, 64), Shape(256, 4, 72)
 # Both sides of a direction at once.
 _BOTH = {
     noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96),
@@ -84,7 +84,7 @@ def shape_of_update(kind: int, rule: str, wide: bool) -> Shape:
         return _SIGNS[False]
     if rule == "adam":
         return _NORMAL
-    return _NORMAL_WIDE_SIGN if wide and rule == "sign" else _NORMAL_SIMPLE_RULE
+    return _NORMAL_WIDE_RULE if wide else _NORMAL_SIMPLE_RULE
 
 
 def is_plain(plan: Pass) -> bool:
