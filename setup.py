@@ -17,7 +17,7 @@ from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
 FLAGS = "-O3 -std=c++17 -fPIC -ffp-contract=off -fvisibility=hidden -pthread -Wall".split()
-KERNELS = ("add_noise", "apply_update")
+KERNELS = ("add_noise", "apply_update", "shift")
 X86 = {
     "avx2": "-mavx2 -mfma -mf16c".split(),
     # gcc 12 warns of its own AVX-512 headers.

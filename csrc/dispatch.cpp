@@ -41,13 +41,24 @@ struct IeeeArithmetic {
 #endif
 };
 
-SpanFunction function_of(int isa, bool update) {
-    if (!zk_has_isa(isa)) return nullptr;
+struct Functions {
+    SpanFunction add_noise, apply_update;
+    RowsFunction shift;
+};
+#define ZK_FUNCTIONS(isa) Functions{add_noise_##isa, apply_update_##isa, shift_##isa}
+
+Functions functions_of(int isa) {
 #if defined(ZK_X86)
-    if (isa == ZK_AVX512) return update ? apply_update_avx512 : add_noise_avx512;
-    if (isa == ZK_AVX2) return update ? apply_update_avx2 : add_noise_avx2;
+    if (isa == ZK_AVX512) return ZK_FUNCTIONS(avx512);
+    if (isa == ZK_AVX2) return ZK_FUNCTIONS(avx2);
 #endif
-    return update ? apply_update_portable : add_noise_portable;
+    return ZK_FUNCTIONS(portable);
+}
+
+// How many threads are worth waking.
+int threads_for(int64_t wanted, int64_t elements) {
+    const int64_t useful = in_forked_child ? 1 : std::max<int64_t>(1, elements / MIN_PER_THREAD);
+    return (int)std::min(wanted, useful);
 }
 
 // How many elements a span of a tensor has.
@@ -101,14 +112,15 @@ extern "C" int zk_has_isa(int isa) {
 }
 
 extern "C" int zk_run(const zk_pass* args, int isa) {
-    const SpanFunction function = function_of(isa, args->rule != ZK_ADD_NOISE);
-    if (!function) return -1;
+    if (!zk_has_isa(isa)) return -1;
+    const Functions functions = functions_of(isa);
+    const bool update = args->rule != ZK_ADD_NOISE;
+    const SpanFunction function = update ? functions.apply_update : functions.add_noise;
     int64_t elements = 0;
     for (int64_t i = 0; i < args->tensor_count; i++) elements += args->tensors[i].numel;
     const std::vector<Span> spans = cut(*args, elements);
     const int64_t count = (int64_t)spans.size();
-    const int64_t useful = in_forked_child ? 1 : std::max<int64_t>(1, elements / MIN_PER_THREAD);
-    const int threads = (int)std::min<int64_t>(args->threads, useful);
+    const int threads = threads_for(args->threads, elements);
     if (threads <= 1) {
         const IeeeArithmetic mode;
         for (const Span& span : spans) function(*args, span);
@@ -121,6 +133,21 @@ extern "C" int zk_run(const zk_pass* args, int isa) {
         const IeeeArithmetic mode;
 #pragma omp for schedule(dynamic, at_a_time)
         for (int64_t i = 0; i < count; i++) function(*args, spans[i]);
+    }
+    return 0;
+}
+
+extern "C" int zk_run_shift(const zk_shift* args, int isa) {
+    if (!zk_has_isa(isa)) return -1;
+    const RowsFunction function = functions_of(isa).shift;
+    const int64_t rows = args->lanes * args->rows;
+    const int threads = threads_for(args->threads, rows * (args->in + args->out));
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const IeeeArithmetic mode;
+#pragma omp for
+        for (int64_t i = 0; i < threads; i++)
+            function(*args, rows * i / threads, rows * (i + 1) / threads);
     }
     return 0;
 }

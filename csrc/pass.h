@@ -19,15 +19,17 @@ inline int kind_of(const zk_pass& pass, const zk_tensor& tensor) {
 }
 
 typedef void (*SpanFunction)(const zk_pass&, const Span&);
+typedef void (*RowsFunction)(const zk_shift&, int64_t begin, int64_t end);
 
 // ZK_ENTRY(add_noise) is add_noise_avx2 where ZK_ISA is avx2.
 #define ZK_JOIN2(a, b) a##_##b
 #define ZK_JOIN(a, b) ZK_JOIN2(a, b)
 #define ZK_ENTRY(name) ZK_JOIN(name, ZK_ISA)
 
-#define ZK_DECLARE(isa)                                \
-    void add_noise_##isa(const zk_pass&, const Span&); \
-    void apply_update_##isa(const zk_pass&, const Span&);
+#define ZK_DECLARE(isa)                                   \
+    void add_noise_##isa(const zk_pass&, const Span&);    \
+    void apply_update_##isa(const zk_pass&, const Span&); \
+    void shift_##isa(const zk_shift&, int64_t, int64_t);
 ZK_DECLARE(portable)
 ZK_DECLARE(avx2)
 ZK_DECLARE(avx512)

@@ -51,9 +51,26 @@ struct zk_pass {
     int32_t threads;
 };
 
+// A product's rows, `rows` of them for each of `lanes` points, one after the other.
+struct zk_shift {
+    const void* x;      // of `in` elements each
+    const void* taken;  // ±1, `in` of them a lane
+    const void* given;  // ±1, `out` of them a lane
+    const void* bias;   // null, or `out` elements a lane
+    const float* scales;
+    void* y;  // of `out` elements each
+    int64_t lanes, rows, in, out;
+    int64_t signs_step, bias_step;  // from a lane's to the next one's; 0: they have it in common
+    int32_t dtype;                  // of all but the scales
+    int32_t threads;
+};
+
 // Runs one pass. Returns 0, or -1 if this CPU or build lacks the instruction set. A mirror is
 // filled by ZK_ADD_NOISE only, in one step, with neither mask nor stochastic rounding.
 ZK_PUBLIC int zk_run(const zk_pass* pass, int isa);
+
+// y ← bias + scale · (x · taken) · given, rounded once. Returns as zk_run does.
+ZK_PUBLIC int zk_run_shift(const zk_shift* shift, int isa);
 
 // Whether this CPU and this build have an instruction set.
 ZK_PUBLIC int zk_has_isa(int isa);

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from bench.gpu.part import Job, Part
-from zokernels import noise
 from zokernels.lab.benchmarks import models, step
 
 # On which the expectation of a cell's time rests: what a large product of bfloat16 matrices reaches
@@ -77,16 +76,16 @@ DRY_TRAINED = {"opt-tiny": ("embed_positions.weight", "layers.0.fc1.weight", "la
 
 
 def cells(dry: bool) -> list[Cell]:
-    """Every mode at every size; other distributions in the modes that targets are set for."""
-    _, *others = noise.KINDS
+    """Every mode at every size; rank one in the modes that targets are set for."""
     if dry:
         # An interpreted program of signs takes a third of one of normals.
-        return [Cell(*DRY_SIZE, mode, others[0]) for mode in MODES] + [Cell(*DRY_SIZE, MODES[1])]
+        found = [Cell(*DRY_SIZE, mode, "rademacher") for mode in MODES]
+        return [*found, Cell(*DRY_SIZE, MODES[1]), Cell(*DRY_SIZE, MODES[1], "rank1")]
     found = []
     for size in SIZES:
         found += [Cell(*size, mode) for mode in MODES]
         if size[0] != "opt-13b":
-            found += [Cell(*size, mode, dist) for dist in others for mode in MODES[:2]]
+            found += [Cell(*size, mode, "rank1") for mode in MODES[:2]]
     return found
 
 

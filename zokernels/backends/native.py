@@ -77,6 +77,16 @@ class _Pass(ctypes.Structure):
     owners: tuple[Any, ...] = ()
 
 
+class _Shift(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "taken", "given", "bias", "scales", "y")),
+        *((name, ctypes.c_int64) for name in ("lanes", "rows", "in_", "out")),
+        *((name, ctypes.c_int64) for name in ("signs_step", "bias_step")),
+        ("dtype", ctypes.c_int32),
+        ("threads", ctypes.c_int32),
+    ]
+
+
 def add_noise(plan: AddNoise) -> None:
     """Run the pass on ``torch.get_num_threads()`` threads."""
     _run(_arguments(plan, _tensors(plan, plan.out), rule=_ADD_NOISE))
@@ -94,6 +104,44 @@ def apply_update(plan: ApplyUpdate) -> None:
         scales=_floats(plan.scales), **{name: getattr(plan, name) for name in names},
     )  # fmt: skip
     _run(args)
+
+
+def shift(
+    x: torch.Tensor,
+    taken: torch.Tensor,
+    given: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """By how much a direction of rank one shifts a product: bias + scale · (x · taken) · given.
+
+    Sums are of float32, in an order that depends on the instruction set only, and what is returned
+    has been rounded once.
+
+    Args:
+        x: Of shape (lanes, rows, in); float32, bfloat16 or float16.
+        taken: ±1 of shape (lanes, in), in x's type; each lane's lie one after the other.
+        given: ±1 of shape (lanes, out), as far apart as those.
+        scales: Of shape (lanes,), float32.
+        bias: Of shape (out,) or (lanes, out), in x's type; or None.
+
+    Returns:
+        A tensor of shape (lanes, rows, out).
+    """
+    x = x.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    scales = scales.contiguous()
+    lanes, rows, width = x.shape
+    y = x.new_empty((lanes, rows, given.shape[1]))
+    args = _Shift(
+        x.data_ptr(), taken.data_ptr(), given.data_ptr(),
+        None if bias is None else bias.data_ptr(), scales.data_ptr(), y.data_ptr(),
+        lanes, rows, width, given.shape[1], taken.stride(0),
+        0 if bias is None or bias.dim() == 1 else bias.stride(0),
+        _DTYPES[x.dtype], torch.get_num_threads(),
+    )  # fmt: skip
+    _ran(_library().zk_run_shift, args)
+    return y
 
 
 class Prepared:
@@ -202,8 +250,12 @@ def _arguments(plan: Pass, tensors: Any, **of_rule: Any) -> _Pass:
 
 
 def _run(args: _Pass) -> None:
+    _ran(_library().zk_run, args)
+
+
+def _ran(function: Any, args: ctypes.Structure) -> None:
     isa = instruction_set()
-    if _library().zk_run(ctypes.byref(args), _ISAS[isa]) != 0:
+    if function(ctypes.byref(args), _ISAS[isa]) != 0:
         raise RuntimeError(f"The native backend has no {isa} code in this build.")
 
 
@@ -261,6 +313,7 @@ def _library() -> ctypes.CDLL:
     # Loaded after torch, it shares torch's own thread pool (the same libgomp).
     library = ctypes.CDLL(str(LIBRARY))
     library.zk_run.argtypes = [ctypes.POINTER(_Pass), ctypes.c_int]
+    library.zk_run_shift.argtypes = [ctypes.POINTER(_Shift), ctypes.c_int]
     library.zk_has_isa.argtypes = [ctypes.c_int]
     return library
 

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from zokernels import noise
+from zokernels.backends import native
 from zokernels.perturb.drawing import Drawing, Lane
 from zokernels.perturb.windows import aligned
+
+
+# Whether a tensor is one of a function transform's, which has no memory of its own.
+_is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class Vectors(NamedTuple):
@@ -28,33 +33,58 @@ class Vectors(NamedTuple):
         right: ±1 of shape (lanes, columns).
         scale: Of shape (lanes,), float32, or float64 of a matrix of float64.
         number: The scale of the first lane, where the host knows it.
+        is_native: Whether the native library takes them.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     scale: torch.Tensor
     number: float | None
+    is_native: bool
 
     def of(self, lane: int) -> Vectors:
         """Those of a lane."""
         here = slice(lane, lane + 1)
         number = self.number if lane == 0 else None
-        return Vectors(self.left[here], self.right[here], self.scale[here], number)
+        return Vectors(self.left[here], self.right[here], self.scale[here], number, self.is_native)
 
-    def moved(
+    def shift(
         self,
+        x: torch.Tensor,
+        taken: torch.Tensor,
+        given: torch.Tensor,
         bias: torch.Tensor | None,
-        factor: torch.Tensor,
-        signs: torch.Tensor,
     ) -> torch.Tensor:
-        """``bias + scale · factor · signs``; the scale is not rounded to 16 bits.
+        """``bias + scale · (x · taken) · given``; the scale is not rounded to 16 bits.
 
-        Where there are several lanes they are the first dimension of ``factor``.
+        Args:
+            x: Of shape (lanes, rows, in).
+            taken: ``right``, or ``left`` of a matrix that is multiplied from its other side.
+            given: The other one.
+            bias: Of shape (out,) or (lanes, out), or None.
+
+        Returns:
+            A tensor of shape (lanes, rows, out).
         """
-        start = factor.new_zeros(()) if bias is None else bias
-        if self.number is not None and len(self.scale) == 1:
-            return torch.addcmul(start, factor, signs, value=self.number)
-        return torch.addcmul(start, self._scaled(factor), signs)
+        if self.is_native and all(t is None or self._is_in_memory(t) for t in (x, bias)):
+            return native.shift(x, taken, given, self.scale, bias)
+        if bias is None:
+            bias = x.new_zeros(())
+        if len(x) == 1 and self.number is not None:
+            dots = torch.mv(x[0], taken[0]).unsqueeze(-1)
+            return torch.addcmul(bias, dots, given[0], value=self.number).unsqueeze(0)
+        dots = self._scaled(torch.bmm(x, taken.unsqueeze(-1)))
+        beside = bias.unsqueeze(1) if bias.dim() == 2 else bias
+        return torch.addcmul(beside, dots, given.unsqueeze(1))
+
+    def _is_in_memory(self, t: torch.Tensor) -> bool:
+        """Whether the native library may read it: its values are there, and nobody's tape is on."""
+        return (
+            type(t) in (torch.Tensor, torch.nn.Parameter)
+            and t.dtype is self.left.dtype
+            and not (torch.is_grad_enabled() and t.requires_grad)
+            and not _is_wrapped(t)
+        )
 
     def add(self, y: torch.Tensor, factor: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
         """Add scale · factor · signs to y, in place; see `moved`."""
@@ -134,6 +164,7 @@ class Factors:
                     memory.signs[:, right : right + columns],
                     memory.drawn[:, left],
                     number,
+                    self._drawing.is_native,
                 )
 
     def end(self) -> None:

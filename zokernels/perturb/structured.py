@@ -40,43 +40,26 @@ def _product(
     vectors: Vectors,
 ) -> torch.Tensor:
     """``x @ matrix + bias``, and with it scale · (x · taken) · given; signs as in `Vectors`."""
-    entry = weight.entry
+    entry, points = weight.entry, weight.entry.points
     entry.used.add(weight.place)
     own = _values(entry, bias)
-    if entry.points is None:
-        rows = x.reshape(-1, x.shape[-1])
-        dots = torch.mv(rows, taken[0]).unsqueeze(-1)
-        return _moved(rows, matrix, own[0], dots, given[0], vectors).view(*x.shape[:-1], -1)
-    points = entry.points
-    whole = points.whole(x)
-    whole = x.expand(points.count, *x.shape) if whole is None else whole
-    rows = whole.reshape(points.count, -1, whole.shape[-1])
-    dots = torch.bmm(rows, taken.unsqueeze(-1))
-    beside = own[0] if own[0] is own[-1] else torch.stack(own).unsqueeze(1)  # type: ignore[arg-type]
-    y = _moved(rows.flatten(0, 1), matrix, beside, dots, given.unsqueeze(1), vectors)
-    return points.wrap(y.view(*whole.shape[:-1], -1))
-
-
-def _moved(
-    rows: torch.Tensor,
-    matrix: torch.Tensor,
-    bias: torch.Tensor | None,
-    dots: torch.Tensor,
-    signs: torch.Tensor,
-    vectors: Vectors,
-) -> torch.Tensor:
-    """``rows @ matrix + bias + scale · dots · signs``, of the shape of the last product.
-
-    What is added lies there before the product is, and so the sum is rounded once: a product that
-    has been rounded to 16 bits would lose what is less than half of its last place.
-    """
-    y = vectors.moved(bias, dots, signs)
+    whole = x
+    if points is not None:
+        known = points.whole(x)
+        whole = x.expand(points.count, *x.shape) if known is None else known
+    beside = own[0] if own[0] is own[-1] else torch.stack(own)  # type: ignore[arg-type]
+    rows = whole.reshape(entry.count if points is not None else 1, -1, whole.shape[-1])
+    # What is added lies there before the product is, and so the sum is rounded once: a product that
+    # has been rounded to 16 bits would lose what is less than half of its last place.
+    y = vectors.shift(rows, taken, given, beside)
     if torch.is_autocast_enabled(rows.device.type):
         # It knows of no product into what is there.
         product = rows @ matrix
-        return product.view(y.shape) + y.to(product.dtype)
-    y.view(-1, y.shape[-1]).addmm_(rows, matrix)
-    return y
+        y = product + y.to(product.dtype)
+    else:
+        y.view(-1, y.shape[-1]).addmm_(rows.flatten(0, 1), matrix)
+    y = y.view(*whole.shape[:-1], -1)
+    return y if points is None else points.wrap(y)
 
 
 def parts(
@@ -95,14 +78,13 @@ def parts(
         biases: Each lane's, of shape (out,), or None.
         step: How many rows of the matrix at a time.
     """
-    dots = [torch.mv(x, r).unsqueeze(-1) for x, r in zip(flat, vectors.right, strict=True)]
     together = torch.cat(list(flat))
     for begin in range(0, len(stored), step):
         end = min(begin + step, len(stored))
         found = []
-        for k, bias in enumerate(biases):
-            beside = None if bias is None else bias[begin:end]
-            found.append(vectors.of(k).moved(beside, dots[k], vectors.left[k, begin:end]))
+        for k, (x, bias) in enumerate(zip(flat, biases, strict=True)):
+            own, beside = vectors.of(k), None if bias is None else bias[begin:end]
+            found.append(own.shift(x.unsqueeze(0), own.right, own.left[:, begin:end], beside)[0])
         y = torch.cat(found) if len(found) > 1 else found[0]
         y = y.addmm_(together, stored[begin:end].t())
         yield begin, end, list(y.split([len(x) for x in flat]))

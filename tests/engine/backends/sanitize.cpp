@@ -1,4 +1,4 @@
-// Random passes through zk_run, for a build with sanitizers: every buffer ends where its elements
+// Random passes through zk_run and zk_run_shift, for a build with sanitizers: every buffer ends where its elements
 // do, so that a byte read or written beyond them is caught. Every instruction set and number of
 // threads must give the bits of the portable code on one thread.
 //
@@ -254,6 +254,39 @@ bool try_case(int most_threads) {
     return true;
 }
 
+// Returns false where a shift's rows depend on the number of threads.
+bool try_shift(int most_threads) {
+    const int dtype = one_of<int>({ZK_FLOAT32, ZK_BFLOAT16, ZK_FLOAT16}), each = bytes_of(dtype);
+    zk_shift shift{};
+    shift.lanes = 1 + (int64_t)below(3), shift.rows = (int64_t)below(9);
+    shift.in = 1 + (int64_t)below(400), shift.out = 1 + (int64_t)below(9000);
+    shift.signs_step = std::max(shift.in, shift.out);
+    shift.bias_step = chance(50) ? shift.out : 0;
+    shift.dtype = dtype;
+    const int64_t rows = shift.lanes * shift.rows, apart = (shift.lanes - 1) * shift.signs_step;
+    const size_t off = below(8) * each;
+    Buffer x(rows * shift.in * each, off), bias(shift.lanes * shift.out * each, off);
+    Buffer taken((apart + shift.in) * each, off), given((apart + shift.out) * each, off);
+    for (Buffer* b : {&x, &bias, &taken, &given}) fill(*b, dtype);
+    std::vector<float> scales(shift.lanes, coefficient());
+    shift.x = x.start, shift.taken = taken.start, shift.given = given.start;
+    shift.bias = chance(70) ? bias.start : nullptr;
+    shift.scales = scales.data();
+    for (int isa = ZK_PORTABLE; isa <= ZK_AVX512; isa++) {
+        if (!zk_has_isa(isa)) continue;
+        Buffer alone(rows * shift.out * each, off), shared(alone.size, off);
+        shift.y = alone.start, shift.threads = 1;
+        zk_run_shift(&shift, isa);
+        shift.y = shared.start, shift.threads = 1 + (int)below(most_threads);
+        zk_run_shift(&shift, isa);
+        if (!same(alone, shared, dtype)) {
+            std::fprintf(stderr, "instruction set %d: a shift differs with threads\n", isa);
+            return false;
+        }
+    }
+    return true;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -261,7 +294,7 @@ int main(int argc, char** argv) {
     const int most_threads = argc > 3 ? std::atoi(argv[3]) : 4;
     source.seed(argc > 2 ? std::strtoull(argv[2], nullptr, 10) : 1);
     for (int i = 0; i < cases; i++)
-        if (!try_case(most_threads)) {
+        if (!try_case(most_threads) || !try_shift(most_threads)) {
             std::fprintf(stderr, "case %d differs\n", i);
             return 1;
         }
