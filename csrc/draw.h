@@ -188,44 +188,44 @@ struct Stream {
     bool written = true;
 };
 
-// What a span has of a tile, in copies of whole tiles.
-template <int N>
-struct Copies {
-    char tiles[N][TILE * sizeof(float)];
-
-    // Fills them, or brings back what was written.
-    __attribute__((noinline)) void exchange(const Span& span, const Stream* streams, int64_t local,
-                                            bool back) {
-        const int64_t from = std::max(local, span.begin), to = std::min(local + TILE, span.end);
-        if (!back) std::memset(tiles, 0, sizeof tiles);
-        for (int i = 0; i < N; i++) {
-            const int bytes = streams[i].bytes;
-            char *mine = tiles[i] + (from - local) * bytes, *its = streams[i].start + from * bytes;
-            if (!back)
-                std::memcpy(mine, its, (to - from) * bytes);
-            else if (streams[i].written)
-                std::memcpy(its, mine, (to - from) * bytes);
-        }
+// Runs tile(pointers, place) on copies of what a span has of a tile.
+template <int N, class Run>
+__attribute__((noinline)) void on_copies(const Span& span, const Stream* streams, const Place& at,
+                                         Run tile) {
+    const int64_t from = std::max(at.local, span.begin);
+    const int64_t to = std::min(at.local + TILE, span.end);
+    char* tiles[N];
+    char copies[N][TILE * sizeof(float)] = {};
+    for (int i = 0; i < N; i++) {
+        const int bytes = streams[i].bytes;
+        tiles[i] = copies[i];
+        std::memcpy(copies[i] + (from - at.local) * bytes, streams[i].start + from * bytes,
+                    (to - from) * bytes);
     }
-};
+    tile(tiles, at);
+    for (int i = 0; i < N; i++) {
+        if (!streams[i].written) continue;
+        const int bytes = streams[i].bytes;
+        std::memcpy(streams[i].start + from * bytes, copies[i] + (from - at.local) * bytes,
+                    (to - from) * bytes);
+    }
+}
 
-// Calls tile(pointers, place) for every tile of a span; what a span covers in part runs on copies.
+// Calls tile(pointers, place) for every tile of a span.
 template <int N, class Run>
 void for_each_tile(const Span& span, const Stream* streams, Run tile) {
     const uint64_t offset = span.tensor->offset;
-    Copies<N> copies;
     Place at;
     at.index = (offset + span.begin) / TILE * TILE;
     at.local = (int64_t)(at.index - offset);
-    for (; at.local < span.end; at.index += TILE, at.local += TILE) {
-        const bool whole = at.local >= span.begin && at.local + TILE <= span.end;
+    const auto next = [&] { at.index += TILE, at.local += TILE; };
+    if (at.local < span.begin) on_copies<N>(span, streams, at, tile), next();
+    for (; at.local + TILE <= span.end; next()) {
         char* tiles[N];
-        if (__builtin_expect(!whole, 0)) copies.exchange(span, streams, at.local, false);
-        for (int i = 0; i < N; i++)
-            tiles[i] = whole ? streams[i].start + at.local * streams[i].bytes : copies.tiles[i];
+        for (int i = 0; i < N; i++) tiles[i] = streams[i].start + at.local * streams[i].bytes;
         tile(tiles, at);
-        if (__builtin_expect(!whole, 0)) copies.exchange(span, streams, at.local, true);
     }
+    if (at.local < span.end) on_copies<N>(span, streams, at, tile);
 }
 
 }  // namespace
