@@ -35,8 +35,9 @@ $(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 quickstart: $(STAMP)  ## Fine-tune a real encoder in minutes; STEPS=100 shortens it
 	$(BIN)/python -m zokernels.lab.cli.quickstart
 
+# The longest files lie in the folders that come first.
 test: $(STAMP)  ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(STAMP)  ## Run the tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow

@@ -46,6 +46,11 @@ class Tensors:
     device: str = "cpu"
     _made: dict[Any, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def columns(self) -> int:
+        """Of the vector of weights as a matrix: as long as usual, and where it is small, as high."""
+        return 1 << min(24, self.numel.bit_length() - 1) // 2
+
     def weights(self, dtype: str, replaced: bool = False) -> torch.Tensor:
         """Weights of a trained layer's size (standard deviation 0.02): float16 rounds some to zero.
 
@@ -164,7 +169,6 @@ def shaped(dtype: str, shapes: Sequence[Shaped]) -> list[Case]:
     found = []
     for one in shapes:
         keywords: dict[str, Any] = {"amsgrad": True} if one.op == "amsgrad" else {}
-        keywords |= {"columns": [4096]} if one.dist == "rank1" else {}
         plain = _build(dtype, one.op, one.dist, "", 1, keywords, "triton", "")
         build = functools.partial(_in_groups, plain, one)
         found.append(Case(dtype, one.op, one.dist, "", "triton", build, shape=str(one)))
@@ -208,9 +212,8 @@ def _kinds(dtype: str, full: bool) -> list[Kind]:
     kinds.append((add, normal, "random mask", 1, {"mask": half}))
     kinds.append((add, normal, "8 seeds", 8, {}))
     kinds.append((add, normal, "8 steps", 8, {"each_step": True}))
-    # Of the one vector of weights, rows of a usual length.
-    rank1, matrix = "rank1", {"columns": [4096]}
-    kinds += [(add, rank1, "", 1, matrix), (add, rank1, "16 seeds", 16, matrix)]
+    rank1 = "rank1"
+    kinds += [(add, rank1, "", 1, {}), (add, rank1, "16 seeds", 16, {})]
     if full:
         kinds.append((add, normal, "magnitude mask", 1, {"mask": masks.Magnitude(0.0135)}))
         kinds.append((add, normal, "bit mask", 1, {}))
@@ -221,9 +224,9 @@ def _kinds(dtype: str, full: bool) -> list[Kind]:
     for rule in ("sign", "momentum", "adam"):
         kinds.append((rule, normal, "", 1, {}))
     if full:
-        kinds += [(add, rank1, "8 seeds", 8, matrix)]
-        kinds += [(add, rank1, "8 steps", 8, {"each_step": True, **matrix})]
-        kinds += [(rule, rank1, "", 1, matrix) for rule in ("sign", "momentum", "adam")]
+        kinds.append((add, rank1, "8 seeds", 8, {}))
+        kinds.append((add, rank1, "8 steps", 8, {"each_step": True}))
+        kinds += [(rule, rank1, "", 1, {}) for rule in ("sign", "momentum", "adam")]
         kinds.append(("amsgrad", normal, "", 1, {"amsgrad": True}))
         kinds.append(("adam", normal, NARROW, 1, {}))
         kinds.append(("adam", normal, "random mask", 1, {"mask": half}))
@@ -246,6 +249,8 @@ def _build(
         p = [tensors.weights(dtype)]
         fresh = itertools.count()
         named = dict(keywords, dist=dist, backend=backend)
+        if dist == "rank1":
+            named["columns"] = [tensors.columns]
         if variant == "bit mask":
             named["mask"] = tensors.bits()
         states = tensors.states(STATES[op], "bfloat16" if variant == NARROW else "float32")
