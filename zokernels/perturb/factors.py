@@ -20,7 +20,6 @@ from zokernels.backends import native
 from zokernels.perturb.drawing import Drawing, Lane
 from zokernels.perturb.windows import aligned
 
-
 # Whether a tensor is one of a function transform's, which has no memory of its own.
 _is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
 
@@ -33,7 +32,7 @@ class Vectors(NamedTuple):
         right: ±1 of shape (lanes, columns).
         scale: Of shape (lanes,), float32, or float64 of a matrix of float64.
         number: The scale of the first lane, where the host knows it.
-        is_native: Whether the native library takes them.
+        is_native: Whether the native library multiplies by them.
     """
 
     left: torch.Tensor
@@ -110,6 +109,7 @@ class _Memory:
     signs: torch.Tensor
     # The number of each matrix, and where its vectors begin.
     places: list[tuple[int, int, int]]
+    is_native: bool
 
     @property
     def is_on_host(self) -> bool:
@@ -164,7 +164,7 @@ class Factors:
                     memory.signs[:, right : right + columns],
                     memory.drawn[:, left],
                     number,
-                    self._drawing.is_native,
+                    memory.is_native,
                 )
 
     def end(self) -> None:
@@ -179,6 +179,7 @@ class Factors:
     def _make(self, lanes: int, sources: Sequence[torch.Tensor]) -> None:
         self.release()
         self._of_vector, self._out = [], [[] for _ in range(lanes)]
+        has_native = native.why_missing() is None
         alike: dict[tuple, list[int]] = {}
         for i, p in enumerate(sources):
             if p.dim() > 1 and p.numel():
@@ -195,7 +196,9 @@ class Factors:
             nothing = torch.zeros(end, dtype=wide, device=device)
             drawn = torch.zeros((lanes, end), dtype=wide, device=device)
             signs = torch.zeros((lanes, end), dtype=dtype, device=device)
-            self._memories.append(_Memory(drawn, signs, places))
+            # Whoever draws: a forward's sums are then the same beside every backend.
+            is_native = device.type == "cpu" and wide is torch.float32 and has_native
+            self._memories.append(_Memory(drawn, signs, places, is_native))
             for shape, start, i in shapes:
                 here = slice(start, start + shape[0] * shape[1])
                 self._vectors.append(nothing[here].view(shape))

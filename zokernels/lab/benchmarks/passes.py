@@ -48,7 +48,7 @@ class Tensors:
 
     @property
     def columns(self) -> int:
-        """Of the vector of weights as a matrix: as long as usual, and where it is small, as high."""
+        """Of the weights as a matrix, whose rows are as long as usual, or of few as it is high."""
         return 1 << min(24, self.numel.bit_length() - 1) // 2
 
     def weights(self, dtype: str, replaced: bool = False) -> torch.Tensor:
