@@ -85,6 +85,7 @@ class _Shift(ctypes.Structure):
         ("dtype", ctypes.c_int32),
         ("threads", ctypes.c_int32),
     ]
+    owners: tuple[Any, ...] = ()  # see `_Pass`
 
 
 def add_noise(plan: AddNoise) -> None:
@@ -140,6 +141,7 @@ def shift(
         0 if bias is None or bias.dim() == 1 else bias.stride(0),
         _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
+    args.owners = (x, taken, given, scales, bias)
     _ran(_library().zk_run_shift, args)
     return y
 
