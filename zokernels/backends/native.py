@@ -124,7 +124,7 @@ def shift(
         taken: ±1 of shape (lanes, in), in x's type; each lane's lie one after the other.
         given: ±1 of shape (lanes, out), as far apart as those.
         scales: Of shape (lanes,), float32.
-        bias: Of shape (out,) or (lanes, out), in x's type; or None.
+        bias: Of shape (out,), (lanes, out) or (lanes, 1, out), in x's type; or None.
 
     Returns:
         A tensor of shape (lanes, rows, out).

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +19,6 @@ from zokernels import noise
 from zokernels.backends import native
 from zokernels.perturb.drawing import Drawing, Lane
 from zokernels.perturb.windows import aligned
-
-# Whether a tensor is one of a function transform's, which has no memory of its own.
-_is_wrapped: Any = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 class Vectors(NamedTuple):
@@ -60,21 +57,23 @@ class Vectors(NamedTuple):
             x: Of shape (lanes, rows, in).
             taken: ``right``, or ``left`` of a matrix that is multiplied from its other side.
             given: The other one.
-            bias: Of shape (out,) or (lanes, out), or None.
+            bias: Anything that a tensor of shape (lanes, rows, out) may be added to, or None.
 
         Returns:
             A tensor of shape (lanes, rows, out).
         """
         if self.is_native and all(t is None or self._is_in_memory(t) for t in (x, bias)):
-            return native.shift(x, taken, given, self.scale, bias)
+            common, each = (given.shape[1],), (len(x), 1, given.shape[1])
+            # Any other shape is torch's to broadcast, or to refuse.
+            if x.shape[2] == taken.shape[1] and (bias is None or bias.shape in (common, each)):
+                return native.shift(x, taken, given, self.scale, bias)
         if bias is None:
             bias = x.new_zeros(())
         if len(x) == 1 and self.number is not None:
-            dots = torch.mv(x[0], taken[0]).unsqueeze(-1)
-            return torch.addcmul(bias, dots, given[0], value=self.number).unsqueeze(0)
+            dots = torch.mv(x[0], taken[0]).view(1, -1, 1)
+            return torch.addcmul(bias, dots, given.unsqueeze(1), value=self.number)
         dots = self._scaled(torch.bmm(x, taken.unsqueeze(-1)))
-        beside = bias.unsqueeze(1) if bias.dim() == 2 else bias
-        return torch.addcmul(beside, dots, given.unsqueeze(1))
+        return torch.addcmul(bias, dots, given.unsqueeze(1))
 
     def _is_in_memory(self, t: torch.Tensor) -> bool:
         """Whether the native library may read it: its values are there, and nobody's tape is on."""
@@ -82,11 +81,11 @@ class Vectors(NamedTuple):
             type(t) in (torch.Tensor, torch.nn.Parameter)
             and t.dtype is self.left.dtype
             and not (torch.is_grad_enabled() and t.requires_grad)
-            and not _is_wrapped(t)
+            and not torch._C._functorch.is_functorch_wrapped_tensor(t)
         )
 
     def add(self, y: torch.Tensor, factor: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
-        """Add scale · factor · signs to y, in place; see `moved`."""
+        """Add scale · factor · signs to y, in place; see `shift`."""
         if self.number is not None and len(self.scale) == 1:
             return y.addcmul_(factor, signs, value=self.number)
         return y.addcmul_(self._scaled(factor), signs)

@@ -42,16 +42,14 @@ def _product(
     """``x @ matrix + bias``, and with it scale · (x · taken) · given; signs as in `Vectors`."""
     entry, points = weight.entry, weight.entry.points
     entry.used.add(weight.place)
-    own = _values(entry, bias)
-    whole = x
+    whole, lanes = x, 1
     if points is not None:
-        known = points.whole(x)
-        whole = x.expand(points.count, *x.shape) if known is None else known
-    beside = own[0] if own[0] is own[-1] else torch.stack(own)  # type: ignore[arg-type]
-    rows = whole.reshape(entry.count if points is not None else 1, -1, whole.shape[-1])
+        known, lanes = points.whole(x), points.count
+        whole = x.expand(lanes, *x.shape) if known is None else known
+    rows = whole.reshape(lanes, -1, whole.shape[-1])
     # What is added lies there before the product is, and so the sum is rounded once: a product that
     # has been rounded to 16 bits would lose what is less than half of its last place.
-    y = vectors.shift(rows, taken, given, beside)
+    y = vectors.shift(rows, taken, given, _bias(entry, bias))
     if torch.is_autocast_enabled(rows.device.type):
         # It knows of no product into what is there.
         product = rows @ matrix
@@ -79,11 +77,12 @@ def parts(
         step: How many rows of the matrix at a time.
     """
     together = torch.cat(list(flat))
+    lanes = [vectors.of(k) for k in range(len(flat))]
     for begin in range(0, len(stored), step):
         end = min(begin + step, len(stored))
         found = []
-        for k, (x, bias) in enumerate(zip(flat, biases, strict=True)):
-            own, beside = vectors.of(k), None if bias is None else bias[begin:end]
+        for own, x, bias in zip(lanes, flat, biases, strict=True):
+            beside = None if bias is None else bias[begin:end]
             found.append(own.shift(x.unsqueeze(0), own.right, own.left[:, begin:end], beside)[0])
         y = torch.cat(found) if len(found) > 1 else found[0]
         y = y.addmm_(together, stored[begin:end].t())
@@ -110,13 +109,13 @@ def convolution(
     """
     entry, stored, points = weight.entry, weight.stored, weight.entry.points
     entry.used.add(weight.place)
-    own = _values(entry, bias)
+    beside = _bias(entry, bias)
     if points is None:
-        y = operation(x, stored, own[0], **place)
+        y = operation(x, stored, beside, **place)
         _add_convolution(operation, y, x, stored.shape, vectors, place)
         return y
-    whole, is_common = points.whole(x), own[0] is own[-1]
-    common_bias = own[0] if is_common else None
+    whole, has_own = points.whole(x), beside is not None and beside.dim() == 3
+    common_bias = None if has_own else beside
     if whole is None:
         y = operation(x, stored, common_bias, **place)
         y = y.expand(points.count, *y.shape).clone()
@@ -127,9 +126,8 @@ def convolution(
         y = operation(whole, stored, common_bias, **place)
     for k, part in enumerate(points.parts(x)):
         _add_convolution(operation, y[k], part, stored.shape, vectors.of(k), place)
-    if not is_common:
-        biases = torch.stack(own)  # type: ignore[arg-type]
-        y += biases.view(
+    if beside is not None and has_own:
+        y += beside.view(
             points.count, *[1] * (x.dim() + 1 - stored.dim()), -1, *[1] * (stored.dim() - 2)
         )
     return points.wrap(y)
@@ -162,10 +160,16 @@ def _add_convolution(
     vectors.add(by_group, filtered, signs)
 
 
-def _values(entry: Entry, bias: Any) -> list[torch.Tensor | None]:
-    """A bias for each lane; one and the same where they have it in common."""
+def _bias(entry: Entry, bias: Any) -> torch.Tensor | None:
+    """What all lanes have in common as it is, or each lane's, with three dimensions."""
     if is_perturbed(bias):
-        return [b for (b,) in resolve(bias)]
-    if bias is None or entry.points is None:
-        return [bias] * entry.count
-    return list(entry.points.parts(bias))
+        own = [b for (b,) in resolve(bias) if b is not None]
+        if len(own) == 1:
+            return own[0]
+        each = torch.stack(own)
+    else:
+        known = None if bias is None or entry.points is None else entry.points.whole(bias)
+        if known is None:
+            return bias
+        each = known
+    return each.reshape(len(each), *[1] * (3 - each.dim()), *each.shape[1:])

@@ -261,3 +261,28 @@ def test_a_derivative_by_the_input_goes_through():
         return slope.pow(2).sum()
 
     assert_as_in_place(model, closure, modes=("on_entry",))
+
+
+# What torch.addmm and linear add beside a vector: a matrix, one number a row, one for all.
+@pytest.mark.parametrize("shape", [(4, 3), (4, 1), (1, 3), (1,), (3,)], ids=str)
+@pytest.mark.parametrize("mode", ["on_entry", "paired"])
+@pytest.mark.parametrize("trained", [True, False], ids=["trained", "given"])
+def test_what_is_added_has_any_shape_that_torch_takes(shape, mode, trained):
+    # In float32, which native kernels take. The loss is linear, so that eps may be large.
+    model = Of((5, 3), lambda x, w, b: torch.addmm(b, x, w), shape)
+    model.bias.requires_grad_(trained)
+    x, y = inputs(4, 5).float(), inputs(4, 3).float()
+
+    def closure():
+        return (model(x) * y).sum()
+
+    expected = slopes(model, closure, "in_place", eps=0.5).projected_gradients
+    got = slopes(model, closure, mode, eps=0.5).projected_gradients
+    assert got == pytest.approx(expected, rel=1e-5, abs=1e-5)
+
+
+def test_an_input_of_another_width_is_refused_as_torch_does():
+    model = Of((6, 5), F.linear)
+    opt = zk.ZOSGD(model, lr=0.0, dist="rank1")
+    with pytest.raises(RuntimeError, match="size|shape"):
+        opt.step(lambda: model(torch.ones(4, 3)).sum())
