@@ -95,7 +95,10 @@ def unpack(commit: str, into: Path, root: Path = tested.ROOT) -> None:
     if archive.returncode:
         raise RunError(f"git archive {commit} failed: {archive.stderr.decode().strip()}.")
     with tarfile.open(fileobj=io.BytesIO(archive.stdout)) as tar:
-        tar.extractall(into, filter="data")
+        # Pythons older than 3.10.12 and 3.11.4 have no filters, nor the keyword for them.
+        if hasattr(tarfile, "data_filter"):
+            tar.extraction_filter = tarfile.data_filter
+        tar.extractall(into)
     if library.exists() and _sources(into) == _sources(root):
         shutil.copy2(library, into / _LIBRARY)
         return
