@@ -3,6 +3,7 @@
 import math
 
 import pytest
+import shifts
 import torch
 from conftest import varied
 from device import DEVICE, DISTS, DRY, assert_same, marks, some, states_to_device, to_device
@@ -91,6 +92,18 @@ def test_both_sides_of_a_direction(dtype, dist):
             expected = [torch.empty_like(t) for t in cpu]
             zk.ops.add_noise(cpu, expected, seeds, [side * c for c in coeffs], dist=dist, **at)
             assert_same(expected, got)
+
+
+@pytest.mark.parametrize("bias", ["none", "common", "each"])
+@pytest.mark.parametrize("dtype", some(DTYPES, 1), ids=str)
+def test_a_shift_of_products(dtype, bias):
+    from zokernels.backends import triton
+
+    for width, out in [(7, 9), (300, 77)] if DRY else shifts.SIZES:
+        for lanes, rows in ((1, 1), (2, 3 if DRY else 100), (3, 0)):
+            given = shifts.case(lanes, rows, width, out, dtype, bias)
+            there = (None if t is None else t.to(DEVICE) for t in given)
+            shifts.assert_rounded_once(triton.shift(*there).cpu(), *given)
 
 
 UPDATES = [

@@ -87,6 +87,18 @@ def select(params: Sequence[torch.Tensor], name: str | None, kind: int) -> Modul
     raise ValueError(f"backend={name!r} was asked for, but {refusal}")
 
 
+def of_products(dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """The backend whose `shift` perturbs products, whoever draws; None where torch has to.
+
+    A forward's sums are then the same beside every backend.
+    """
+    if dtype is torch.float64 or why_missing(device) is not None:
+        return None
+    if device.type == "cuda":
+        return None if _triton().INTERPRETED else _triton()
+    return native if device.type == "cpu" else None
+
+
 def why_missing(device: torch.device) -> str | None:
     """Why the kernels for a device are not there, so that its tensors go to the reference.
 

@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from zokernels import noise
-from zokernels.backends import native
+from zokernels.backends import of_products
 from zokernels.perturb.drawing import Drawing, Lane
 from zokernels.perturb.windows import aligned
 
@@ -29,20 +30,38 @@ class Vectors(NamedTuple):
         right: ±1 of shape (lanes, columns).
         scale: Of shape (lanes,), float32, or float64 of a matrix of float64.
         number: The scale of the first lane, where the host knows it.
-        is_native: Whether the native library multiplies by them.
+        backend: Whose `shift` multiplies by them, or None.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     scale: torch.Tensor
     number: float | None
-    is_native: bool
+    backend: ModuleType | None
+
+    def pay_for(self, rows: int, transposed: bool = False) -> bool:
+        """Whether a product of so many rows is done by them, and not with a matrix that is made.
+
+        What the two cost on a GPU is what they move: the product's rows are read once more, and
+        its result written and read once more; a matrix is written, and read. A CPU computes, too:
+        it widens 16-bit weights one by one, and rounds them.
+
+        Args:
+            rows: Of each lane.
+            transposed: Whether a row of the product has as many elements as the matrix has columns.
+        """
+        if not self.left.is_cuda or self.backend is None:
+            return True
+        out, width = self.left.shape[1], self.right.shape[1]
+        if transposed:
+            out, width = width, out
+        return rows * (width + 2 * out) <= 2 * width * out
 
     def of(self, lane: int) -> Vectors:
         """Those of a lane."""
         here = slice(lane, lane + 1)
         number = self.number if lane == 0 else None
-        return Vectors(self.left[here], self.right[here], self.scale[here], number, self.is_native)
+        return Vectors(self.left[here], self.right[here], self.scale[here], number, self.backend)
 
     def shift(
         self,
@@ -62,11 +81,11 @@ class Vectors(NamedTuple):
         Returns:
             A tensor of shape (lanes, rows, out).
         """
-        if self.is_native and all(t is None or self._is_in_memory(t) for t in (x, bias)):
+        if self.backend and all(t is None or self._is_in_memory(t) for t in (x, bias)):
             common, each = (given.shape[1],), (len(x), 1, given.shape[1])
             # Any other shape is torch's to broadcast, or to refuse.
             if x.shape[2] == taken.shape[1] and (bias is None or bias.shape in (common, each)):
-                return native.shift(x, taken, given, self.scale, bias)
+                return self.backend.shift(x, taken, given, self.scale, bias)
         if bias is None:
             bias = x.new_zeros(())
         if len(x) == 1 and self.number is not None:
@@ -76,7 +95,7 @@ class Vectors(NamedTuple):
         return torch.addcmul(bias, dots, given.unsqueeze(1))
 
     def _is_in_memory(self, t: torch.Tensor) -> bool:
-        """Whether the native library may read it: its values are there, and nobody's tape is on."""
+        """Whether a backend may read it: its values are there, and nobody's tape is on."""
         return (
             type(t) in (torch.Tensor, torch.nn.Parameter)
             and t.dtype is self.left.dtype
@@ -108,7 +127,7 @@ class _Memory:
     signs: torch.Tensor
     # The number of each matrix, and where its vectors begin.
     places: list[tuple[int, int, int]]
-    is_native: bool
+    backend: ModuleType | None
 
     @property
     def is_on_host(self) -> bool:
@@ -163,7 +182,7 @@ class Factors:
                     memory.signs[:, right : right + columns],
                     memory.drawn[:, left],
                     number,
-                    memory.is_native,
+                    memory.backend,
                 )
 
     def end(self) -> None:
@@ -178,7 +197,6 @@ class Factors:
     def _make(self, lanes: int, sources: Sequence[torch.Tensor]) -> None:
         self.release()
         self._of_vector, self._out = [], [[] for _ in range(lanes)]
-        has_native = native.why_missing() is None
         alike: dict[tuple, list[int]] = {}
         for i, p in enumerate(sources):
             if p.dim() > 1 and p.numel():
@@ -195,9 +213,8 @@ class Factors:
             nothing = torch.zeros(end, dtype=wide, device=device)
             drawn = torch.zeros((lanes, end), dtype=wide, device=device)
             signs = torch.zeros((lanes, end), dtype=dtype, device=device)
-            # Whoever draws: a forward's sums are then the same beside every backend.
-            is_native = device.type == "cpu" and wide is torch.float32 and has_native
-            self._memories.append(_Memory(drawn, signs, places, is_native))
+            backend = of_products(dtype, device)
+            self._memories.append(_Memory(drawn, signs, places, backend))
             for shape, start, i in shapes:
                 here = slice(start, start + shape[0] * shape[1])
                 self._vectors.append(nothing[here].view(shape))

@@ -199,7 +199,8 @@ class Filler:
         if what in self._made and i not in self._again:
             # A window that was planned before has it, too.
             self._again.add(i)
-            self._windows.clear()
+            for windows in self._windows.values():
+                windows.relearn()
         return i in self._again and self.sources[i].nbytes <= self._room
 
     def _keep(self, i: int) -> Values:

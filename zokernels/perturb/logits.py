@@ -196,7 +196,7 @@ class PerturbedLogits(torch.Tensor):
         step = rows_of_a_part(flat[0].shape[1], flat[0].dtype, flat[0].device.type)
         biases = self.biases()
         vectors = filler.factors.of(self.weight)
-        if vectors is not None:
+        if vectors is not None and vectors.pay_for(len(flat[0])):
             yield from structured.parts(filler.sources[self.weight], vectors, flat, biases, step)
             return
         for begin in range(0, self.vocabulary, step):

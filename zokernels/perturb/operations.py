@@ -26,7 +26,8 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return NotImplemented
     if is_perturbed(weight) and PerturbedLogits.can_wait(x, weight):
         return PerturbedLogits.waiting(x, weight, bias)
-    if (vectors := structured.vectors_of(weight)) is not None:
+    vectors = structured.vectors_of(weight)
+    if vectors is not None and vectors.pay_for(x.shape[:-1].numel()):
         return structured.linear(x, weight, bias, vectors)
     if entry.points is not None and _can_write_apart(x):
         return _linear_apart(x, weight, bias, entry)
@@ -75,6 +76,8 @@ def _matmul(x: Any, weight: Any, bias: Any = None) -> Any:
     vectors = structured.vectors_of(weight)
     if vectors is None or weight.dim() != 2 or not _is_known(x, weight.entry):
         return NotImplemented
+    if not vectors.pay_for(x.shape[:-1].numel(), transposed=True):
+        return NotImplemented
     return structured.matmul(x, weight, bias, vectors)
 
 
@@ -90,6 +93,10 @@ def _convolution(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     ) -> Any:
         vectors = structured.vectors_of(weight)
         if vectors is None or not _is_known(x, weight.entry):
+            return NotImplemented
+        at = weight.dim() - 2  # of the input's last dimensions are positions
+        positions = x.shape[: -at - 1].numel() * x.shape[-at:].numel()
+        if not vectors.pay_for(positions):
             return NotImplemented
         place = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
         return structured.convolution(operation, x, weight, bias, vectors, place)

@@ -44,6 +44,13 @@ class Windows:
             self._plans += 1
         self._asked, self._next, self._is_missed = [], 0, False
 
+    def relearn(self) -> None:
+        """Forwards no longer ask for all that they did: from the next on, what they do is learned.
+
+        What was planned serves the one under way.
+        """
+        self._is_missed = True
+
     def ask(self, i: int) -> tuple[int, ...]:
         """What to make now that the forward asks for a weight that is not in memory."""
         self._asked.append(i)
@@ -51,7 +58,7 @@ class Windows:
             if i in self._windows[n]:
                 self._next = n + 1
                 return self._windows[n]
-        self._is_missed = not self._is_learning
+        self._is_missed = self._is_missed or not self._is_learning
         return (i,)
 
     def _cut(self, order: Sequence[int]) -> list[tuple[int, ...]]:

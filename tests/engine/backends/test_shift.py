@@ -3,37 +3,13 @@
 import pytest
 import torch
 from conftest import needs_native, same_bits
+from shifts import SIZES, assert_rounded_once, case
 
 from zokernels.backends import native
 
 ISAS = native.instruction_sets() if native.why_missing() is None else []
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# Less than a vector, a tile of each instruction set and one more, rows of models.
-SIZES = [(1, 1), (7, 9), (64, 65), (129, 128), (768, 300), (1000, 2311)]
 pytestmark = needs_native
-
-
-def case(lanes, rows, width, out, dtype, bias):
-    generator = torch.Generator().manual_seed(width)
-
-    def signs(n):
-        # As they lie among those of other matrices.
-        return torch.randn(lanes, n + 5, generator=generator).sign().to(dtype)[:, 3 : n + 3]
-
-    both = signs(width + out)
-    x = torch.randn(lanes, rows, width, generator=generator).to(dtype)
-    shape = {"none": None, "common": (out,), "each": (lanes, out)}[bias]
-    b = None if shape is None else torch.randn(shape, generator=generator).to(dtype)
-    scales = torch.randn(lanes, generator=generator) * 0.1
-    return x, both[:, :width], both[:, width:], scales, b
-
-
-def exact(x, taken, given, scales, bias):
-    x, taken, given, scales = (t.double() for t in (x, taken, given, scales))
-    y = scales.view(-1, 1, 1) * torch.einsum("lri,li,lo->lro", x, taken, given)
-    if bias is None:
-        return y
-    return y + (bias if bias.dim() == 1 else bias.unsqueeze(1)).double()
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -44,12 +20,7 @@ def test_it_is_the_exact_sum_rounded_once(dtype, bias, isa, monkeypatch):
     for width, out in SIZES:
         for lanes, rows in ((1, 3), (2, 5), (3, 0)):
             given = case(lanes, rows, width, out, dtype, bias)
-            y, expected = native.shift(*given), exact(*given)
-            assert y.shape == (lanes, rows, out) and y.dtype is dtype
-            # Half a place of the type's, and what float32's sums of `width` terms are off by.
-            places = torch.finfo(dtype).eps / 2 * expected.abs()
-            sums = 0.1 * width * torch.finfo(torch.float32).eps
-            assert ((y - expected).abs() <= places + sums).all()
+            assert_rounded_once(native.shift(*given), *given)
 
 
 @pytest.mark.parametrize("isa", ISAS)

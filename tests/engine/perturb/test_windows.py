@@ -76,3 +76,14 @@ def test_another_order_is_learned_and_one_that_never_stays_is_given_up():
     # From here on each weight alone, whatever the order.
     for order in orders:
         assert forward(found, order) == [(i,) for i in order]
+
+
+def test_what_is_kept_from_now_on_is_planned_without_and_this_forward_goes_on():
+    found = Windows(parameters(*[MANY // 2] * 4))
+    forward(found, range(4))
+    found.begin()
+    assert found.ask(0) == (0, 1)
+    found.relearn()
+    assert found.ask(2) == (2, 3)
+    forward(found, [0, 2, 3])
+    assert forward(found, [0, 2, 3]) == [(0, 2), (3,)]
