@@ -17,9 +17,9 @@ _TAKEN, _GIVEN, _WARPS = 1024, 2048, 4
 _compiled: dict[tuple, Any] = {}
 
 
-@triton.jit(do_not_specialize=["rows", "between_vectors", "between_scales", "between_biases"])
+@triton.jit(do_not_specialize=["rows", "between_scales"])
 def _shift_kernel(
-    x, taken, given, scales, bias, y, rows, between_vectors, between_scales, between_biases,
+    x, taken, given, scales, bias, y, rows, between_scales, between_vectors, between_biases,
     WIDTH: tl.constexpr, OUT: tl.constexpr, HAS_BIAS: tl.constexpr,
     TAKEN: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
@@ -73,7 +73,7 @@ def shift(
                 (lanes * rows, triton.cdiv(out, _GIVEN), 1),
                 (x, taken, given, scales, x if bias is None else bias, y),
                 (
-                    rows, taken.stride(0), scales.stride(0),
+                    rows, scales.stride(0), taken.stride(0),
                     0 if bias is None or bias.dim() == 1 else bias.stride(0),
                 ),
                 (width, out, bias is not None, _TAKEN, _GIVEN),
@@ -90,9 +90,9 @@ def _launch(
     if INTERPRETED:
         _shift_kernel[grid](*tensors, *numbers, *constants)
         return
-    # Triton compiles it anew for other types, and for memory of another alignment.
+    # Triton compiles it anew for other types, for memory and distances of another alignment.
     aligned = tuple(t.data_ptr() % 16 == 0 for t in tensors)
-    key = (tensors[0].device, tensors[0].dtype, *aligned, *constants)
+    key = (tensors[0].device, tensors[0].dtype, *aligned, *numbers[2:], *constants)
     found = _compiled.get(key)
     if found is None:
         kernel = _shift_kernel[grid]
