@@ -29,15 +29,22 @@ class Vectors(NamedTuple):
         left: ±1 of shape (lanes, rows), in the matrix's type; 0 for a lane at θ itself.
         right: ±1 of shape (lanes, columns).
         scale: Of shape (lanes,), float32, or float64 of a matrix of float64.
-        number: The scale of the first lane, where the host knows it.
+        known: The scales of the first lane, or nothing where the host does not know them.
+        place: Which of those is this matrix's.
         backend: Whose `shift` multiplies by them, or None.
     """
 
     left: torch.Tensor
     right: torch.Tensor
     scale: torch.Tensor
-    number: float | None
+    known: Sequence[float]
+    place: int
     backend: ModuleType | None
+
+    @property
+    def number(self) -> float | None:
+        """The scale of the first lane, where the host knows it."""
+        return self.known[self.place] if self.known else None
 
     def pay_for(self, rows: int, transposed: bool = False) -> bool:
         """Whether a product of so many rows is done by them, and not with a matrix that is made.
@@ -60,8 +67,10 @@ class Vectors(NamedTuple):
     def of(self, lane: int) -> Vectors:
         """Those of a lane."""
         here = slice(lane, lane + 1)
-        number = self.number if lane == 0 else None
-        return Vectors(self.left[here], self.right[here], self.scale[here], number, self.backend)
+        return self._replace(
+            left=self.left[here], right=self.right[here], scale=self.scale[here],
+            known=self.known if lane == 0 else (),
+        )  # fmt: skip
 
     def shift(
         self,
@@ -125,13 +134,20 @@ class _Memory:
 
     drawn: torch.Tensor
     signs: torch.Tensor
-    # The number of each matrix, and where its vectors begin.
-    places: list[tuple[int, int, int]]
-    backend: ModuleType | None
+    # Where a matrix's vectors begin, and with them its scales.
+    starts: list[int]
+    # The first lane's scales, where the host knows them.
+    known: list[float]
+    vectors: dict[int, Vectors]
 
-    @property
-    def is_on_host(self) -> bool:
-        return self.drawn.device.type == "cpu"
+    def read(self, lanes: Sequence[Lane]) -> None:
+        """Make what the vectors are of what has been drawn."""
+        for k, lane in enumerate(lanes):
+            if lane is None:
+                self.drawn[k].zero_()
+        self.signs.copy_(self.drawn.sign())
+        if self.drawn.device.type == "cpu":
+            self.known[:] = self.drawn[0, self.starts].tolist()
 
 
 class Factors:
@@ -169,21 +185,8 @@ class Factors:
         if self._vectors:
             self._drawing.fill(("vectors",), range(len(self._vectors)), self._out)
         for memory in self._memories:
-            for k, lane in enumerate(lanes):
-                if lane is None:
-                    memory.drawn[k].zero_()
-            memory.signs.copy_(memory.drawn.sign())
-            numbers = self._numbers_of(memory)
-            for (i, left, right), number in zip(memory.places, numbers, strict=True):
-                columns = noise.columns_of(sources[i].shape)
-                rows = sources[i].numel() // columns
-                self._found[i] = Vectors(
-                    memory.signs[:, left : left + rows],
-                    memory.signs[:, right : right + columns],
-                    memory.drawn[:, left],
-                    number,
-                    memory.backend,
-                )
+            memory.read(lanes)
+            self._found |= memory.vectors
 
     def end(self) -> None:
         """The forward is over."""
@@ -203,27 +206,29 @@ class Factors:
                 alike.setdefault((p.dtype, p.device), []).append(i)
         for (dtype, device), chosen in alike.items():
             wide = torch.float64 if dtype is torch.float64 else torch.float32
-            places, shapes, end = [], [], 0
+            sizes, starts, shapes, end = [], [], [], 0
             for i in chosen:
                 columns = noise.columns_of(sources[i].shape)
                 rows = sources[i].numel() // columns
-                places.append((i, end, end + aligned(rows)))
+                sizes.append((rows, columns))
+                starts.append(end)
                 shapes += [((rows, 1), end, i), ((1, columns), end + aligned(rows), i)]
                 end += aligned(rows) + aligned(columns)
             nothing = torch.zeros(end, dtype=wide, device=device)
             drawn = torch.zeros((lanes, end), dtype=wide, device=device)
             signs = torch.zeros((lanes, end), dtype=dtype, device=device)
+            memory = _Memory(drawn, signs, starts, [], {})
             backend = of_products(dtype, device)
-            self._memories.append(_Memory(drawn, signs, places, backend))
+            for n, (i, (rows, columns), start) in enumerate(zip(chosen, sizes, starts, strict=True)):
+                middle = start + aligned(rows)
+                memory.vectors[i] = Vectors(
+                    signs[:, start : start + rows], signs[:, middle : middle + columns],
+                    drawn[:, start], memory.known, n, backend,
+                )  # fmt: skip
+            self._memories.append(memory)
             for shape, start, i in shapes:
                 here = slice(start, start + shape[0] * shape[1])
                 self._vectors.append(nothing[here].view(shape))
                 self._of_vector.append(i)
                 for k in range(lanes):
                     self._out[k].append(drawn[k, here].view(shape))
-
-    def _numbers_of(self, memory: _Memory) -> Sequence[float | None]:
-        if not memory.is_on_host:
-            return [None] * len(memory.places)
-        first: list[float] = memory.drawn[0, [left for _, left, _ in memory.places]].tolist()
-        return first
