@@ -6,19 +6,18 @@ import torch
 SIZES = [(1, 1), (7, 9), (64, 65), (129, 128), (768, 300), (1000, 2311)]
 
 
-def case(lanes, rows, width, out, dtype, bias):
+def case(lanes, rows, width, out, dtype, bias, device="cpu"):
+    """Arguments of a shift; its vectors are parts of one tensor, as far apart as that says."""
     generator = torch.Generator().manual_seed(width)
 
-    def signs(n):
-        # As they lie among those of other matrices.
-        return torch.randn(lanes, n + 5, generator=generator).sign().to(dtype)[:, 3 : n + 3]
-
-    both = signs(width + out)
+    # As they lie among those of other matrices.
+    both = torch.randn(lanes, width + out + 5, generator=generator).sign().to(dtype)
     x = torch.randn(lanes, rows, width, generator=generator).to(dtype)
     shape = {"none": None, "common": (out,), "each": (lanes, out)}[bias]
     b = None if shape is None else torch.randn(shape, generator=generator).to(dtype)
     scales = torch.randn(lanes, generator=generator) * 0.1
-    return x, both[:, :width], both[:, width:], scales, b
+    x, both, scales, b = (None if t is None else t.to(device) for t in (x, both, scales, b))
+    return x, both[:, 3 : width + 3], both[:, width + 3 : -2], scales, b
 
 
 def exact(x, taken, given, scales, bias):

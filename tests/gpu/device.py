@@ -4,6 +4,7 @@ With ZOKERNELS_GPU_DRY=1 and TRITON_INTERPRET=1 the same tests run on CPU tensor
 kernels, a few cases of each kind: an interpreted program takes 50 ms, whatever its size.
 """
 
+import itertools
 import os
 
 import pytest
@@ -30,6 +31,18 @@ def some(cases, few=2):
     if not DRY or len(cases) <= few:
         return cases
     return [cases[place * (len(cases) - 1) // max(1, few - 1)] for place in range(few)]
+
+
+def spread(share, *axes):
+    """Every ``share``-th of the combinations, so that all pairs of values still meet.
+
+    A combination is taken where its values' places add up to a multiple of the share.
+    """
+    return [
+        tuple(axis[place] for axis, place in zip(axes, places, strict=True))
+        for places in itertools.product(*(range(len(axis)) for axis in axes))
+        if sum(places) % share == 0
+    ]
 
 
 def to_device(tensors):

@@ -1,14 +1,12 @@
-"""Masks, roundings, several steps and decay on a GPU, in every combination: the CPU's bits.
+"""Masks, roundings, several steps and decay on a GPU, each with each other: the CPU's bits.
 
 The longest of the checks, each case a kernel of its own to compile; so it comes last.
 """
 
-import itertools
-
 import pytest
 import torch
 from conftest import varied
-from device import DEVICE, DISTS, DRY, assert_same, marks, some, states_to_device, to_device
+from device import DEVICE, DISTS, DRY, assert_same, marks, some, spread, states_to_device, to_device
 from test_ops import DTYPES, mask_of, unaligned
 from test_update import RULES, flat, states_of
 
@@ -52,7 +50,7 @@ def numbers(each_step, rounding, dist):
     )
 
 
-ADDS = list(itertools.product(DTYPES, DISTS, MASKS, ROUNDINGS, [False, True]))
+ADDS = spread(2, DTYPES, DISTS, MASKS, ROUNDINGS, [False, True])
 
 
 @pytest.mark.parametrize("dtype, dist, mask, rounding, each_step", some(ADDS, 3), ids=str)
@@ -74,8 +72,9 @@ def _sooner(case):
 UPDATES = sorted(
     (
         (name, dtype, state, mask, rounding, each_step)
-        for name, dtype, state, mask, rounding, each_step in itertools.product(
-            RULES, DTYPES, [torch.float32, torch.bfloat16], MASKS, ROUNDINGS, [False, True]
+        for name, dtype, state, mask, rounding, each_step in spread(
+            4, list(RULES), DTYPES, [torch.float32, torch.bfloat16], MASKS, ROUNDINGS,
+            [False, True],
         )
         if name != "sign" or state is torch.float32
     ),
@@ -85,7 +84,7 @@ UPDATES = sorted(
 
 @pytest.mark.parametrize("name, dtype, state, mask, rounding, each_step", some(UPDATES, 4), ids=str)
 def test_apply_update(name, dtype, state, mask, rounding, each_step):
-    # A third of the combinations with each distribution, so that each value meets all.
+    # A third of them with each distribution, so that each value meets all.
     dist = DISTS[(len(name) + len(mask) + (state is torch.float32) + each_step) % len(DISTS)]
     cpu = tensors(dtype)
     cpu_states = states_of(name, cpu, state)

@@ -35,17 +35,18 @@ class Shape(NamedTuple):
 # registers: with few warps on a multiprocessor nobody computes while others wait for memory.
 _NORMAL, _NORMAL_ADDED = Shape(256, 4), Shape(256, 2, 96)
 # "sign" and momentum; of float32 weights both spill with fewer registers, and need fewer warps.
-_NORMAL_SIMPLE_RULE, _NORMAL_WIDE_RULE = Shape(256, 4, 64), Shape(256, 4, 72)
+_NORMAL_OF_RULE = {"sign": _NORMAL_ADDED, "momentum": Shape(256, 4, 64)}
+_NORMAL_WIDE_RULE = Shape(256, 4, 72)
 # Both sides of a direction at once.
 _BOTH = {
     noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96),
     noise.RANK1: Shape(1024, 4),
 }  # fmt: skip
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
-# Tiles of a rank-one direction, chosen by what the compiler says, not measured yet: the more a
-# thread has, the thinner its two blocks of signs a seed are spread.
+# Tiles of a rank-one direction: the more a thread has, the thinner its two blocks of signs a seed
+# are spread.
 _TILE = {True: Shape(2048, 4), False: Shape(1024, 4)}
-_TILE_OF_RULE = {"sign": Shape(1024, 4, 168), "momentum": Shape(1024, 4), "adam": Shape(512, 4)}
+_TILE_OF_RULE = {"sign": Shape(1024, 4, 168), "momentum": Shape(1024, 4), "adam": Shape(512, 4, 168)}
 
 
 # What `shaped` asks for in place of the table.
@@ -84,7 +85,7 @@ def shape_of_update(kind: int, rule: str, wide: bool) -> Shape:
         return _SIGNS[False]
     if rule == "adam":
         return _NORMAL
-    return _NORMAL_WIDE_RULE if wide else _NORMAL_SIMPLE_RULE
+    return _NORMAL_WIDE_RULE if wide else _NORMAL_OF_RULE[rule]
 
 
 def is_plain(plan: Pass) -> bool:
