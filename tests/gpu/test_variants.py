@@ -69,14 +69,12 @@ def _sooner(case):
     return each_step, rounding == "stochastic", mask != "random"
 
 
+STATES = [torch.float32, torch.bfloat16]
 UPDATES = sorted(
     (
-        (name, dtype, state, mask, rounding, each_step)
-        for name, dtype, state, mask, rounding, each_step in spread(
-            4, list(RULES), DTYPES, [torch.float32, torch.bfloat16], MASKS, ROUNDINGS,
-            [False, True],
-        )
-        if name != "sign" or state is torch.float32
+        case
+        for case in spread(4, list(RULES), DTYPES, STATES, MASKS, ROUNDINGS, [False, True])
+        if case[0] != "sign" or case[2] is torch.float32
     ),
     key=_sooner,
 )

@@ -219,7 +219,8 @@ class Factors:
             signs = torch.zeros((lanes, end), dtype=dtype, device=device)
             memory = _Memory(drawn, signs, starts, [], {})
             backend = of_products(dtype, device)
-            for n, (i, (rows, columns), start) in enumerate(zip(chosen, sizes, starts, strict=True)):
+            for n, i in enumerate(chosen):
+                (rows, columns), start = sizes[n], starts[n]
                 middle = start + aligned(rows)
                 memory.vectors[i] = Vectors(
                     signs[:, start : start + rows], signs[:, middle : middle + columns],

@@ -46,7 +46,9 @@ _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
 # Tiles of a rank-one direction: the more a thread has, the thinner its two blocks of signs a seed
 # are spread.
 _TILE = {True: Shape(2048, 4), False: Shape(1024, 4)}
-_TILE_OF_RULE = {"sign": Shape(1024, 4, 168), "momentum": Shape(1024, 4), "adam": Shape(512, 4, 168)}
+_TILE_OF_RULE = {
+    "sign": Shape(1024, 4, 168), "momentum": Shape(1024, 4), "adam": Shape(512, 4, 168),
+}  # fmt: skip
 
 
 # What `shaped` asks for in place of the table.
