@@ -45,7 +45,8 @@ struct Functions {
     SpanFunction add_noise, apply_update;
     RowsFunction shift;
 };
-#define ZK_FUNCTIONS(isa) Functions{add_noise_##isa, apply_update_##isa, shift_##isa}
+#define ZK_FUNCTIONS(isa) \
+    Functions { add_noise_##isa, apply_update_##isa, shift_##isa }
 
 Functions functions_of(int isa) {
 #if defined(ZK_X86)

@@ -9,7 +9,7 @@
 namespace {
 
 struct Simd {
-    static constexpr int W = 16;      // float32 lanes
+    static constexpr int W = 16;  // float32 lanes
     static constexpr int ROWS = 4, ACROSS = 4;
     static constexpr int HALVES = 2;  // vectors of 64-bit lanes that fill W 32-bit lanes
     typedef float F __attribute__((vector_size(64)));

@@ -1,6 +1,6 @@
-// Random passes through zk_run and zk_run_shift, for a build with sanitizers: every buffer ends where its elements
-// do, so that a byte read or written beyond them is caught. Every instruction set and number of
-// threads must give the bits of the portable code on one thread.
+// Random passes through zk_run and zk_run_shift, for a build with sanitizers: every buffer ends
+// where its elements do, so that a byte read or written beyond them is caught. Every instruction
+// set and number of threads must give the bits of the portable code on one thread.
 //
 // Usage: sanitize [CASES] [SEED] [THREADS]
 
