@@ -16,6 +16,11 @@ for perturb in paired in_place; do
 done
 bench --rows 1 --length 256 --dtype bfloat16 \
     --optimizer zo-sgd --optimizer zo-adam --optimizer fo-sgd --optimizer fo-adam
+# Along rank one, with a forward a point, and with both sides or sixteen points in one.
+for points in 2 4 16; do
+    bench --rows 1 --length 256 --optimizer zo-sgd --dist rank1 --perturb paired --points "$points"
+done
+bench --rows 1 --length 256 --optimizer zo-sgd --dist rank1
 # MultiRC on OPT-13B, which no machine at hand holds.
 bench --model opt-13b --dtype bfloat16 --rows 16 --length 128 --length 512 --length 2048 \
     --no-measure

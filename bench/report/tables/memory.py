@@ -9,6 +9,9 @@ from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.peaks import GPU, NAMES
 from zokernels.lab.benchmarks.results import Row
 
+# How an optimizer's forwards are perturbed.
+_WAY = ("perturb", "dist", "points")
+
 
 def measured(rows: Sequence[Row]) -> str:
     """What was measured on each machine, in MiB, with its multiple of what arithmetic says."""
@@ -18,10 +21,9 @@ def measured(rows: Sequence[Row]) -> str:
             continue
         shapes = sorted({_shape(row) for row in mine})
         lines = []
-        for (name, perturb), own in results.grouped(mine, "optimizer", "perturb").items():
+        for (name, *way), own in results.grouped(mine, "optimizer", *_WAY).items():
             cells = {_shape(row): _cell(row) for row in own}
-            way = "" if perturb in ("", "on_entry") else f", `{perturb}`"
-            lines.append([f"{NAMES[name]}{way}", *(cells.get(shape, "–") for shape in shapes)])
+            lines.append([_name(name, *way), *(cells.get(shape, "–") for shape in shapes)])
         head = ["optimizer", *(f"{batch} × {length}" for batch, length in shapes)]
         parts += [
             f"**{model}, {dtype}**; {results.caption(mine)}. MiB, in brackets the multiple of the "
@@ -50,6 +52,17 @@ def arithmetic(rows: Sequence[Row]) -> str:
         f"GPUs: how many of {GPU} GiB together hold it, at each length."
     )
     return f"{caption}\n\n{document.table([*head, 'GPUs'], lines, 'l' + 'r' * len(head))}"
+
+
+def _name(optimizer: str, perturb: str, dist: str, points: str) -> str:
+    parts = [NAMES[optimizer]]
+    if perturb not in ("", "on_entry"):
+        parts.append(f"`{perturb}`")
+    if dist not in ("", "gaussian"):
+        parts.append(dist)
+    if points not in ("", "2"):
+        parts.append(f"{points} points")
+    return ", ".join(parts)
 
 
 def _shape(row: Row) -> tuple[int, int]:

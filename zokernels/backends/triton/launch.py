@@ -44,11 +44,12 @@ _BOTH = {
 }  # fmt: skip
 _SIGNS = {True: Shape(2048, 4), False: Shape(1024, 8)}
 # Tiles of a rank-one direction: the more a thread has, the thinner its two blocks of signs a seed
-# are spread.
+# are spread. With fewer registers "adam" of float32 weights spills.
 _TILE = {True: Shape(2048, 4), False: Shape(1024, 4)}
 _TILE_OF_RULE = {
     "sign": Shape(1024, 4, 168), "momentum": Shape(1024, 4), "adam": Shape(512, 4, 168),
 }  # fmt: skip
+_TILE_OF_WIDE_RULE = _TILE_OF_RULE | {"adam": Shape(512, 4)}
 
 
 # What `shaped` asks for in place of the table.
@@ -82,7 +83,7 @@ def shape_of_update(kind: int, rule: str, wide: bool) -> Shape:
     if _tried is not None:
         return _tried
     if kind == noise.RANK1:
-        return _TILE_OF_RULE[rule]
+        return (_TILE_OF_WIDE_RULE if wide else _TILE_OF_RULE)[rule]
     if kind == noise.RADEMACHER:
         return _SIGNS[False]
     if rule == "adam":

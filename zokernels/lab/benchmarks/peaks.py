@@ -28,7 +28,11 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     """
     from matplotlib.lines import Line2D
 
-    usual = [row for row in rows if row["perturb"] in ("", "on_entry")]
+    usual = [
+        row
+        for row in rows
+        if row["perturb"] in ("", "on_entry") and row.get("dist") in (None, "", "gaussian")
+    ]
     panels = results.grouped(usual, "model", "dtype", "rows")
     kept = {key: own for key, own in panels.items() if len({row["length"] for row in own}) > 1}
     if not kept:
