@@ -1,6 +1,7 @@
 """Forwards along directions of rank one: by the stored weights, what whole weights would give."""
 
 import warnings
+from statistics import median
 
 import pytest
 import torch
@@ -160,12 +161,14 @@ def test_in_16_bits_it_errs_no_more_than_whole_weights_do(name, dtype):
     model, inputs = build(name, dtype), batch(name, dtype)
     exact, wide = build(name, torch.float64), batch(name, torch.float64)
     exact.load_state_dict(model.state_dict())
-    where = dict(seed=3, scale=1e-2, dist="rank1")
-    with torch.no_grad(), zk.perturbed(exact, **where):
-        expected = exact(**wide).logits
-    errors = {}
-    for mode in ("on_entry", "in_place"):
-        with torch.no_grad(), zk.perturbed(model, **where, perturb=mode):
-            errors[mode] = (model(**inputs).logits - expected).pow(2).mean().sqrt().item()
-    # Both round to the type in some 20 places; which of the two is nearer is chance.
-    assert errors["on_entry"] < 1.4 * errors["in_place"]
+    errors = {"on_entry": [], "in_place": []}
+    # Both round to the type in some 20 places, and which of the two is nearer along one direction
+    # is chance: by three times either way, and more where a router takes another expert.
+    for seed in range(3, 10):
+        where = dict(seed=seed, scale=1e-2, dist="rank1")
+        with torch.no_grad(), zk.perturbed(exact, **where):
+            expected = exact(**wide).logits
+        for mode, found in errors.items():
+            with torch.no_grad(), zk.perturbed(model, **where, perturb=mode):
+                found.append((model(**inputs).logits - expected).pow(2).mean().sqrt().item())
+    assert median(errors["on_entry"]) < 1.4 * median(errors["in_place"])
