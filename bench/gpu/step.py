@@ -24,9 +24,16 @@ _BUILD = {"opt-1.3b": 2.0, "opt-13b": 8.0, "opt-tiny": 0.0}
 MODES = (
     "graphed_paired", "on_entry", "paired", "graphed_on_entry", "in_place", "graphed_in_place",
 )  # fmt: skip
-# Where a direction costs no weights: a plain forward on entry, and both sides in one.
-RANK1 = ("graphed_on_entry", "graphed_paired", "on_entry")
-LEFT_OUT = ("paired", "in_place", "graphed_in_place")
+# Modes and noise; rank one first, where a step should cost its forwards.
+WAYS = (
+    ("graphed_on_entry", "rank1"), ("graphed_paired", "rank1"), ("on_entry", "rank1"),
+    *((mode, "gaussian") for mode in MODES),
+)  # fmt: skip
+# Of the largest, which takes a second a step.
+FEW_WAYS = (
+    ("graphed_on_entry", "rank1"), ("graphed_paired", "gaussian"), ("on_entry", "gaussian"),
+    ("graphed_on_entry", "gaussian"),
+)  # fmt: skip
 PEERS = ("mezo", "fo-sgd")
 PEERS_BESIDE = "on_entry"
 
@@ -79,18 +86,14 @@ DRY_TRAINED = {"opt-tiny": ("embed_positions.weight", "layers.0.fc1.weight", "la
 
 
 def cells(dry: bool) -> list[Cell]:
-    """Every mode at every size; rank one first, where a step should cost its forwards."""
+    """Every mode at every size that has the time."""
     if dry:
         # An interpreted program of signs takes a third of one of normals.
         found = [Cell(*DRY_SIZE, mode, "rademacher") for mode in MODES]
         return [*found, Cell(*DRY_SIZE, MODES[1]), Cell(*DRY_SIZE, MODES[1], "rank1")]
-    found = []
-    for size in SIZES:
-        # The largest takes a second a step.
-        short = size == SIZES[-1]
-        found += [Cell(*size, mode, "rank1") for mode in RANK1[: 1 if short else None]]
-        found += [Cell(*size, mode) for mode in MODES if not (short and mode in LEFT_OUT)]
-    return found
+    return [
+        Cell(*size, *way) for size in SIZES for way in (FEW_WAYS if size == SIZES[-1] else WAYS)
+    ]
 
 
 class Models:

@@ -58,7 +58,7 @@ PARTS: tuple[Part, ...] = (
     Figure("ops", ("ops.csv",), passes.draw, version=1),
     Figure("gpu-step", ("gpu/step.csv",), gpu_steps.draw, version=1, optional=True),
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
-    Figure("memory", ("memory.csv",), peaks.draw, version=2),
+    Figure("memory", ("memory.csv",), peaks.draw, version=3),
     Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
     Figure("study", ("study.csv",), all_cells.draw, version=1),
 )

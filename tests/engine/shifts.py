@@ -2,6 +2,8 @@
 
 import torch
 
+from zokernels.backends.plan import Shift
+
 # Less than a vector, a tile of each instruction set and one more, rows of models.
 SIZES = [(1, 1), (7, 9), (64, 65), (129, 128), (768, 300), (1000, 2311)]
 
@@ -18,6 +20,13 @@ def case(lanes, rows, width, out, dtype, bias, device="cpu"):
     scales = torch.randn(lanes, generator=generator) * 0.1
     x, both, scales, b = (None if t is None else t.to(device) for t in (x, both, scales, b))
     return x, both[:, 3 : width + 3], both[:, width + 3 : -2], scales, b
+
+
+def run(backend, *given):
+    """What a backend makes of a case."""
+    plan = Shift.of(*given)
+    backend.shift(plan)
+    return plan.y
 
 
 def exact(x, taken, given, scales, bias):

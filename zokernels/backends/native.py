@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from zokernels import noise
-from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass
+from zokernels.backends.plan import AddNoise, ApplyUpdate, Pass, Shift
 from zokernels.masks import BitsOf, MagnitudeOf, MaskOf, RandomOf
 
 # The distributions that it draws.
@@ -107,43 +107,17 @@ def apply_update(plan: ApplyUpdate) -> None:
     _run(args)
 
 
-def shift(
-    x: torch.Tensor,
-    taken: torch.Tensor,
-    given: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """By how much a direction of rank one shifts a product: bias + scale · (x · taken) · given.
-
-    Sums are of float32, in an order that depends on the instruction set only, and what is returned
-    has been rounded once.
-
-    Args:
-        x: Of shape (lanes, rows, in); float32, bfloat16 or float16.
-        taken: ±1 of shape (lanes, in), in x's type; each lane's lie one after the other.
-        given: ±1 of shape (lanes, out), as far apart as those.
-        scales: Of shape (lanes,), float32.
-        bias: Of shape (out,), (lanes, out) or (lanes, 1, out), in x's type; or None.
-
-    Returns:
-        A tensor of shape (lanes, rows, out).
-    """
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    scales = scales.contiguous()
-    lanes, rows, width = x.shape
-    y = x.new_empty((lanes, rows, given.shape[1]))
+def shift(plan: Shift) -> None:
+    """Run the shift on ``torch.get_num_threads()`` threads; sums depend on the instruction set."""
+    x, bias, scales = plan.x, plan.bias, plan.scales.contiguous()
     args = _Shift(
-        x.data_ptr(), taken.data_ptr(), given.data_ptr(),
-        None if bias is None else bias.data_ptr(), scales.data_ptr(), y.data_ptr(),
-        lanes, rows, width, given.shape[1], taken.stride(0),
-        0 if bias is None or bias.dim() == 1 else bias.stride(0),
+        x.data_ptr(), plan.taken.data_ptr(), plan.given.data_ptr(),
+        None if bias is None else bias.data_ptr(), scales.data_ptr(), plan.y.data_ptr(),
+        *x.shape, plan.given.shape[1], plan.taken.stride(0), plan.bias_step,
         _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
-    args.owners = (x, taken, given, scales, bias)
+    args.owners = (plan, scales)
     _ran(_library().zk_run_shift, args)
-    return y
 
 
 class Prepared:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -97,6 +98,48 @@ class ApplyUpdate(Pass):
         """The rule's numbers that are one for all steps."""
         betas = (self.beta1, self.one_minus_beta1, self.beta2, self.one_minus_beta2)
         return (*betas, self.adam_eps)
+
+
+class Shift(NamedTuple):
+    """By how much a direction of rank one shifts a product: bias + scale · (x · taken) · given.
+
+    Sums are of float32, in an order that depends on the backend only, and what is written has been
+    rounded once.
+
+    Attributes:
+        x: Of shape (lanes, rows, in), contiguous; float32, bfloat16 or float16.
+        taken: ±1 of shape (lanes, in), in x's type; each lane's lie one after the other.
+        given: ±1 of shape (lanes, out), as far apart as those.
+        scales: Of shape (lanes,), float32.
+        bias: Of shape (out,), (lanes, out) or (lanes, 1, out), contiguous, in x's type; or None.
+        y: Receives the result; of shape (lanes, rows, out).
+    """
+
+    x: torch.Tensor
+    taken: torch.Tensor
+    given: torch.Tensor
+    scales: torch.Tensor
+    bias: torch.Tensor | None
+    y: torch.Tensor
+
+    @classmethod
+    def of(
+        cls,
+        x: torch.Tensor,
+        taken: torch.Tensor,
+        given: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> Shift:
+        """The shift of what may lie in any order, with memory for its result."""
+        y = x.new_empty((*x.shape[:2], given.shape[1]))
+        own = None if bias is None else bias.contiguous()
+        return cls(x.contiguous(), taken, given, scales, own, y)
+
+    @property
+    def bias_step(self) -> int:
+        """How far apart the lanes' biases are; 0 where all have one."""
+        return 0 if self.bias is None or self.bias.dim() == 1 else self.bias.stride(0)
 
 
 def signed(seed: int) -> int:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from zokernels import noise
 from zokernels.backends import of_products
+from zokernels.backends.plan import Shift
 from zokernels.perturb.drawing import Drawing, Lane
 from zokernels.perturb.windows import aligned
 
@@ -94,7 +95,9 @@ class Vectors(NamedTuple):
             common, each = (given.shape[1],), (len(x), 1, given.shape[1])
             # Any other shape is torch's to broadcast, or to refuse.
             if x.shape[2] == taken.shape[1] and (bias is None or bias.shape in (common, each)):
-                return self.backend.shift(x, taken, given, self.scale, bias)
+                plan = Shift.of(x, taken, given, self.scale, bias)
+                self.backend.shift(plan)
+                return plan.y
         if bias is None:
             bias = x.new_zeros(())
         if len(x) == 1 and self.number is not None:
@@ -206,30 +209,25 @@ class Factors:
                 alike.setdefault((p.dtype, p.device), []).append(i)
         for (dtype, device), chosen in alike.items():
             wide = torch.float64 if dtype is torch.float64 else torch.float32
-            sizes, starts, shapes, end = [], [], [], 0
+            places, end = [], 0
             for i in chosen:
                 columns = noise.columns_of(sources[i].shape)
                 rows = sources[i].numel() // columns
-                sizes.append((rows, columns))
-                starts.append(end)
-                shapes += [((rows, 1), end, i), ((1, columns), end + aligned(rows), i)]
-                end += aligned(rows) + aligned(columns)
+                middle = end + aligned(rows)
+                places.append((i, slice(end, end + rows), slice(middle, middle + columns)))
+                end = middle + aligned(columns)
             nothing = torch.zeros(end, dtype=wide, device=device)
             drawn = torch.zeros((lanes, end), dtype=wide, device=device)
             signs = torch.zeros((lanes, end), dtype=dtype, device=device)
-            memory = _Memory(drawn, signs, starts, [], {})
-            backend = of_products(dtype, device)
-            for n, i in enumerate(chosen):
-                (rows, columns), start = sizes[n], starts[n]
-                middle = start + aligned(rows)
-                memory.vectors[i] = Vectors(
-                    signs[:, start : start + rows], signs[:, middle : middle + columns],
-                    drawn[:, start], memory.known, n, backend,
-                )  # fmt: skip
+            memory = _Memory(drawn, signs, [left.start for _, left, _ in places], [], {})
             self._memories.append(memory)
-            for shape, start, i in shapes:
-                here = slice(start, start + shape[0] * shape[1])
-                self._vectors.append(nothing[here].view(shape))
-                self._of_vector.append(i)
-                for k in range(lanes):
-                    self._out[k].append(drawn[k, here].view(shape))
+            backend = of_products(dtype, device)
+            for n, (i, left, right) in enumerate(places):
+                memory.vectors[i] = Vectors(
+                    signs[:, left], signs[:, right], drawn[:, left.start], memory.known, n, backend
+                )
+                for here, shape in ((left, (-1, 1)), (right, (1, -1))):
+                    self._vectors.append(nothing[here].view(shape))
+                    self._of_vector.append(i)
+                    for k in range(lanes):
+                        self._out[k].append(drawn[k, here].view(shape))

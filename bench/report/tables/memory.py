@@ -9,9 +9,6 @@ from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.peaks import GPU, NAMES
 from zokernels.lab.benchmarks.results import Row
 
-# How an optimizer's forwards are perturbed.
-_WAY = ("perturb", "dist", "points")
-
 
 def measured(rows: Sequence[Row]) -> str:
     """What was measured on each machine, in MiB, with its multiple of what arithmetic says."""
@@ -20,10 +17,10 @@ def measured(rows: Sequence[Row]) -> str:
         if all(row["source"] == "arithmetic" for row in mine):
             continue
         shapes = sorted({_shape(row) for row in mine})
-        lines = []
-        for (name, *way), own in results.grouped(mine, "optimizer", *_WAY).items():
-            cells = {_shape(row): _cell(row) for row in own}
-            lines.append([_name(name, *way), *(cells.get(shape, "–") for shape in shapes)])
+        cells: dict[str, dict[tuple[int, int], str]] = {}
+        for row in mine:
+            cells.setdefault(_name(row), {})[_shape(row)] = _cell(row)
+        lines = [[name, *(own.get(s, "–") for s in shapes)] for name, own in cells.items()]
         head = ["optimizer", *(f"{batch} × {length}" for batch, length in shapes)]
         parts += [
             f"**{model}, {dtype}**; {results.caption(mine)}. MiB, in brackets the multiple of the "
@@ -54,14 +51,16 @@ def arithmetic(rows: Sequence[Row]) -> str:
     return f"{caption}\n\n{document.table([*head, 'GPUs'], lines, 'l' + 'r' * len(head))}"
 
 
-def _name(optimizer: str, perturb: str, dist: str, points: str) -> str:
-    parts = [NAMES[optimizer]]
-    if perturb not in ("", "on_entry"):
-        parts.append(f"`{perturb}`")
-    if dist not in ("", "gaussian"):
-        parts.append(dist)
-    if points not in ("", "2"):
-        parts.append(f"{points} points")
+def _name(row: Row) -> str:
+    """The optimizer, and what is unusual in how its forwards are perturbed."""
+    parts = [NAMES[row["optimizer"]]]
+    if row["perturb"] not in ("", "on_entry"):
+        parts.append(f"`{row['perturb']}`")
+    # Rows of before there was a choice have neither.
+    if row["dist"] not in ("", "gaussian"):
+        parts.append(row["dist"])
+    if row["points"] not in ("", "2"):
+        parts.append(f"{row['points']} points")
     return ", ".join(parts)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -35,8 +35,8 @@ class Shape(NamedTuple):
 # registers: with few warps on a multiprocessor nobody computes while others wait for memory.
 _NORMAL, _NORMAL_ADDED = Shape(256, 4), Shape(256, 2, 96)
 # "sign" and momentum; of float32 weights both spill with fewer registers, and need fewer warps.
-_NORMAL_OF_RULE = {"sign": _NORMAL_ADDED, "momentum": Shape(256, 4, 64)}
-_NORMAL_WIDE_RULE = Shape(256, 4, 72)
+_NORMAL_OF_RULE = {"sign": _NORMAL_ADDED, "momentum": Shape(256, 4, 64), "adam": _NORMAL}
+_NORMAL_OF_WIDE_RULE = {"sign": Shape(256, 4, 72), "momentum": Shape(256, 4, 72), "adam": _NORMAL}
 # Both sides of a direction at once.
 _BOTH = {
     noise.GAUSSIAN: Shape(256, 4, 64), noise.RADEMACHER: Shape(512, 4, 96),
@@ -86,9 +86,7 @@ def shape_of_update(kind: int, rule: str, wide: bool) -> Shape:
         return (_TILE_OF_WIDE_RULE if wide else _TILE_OF_RULE)[rule]
     if kind == noise.RADEMACHER:
         return _SIGNS[False]
-    if rule == "adam":
-        return _NORMAL
-    return _NORMAL_WIDE_RULE if wide else _NORMAL_OF_RULE[rule]
+    return (_NORMAL_OF_WIDE_RULE if wide else _NORMAL_OF_RULE)[rule]
 
 
 def is_plain(plan: Pass) -> bool:
@@ -106,6 +104,15 @@ def coefficients(plan: Pass) -> tuple[list[float], bool]:
     return [c * _UNIT for c in coeffs], False
 
 
+def on_device(device: torch.device, launch: Callable[[], None]) -> None:
+    """Launch on a device, which need not be the current one."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        launch()
+    else:
+        with torch.cuda.device(device):
+            launch()
+
+
 @dataclass
 class Launch:
     """A kernel with its arguments; what it reads in memory may change between runs."""
@@ -121,13 +128,8 @@ class Launch:
 
     def run(self) -> None:
         """Launch on the tensors' own device."""
-        if not self.programs:
-            return
-        if self.device.type != "cuda" or self.device.index == torch.cuda.current_device():
-            self._run()
-        else:
-            with torch.cuda.device(self.device):
-                self._run()
+        if self.programs:
+            on_device(self.device, self._run)
 
     def _run(self) -> None:
         if self._compiled is not None:

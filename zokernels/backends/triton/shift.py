@@ -1,14 +1,14 @@
-"""By how much a direction of rank one shifts a product, in one launch; see `native.shift`."""
+"""By how much a direction of rank one shifts a product, in one launch; see `Shift`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 
-from zokernels.backends.triton.arithmetic import INTERPRETED
+from zokernels.backends.plan import Shift
+from zokernels.backends.triton.launch import on_device
 
 # Elements that a program takes of a row at a time, and that it writes.
 _TAKEN, _GIVEN, _WARPS = 1024, 2048, 4
@@ -43,59 +43,30 @@ def _shift_kernel(
     tl.store(y + row * OUT + at, shifted.to(y.dtype.element_ty), mask=inside)
 
 
-def shift(
-    x: torch.Tensor,
-    taken: torch.Tensor,
-    given: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-) -> torch.Tensor:
-    """What `zokernels.backends.native.shift` gives, with sums in an order that is always the same.
-
-    Args:
-        x: Of shape (lanes, rows, in), as are the following there.
-        taken: ±1 of shape (lanes, in).
-        given: ±1 of shape (lanes, out), as far apart as those.
-        scales: Of shape (lanes,), float32.
-        bias: Of shape (out,), (lanes, out) or (lanes, 1, out); or None.
-
-    Returns:
-        A tensor of shape (lanes, rows, out).
-    """
-    x = x.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    lanes, rows, width = x.shape
-    out = given.shape[1]
-    y = x.new_empty((lanes, rows, out))
-    if y.numel():
-        with torch.cuda.device(x.device if x.is_cuda else -1):
-            _launch(
-                (lanes * rows, triton.cdiv(out, _GIVEN), 1),
-                (x, taken, given, scales, x if bias is None else bias, y),
-                (
-                    rows, scales.stride(0), taken.stride(0),
-                    0 if bias is None or bias.dim() == 1 else bias.stride(0),
-                ),
-                (width, out, bias is not None, _TAKEN, _GIVEN),
-            )  # fmt: skip
-    return y
+def shift(plan: Shift) -> None:
+    """Run the shift, with sums in an order that is always the same."""
+    if plan.y.numel():
+        on_device(plan.x.device, lambda: _launch(plan))
 
 
-def _launch(
-    grid: tuple[int, int, int],
-    tensors: tuple[torch.Tensor, ...],
-    numbers: tuple[int, ...],
-    constants: tuple[int | bool, ...],
-) -> None:
-    if INTERPRETED:
-        _shift_kernel[grid](*tensors, *numbers, *constants)
-        return
+def _launch(plan: Shift) -> None:
+    lanes, rows, width = plan.x.shape
+    out = plan.given.shape[1]
+    tensors = (
+        plan.x, plan.taken, plan.given, plan.scales,
+        plan.x if plan.bias is None else plan.bias, plan.y,
+    )  # fmt: skip
+    distances = (plan.taken.stride(0), plan.bias_step)
+    constants = (width, out, plan.bias is not None, _TAKEN, _GIVEN)
+    arguments = (*tensors, rows, plan.scales.stride(0), *distances, *constants)
+    grid = (lanes * rows, triton.cdiv(out, _GIVEN), 1)
     # Triton compiles it anew for other types, for memory and distances of another alignment.
     aligned = tuple(t.data_ptr() % 16 == 0 for t in tensors)
-    key = (tensors[0].device, tensors[0].dtype, *aligned, *numbers[2:], *constants)
+    key = (plan.x.device, plan.x.dtype, *aligned, *distances, *constants)
     found = _compiled.get(key)
-    if found is None:
-        kernel = _shift_kernel[grid]
-        _compiled[key] = kernel(*tensors, *numbers, *constants, num_warps=_WARPS)
-    else:
-        found[grid](*tensors, *numbers, *constants)
+    if found is not None:
+        found[grid](*arguments)
+        return
+    # Whether a product and a sum are fused is said, or Triton 3.9 warns that it chose.
+    kernel = _shift_kernel[grid]
+    _compiled[key] = kernel(*arguments, num_warps=_WARPS, enable_fp_fusion=True)

@@ -28,11 +28,7 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     """
     from matplotlib.lines import Line2D
 
-    usual = [
-        row
-        for row in rows
-        if row["perturb"] in ("", "on_entry") and row.get("dist") in (None, "", "gaussian")
-    ]
+    usual = [row for row in rows if row["perturb"] in ("", "on_entry")]
     panels = results.grouped(usual, "model", "dtype", "rows")
     kept = {key: own for key, own in panels.items() if len({row["length"] for row in own}) > 1}
     if not kept:
@@ -64,18 +60,20 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
 def _panel(axes: Axes, rows: Sequence[Row], names: Sequence[str]) -> None:
     # The first are above those that lie on them.
     for name in reversed(names):
-        shown = [row for row in rows if row["optimizer"] == name]
-        shown.sort(key=lambda row: int(row["length"]))
-        colour, mark = _look(name)
-        axes.plot(
-            [int(row["length"]) for row in shown], [_gib(row["theory_mb"]) for row in shown],
-            color=colour, linewidth=1.6, linestyle="-" if name in style.OPTIMIZERS else "--",
-        )  # fmt: skip
-        known = [row for row in shown if row["peak_mb"]]
-        axes.plot(
-            [int(row["length"]) for row in known], [_gib(row["peak_mb"]) for row in known],
-            linestyle="", marker=mark, color=colour, markerfacecolor="white", markersize=6,
-        )  # fmt: skip
+        mine = [row for row in rows if row["optimizer"] == name]
+        # A line for each kind of direction.
+        for shown in results.grouped(mine, "dist").values():
+            shown.sort(key=lambda row: int(row["length"]))
+            colour, mark = _look(name)
+            axes.plot(
+                [int(row["length"]) for row in shown], [_gib(row["theory_mb"]) for row in shown],
+                color=colour, linewidth=1.6, linestyle="-" if name in style.OPTIMIZERS else "--",
+            )  # fmt: skip
+            known = [row for row in shown if row["peak_mb"]]
+            axes.plot(
+                [int(row["length"]) for row in known], [_gib(row["peak_mb"]) for row in known],
+                linestyle="", marker=mark, color=colour, markerfacecolor="white", markersize=6,
+            )  # fmt: skip
     lengths = sorted({int(row["length"]) for row in rows})
     axes.set_xscale("log", base=2)
     axes.set_xticks(lengths, [str(n) for n in lengths])
