@@ -92,7 +92,10 @@ def test_a_sweep_is_stopped_goes_on_and_ends_in_one_table(tmp_path, monkeypatch,
 
     with monkeypatch.context() as patched:
         patched.setattr(command.Display, "told", interrupt)
+        # A shell's background job, as this suite may be one, ignores the signal.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         assert main(["sweep", grid, "--out", str(out), "--json", "counts.json"]) == 130
+        signal.signal(signal.SIGINT, before)
     counts = json.loads((tmp_path / "counts.json").read_text())
     assert counts == {"runs": 3, "finished": 2, "interrupted": 1}
     assert "interrupted" in (out / "table.md").read_text()
