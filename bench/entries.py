@@ -82,7 +82,8 @@ class Entry:
         """What a step of q queries is counted to cost."""
 
         def build(net: nn.Module) -> torch.optim.Optimizer:
-            return self.make(net, lr=1e-7, num_queries=q, two_sided=two_sided)
+            estimator = "two_sided" if two_sided else "one_sided"
+            return self.make(net, lr=1e-7, num_queries=q, estimator=estimator)
 
         return costs.measure(build, dtype, self.warmup)
 

@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from zokernels.estimators import forwards_of
 from zokernels.lab.benchmarks import machine, results
 
 RESULTS = results.FOLDER / "quickstart.csv"
@@ -26,7 +27,7 @@ COLUMNS = (
 # What the quickstart's settings replaced: all biases and norms, one two-sided direction a step.
 _BEFORE = dict(
     train_only="^(?!pooler).*(bias|LayerNorm)", steps=850, batch_size=24, lr=5e-3, eps=1e-3,
-    num_queries=1, two_sided=True, dist="gaussian",
+    num_queries=1, estimator="two_sided", dist="gaussian",
 )  # fmt: skip
 CASES: dict[str, dict[str, Any]] = {"quickstart": {}, "biases and norms": _BEFORE}
 
@@ -59,7 +60,7 @@ def run(name: str, seed: int) -> dict[str, object]:
         cpu = time.process_time()
         found = train(settings, f"python -m bench.quickstart, {name}, seed {seed}")
         cpu = time.process_time() - cpu
-    each = settings.num_queries * 2 if settings.two_sided else settings.num_queries + 1
+    each = forwards_of(settings.estimator, settings.num_queries)
     return {
         "settings": name,
         "seed": seed,

@@ -9,6 +9,7 @@ from zokernels.distributed import Distributed, RankError
 from zokernels.graphs import GraphedStep
 from zokernels.optim import (
     ZOSGD,
+    EpsSchedule,
     ForwardGrad,
     HybridZO,
     ZOAdam,
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Distributed",
+    "EpsSchedule",
     "ForwardGrad",
     "GraphedStep",
     "HybridZO",

@@ -139,7 +139,7 @@ def test_two_hundred_steps_at_rate_0_change_no_bit(dtype, mode):
 RULES = {
     "plain": (zk.ZOSGD, torch.float32, dict(num_queries=2, weight_decay=0.1)),
     "stochastic": (zk.ZOSGD, torch.bfloat16, dict(rounding="stochastic", dist="rademacher")),
-    "half": (zk.ZOSGD, torch.float16, dict(rounding="stochastic", two_sided=False)),
+    "half": (zk.ZOSGD, torch.float16, dict(rounding="stochastic", estimator="one_sided")),
     "mask": (zk.ZOSGD, torch.bfloat16, dict(mask=zk.masks.Random(0.5, 7))),
     "sign": (zk.ZOSGDSign, torch.float32, dict(lr=1e-3)),
     "momentum": (zk.ZOSGDMomentum, torch.bfloat16, dict(state_dtype=torch.bfloat16)),

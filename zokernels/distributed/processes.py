@@ -1,9 +1,9 @@
 """Many processes, one run. All that they tell each other is scalars.
 
 Every process holds the weights, or its part of them, and knows the seeds; so a step is known by its
-losses. Each process runs its share of the forwards, the losses and differences are gathered, and
-every process makes the same update from them. The mean over the processes that share a batch is
-taken in one order, exactly rounded, so that all of them go on with the same bits.
+losses. Each process runs its share of the forwards, the losses are gathered, and every process
+makes the same update from them. The mean over the processes that share a batch is taken in one
+order, exactly rounded, so that all of them go on with the same bits.
 
 Sources: FedKSeed (Qin et al., ICML 2024) and DeComFL (Li et al., ICLR 2025) for seeds and scalars
 as the only traffic; evolution strategies (Salimans et al., 2017) for directions by process.
@@ -25,7 +25,6 @@ import torch.distributed as dist
 
 from zokernels.distributed import comparison
 from zokernels.distributed.exchange import Exchange, RankError, Stepping, is_started
-from zokernels.estimators import Estimate
 
 
 class Distributed(Exchange):
@@ -113,24 +112,27 @@ class Distributed(Exchange):
 
     def join(
         self,
-        run: Callable[[list[int]], Estimate],
+        run: Callable[[list[int]], list[float]],
         seeds: list[int],
         optimizer: Stepping,
-    ) -> Estimate:
-        """The estimate along all directions, of which this process runs its part.
+    ) -> list[list[float]]:
+        """The numbers of all directions, of which this process runs its part.
 
         Args:
-            run: Makes the estimate along some of the seeds, all of its forwards also where a loss
-                is not finite.
+            run: Makes the numbers along some of the seeds, at most two a seed or one more than
+                there are seeds; all of them also where a loss is not finite.
             seeds: Of all directions.
             optimizer: Whose step it is.
+
+        Returns:
+            For each part of the directions, in order, its numbers.
 
         Raises:
             RankError: If another process is lost, failed, or is at another step.
             ValueError: If the directions cannot be shared out.
         """
         if self.ranks == 1:
-            return run(seeds)
+            return [run(seeds)]
         count, rest = divmod(len(seeds), self.query)
         if rest:
             raise ValueError(
@@ -138,18 +140,10 @@ class Distributed(Exchange):
                 "directions; make it a multiple of that, or give parallel='data'."
             )
         mine = seeds[self.query_rank * count : (self.query_rank + 1) * count]
-        with self._together(optimizer, 3 * count) as send:
+        with self._together(optimizer, 2 * count) as send:
             own = run(mine)
-            rows = send([*own.losses, *own.differences])
-        losses, differences = [], []
-        for part in self._means(rows):
-            losses += part[: len(own.losses)]
-            differences += part[len(own.losses) : len(own.losses) + count]
-        # One-sided there is one loss more than differences, that at θ.
-        two_sided = optimizer.param_groups[0]["two_sided"]
-        based = not two_sided and len(own.losses) == count + 1
-        loss = losses[0] if based else sum(losses) / len(losses)
-        return Estimate(list(seeds), losses, differences, loss)
+            rows = send(own)
+        return [part[: len(own)] for part in self._means(rows)]
 
     def agreed(self, loss_of: Callable[..., float], optimizer: Stepping) -> Callable[..., float]:
         """``loss_of`` with the mean over the processes that share the batch for its result."""

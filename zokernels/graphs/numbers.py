@@ -1,10 +1,10 @@
 """The numbers of a captured step: written by the host before it runs, and read after it has run.
 
-    dₖ = (L₊ − L₋) / 2ε  or  (L₊ − L) / ε        cₖ = f · dₖ / q
+    dₖ = (L₊ − L₋) / 2ε,  (L₊ − L) / ε  or  (Lₖ − L̄) q / ((q − 1) ε)        cₖ = f · dₖ / q
 
 with f = ∓lr where the rule's pass takes the rate in its coefficients, and ±1 where it takes it
-apart. On the device as on the host this is binary64, in the order of the optimizers, and rounded
-once to binary32.
+apart; dₖ is scaled before as `normalize` and `clip` ask for. On the device as on the host this is
+binary64, in the order of `zokernels.estimators`, and rounded once to binary32.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ import torch
 from zokernels import ops
 from zokernels.backends import checks, deferred
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
+from zokernels.estimators import Moment, points_of
+from zokernels.graphs.scale import Scaled, Scaler, total
 from zokernels.optim import ZOSGD
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import Chosen
@@ -60,7 +62,7 @@ class StepNumbers:
 
     Attributes:
         points: Where the step evaluates the loss, in order: (query, side), or None for θ itself.
-        outcome: float64: the losses, and whether the step's weights were written.
+        outcome: float64: the losses, and whether all was finite and the step was to be made.
         loss: The mean of the losses, or one-sided the base loss.
     """
 
@@ -68,17 +70,16 @@ class StepNumbers:
         first = optimizer.param_groups[0]
         device = groups[0][0]["params"][groups[0][1][0]].device
         self.optimizer, self.groups = optimizer, groups
-        self.two_sided, self.queries = bool(first["two_sided"]), int(first["num_queries"])
-        sides = (1.0, -1.0) if self.two_sided else (1.0,)
-        moved = [(k, side) for k in range(self.queries) for side in sides]
-        self.points: list[tuple[int, float] | None] = [*moved]
-        if not self.two_sided:
-            self.points.insert(0, None)
+        self.estimator, self.queries = str(first["estimator"]), int(first["num_queries"])
+        points = points_of(self.estimator, range(self.queries))
+        self.points = [(k, side) if side else None for k, side in points]
+        moved = [at for at in self.points if at is not None]
         self._updates = updates_of(optimizer, groups)
         # Of a direction: seed, coefficient, decay, rounding seed, and that it is written.
         sizes: dict[tuple, int] = {("move", *at, g): 5 for at in moved for g in range(len(groups))}
         sizes |= {("enabled",): 1, ("seeds",): self.queries}
         sizes |= {("eps",): len(groups), ("factors",): len(groups)}
+        sizes |= {("moments",): 2 * len(groups), ("told",): 1}
         tails = [deferred.tail(u.plan, 1.0, 0) for u in self._updates]
         sizes |= {("tail", j): len(tail) for j, tail in enumerate(tails)}
         self._given = deferred.Given(sizes, device)
@@ -90,9 +91,15 @@ class StepNumbers:
             deferred.Deferred(u.backend, u.plan, numbers)
             for u, numbers in zip(self._updates, self._numbers, strict=True)
         ]
+
         # Tensors: by a Python number CUDA divides as it multiplies by its inverse: rounded twice.
-        self._count = torch.tensor(float(self.queries), dtype=torch.float64, device=device)
-        self._losses = torch.tensor(float(len(self.points)), dtype=torch.float64, device=device)
+        def number(x: float) -> torch.Tensor:
+            return torch.tensor(float(x), dtype=torch.float64, device=device)
+
+        self._count, self._losses = number(self.queries), number(len(self.points))
+        self._scaler = Scaler(first["normalize"], first["clip"], self.queries, number)
+        # Of each group the running mean of d², which the steps of the graph hand on.
+        self._moments = torch.zeros(len(groups), 2, dtype=torch.float64, device=device)
         self.outcome = torch.zeros(len(self.points) + 1, dtype=torch.float64, device=device)
         self.loss = torch.zeros((), dtype=torch.float64, device=device)
 
@@ -100,11 +107,13 @@ class StepNumbers:
         """What the passes of a perturbed forward read, for each group."""
         return [self._given.section("move", query, side, g) for g in range(len(self.groups))]
 
-    def write(self, enabled: bool = True) -> None:
+    def write(self, enabled: bool = True, told: bool = True) -> None:
         """Send the numbers of the optimizer's present step.
 
         Args:
             enabled: Whether the step may write weights.
+            told: Whether the optimizer knows the outcome of every step before, and so the running
+                mean of d²; else the device has it.
 
         Raises:
             ValueError: If one is not finite.
@@ -116,6 +125,8 @@ class StepNumbers:
             ("seeds",): [signed(s) for s in seeds],
             ("eps",): [_bits64(float(g["eps"])) for g, _ in self.groups],
             ("factors",): [_bits64(self._factor(g)) for g, _ in self.groups],
+            ("moments",): [_bits64(x) for g, _ in self.groups for x in moment_of(g)],
+            ("told",): [int(told)],
         }
         for at in filter(None, self.points):
             for g, (group, _) in enumerate(self.groups):
@@ -132,29 +143,39 @@ class StepNumbers:
     def apply(self, losses: Sequence[torch.Tensor]) -> None:
         """The projected gradients of these losses, and the update; nothing of it on the host."""
         wide = torch.stack([loss.detach().reshape(()).to(torch.float64) for loss in losses])
-        total = wide[0]
-        if self.two_sided:
+        if self.estimator == "two_sided":
             # A half is exact, so that here a product is a quotient.
             differences = (wide[0::2] - wide[1::2]) * 0.5
-            for loss in wide[1:]:
-                total = total + loss
-            total = total / self._losses
-        else:
+        elif self.estimator == "one_sided":
             differences = wide[1:] - wide[0]
-        coefficients = [self._coefficients(g, differences) for g in range(len(self.groups))]
-        # A loss that is not finite leaves no difference that is.
-        finite = torch.stack([c.isfinite().all() for c in coefficients]).all()
-        written = finite & wide.isfinite().all() & (self._given.section("enabled")[0] != 0)
+        else:
+            differences = (wide - total(wide) / self._losses) * self._count / (self._count - 1)
+        given = self._given.section("moments").view(torch.float64).reshape(-1, 2)
+        moments = torch.where(self._given.section("told") != 0, given, self._moments)
+        scaled = [self._scaled(g, differences, moments[g]) for g in range(len(self.groups))]
+        coefficients = [self._coefficients(g, one.gradients) for g, one in enumerate(scaled)]
+        # A loss that is not finite leaves no difference that is. A divisor of 0 makes no bad step.
+        pairs = zip(coefficients, scaled, strict=True)
+        finite = torch.stack([c.isfinite().all() | one.is_flat for c, one in pairs]).all()
+        finite = finite & wide.isfinite().all()
+        finite = finite & (self._given.section("enabled")[0] != 0)
         for j, update in enumerate(self._updates):
-            self._set(j, coefficients[update.group], written)
+            g = update.group
+            self._set(j, coefficients[g], finite & ~scaled[g].is_flat)
             self._passes[j].run()
-        self.outcome.copy_(torch.cat([wide, written.to(torch.float64).reshape(1)]))
-        self.loss.copy_(total)
+        after = torch.stack([one.moment for one in scaled])
+        self._moments.copy_(torch.where(finite, after, moments))
+        self.outcome.copy_(torch.cat([wide, finite.to(torch.float64).reshape(1)]))
+        one_sided = self.estimator == "one_sided"
+        self.loss.copy_(wide[0] if one_sided else total(wide) / self._losses)
 
-    def _coefficients(self, g: int, differences: torch.Tensor) -> torch.Tensor:
+    def _scaled(self, g: int, differences: torch.Tensor, moment: torch.Tensor) -> Scaled:
         eps = self._given.section("eps").view(torch.float64)[g]
+        return self._scaler(differences / eps, moment)
+
+    def _coefficients(self, g: int, gradients: torch.Tensor) -> torch.Tensor:
         factor = self._given.section("factors").view(torch.float64)[g]
-        return (factor * (differences / eps) / self._count).to(torch.float32)
+        return (factor * gradients / self._count).to(torch.float32)
 
     def _set(self, j: int, coefficients: torch.Tensor, written: torch.Tensor) -> None:
         """The numbers of an update's pass."""
@@ -169,6 +190,11 @@ class StepNumbers:
     def _factor(self, group: dict) -> float:
         factor = -float(group["lr"]) if type(self.optimizer) is ZOSGD else 1.0
         return -factor if group["maximize"] else factor
+
+
+def moment_of(group: dict) -> Moment:
+    """The running mean of d² of a group without blocks."""
+    return Moment(*group["moments"].get(0, ()))
 
 
 def _word(x: float, name: str) -> int:

@@ -13,9 +13,10 @@ import torch
 
 from zokernels import ops
 from zokernels.backends import tracer
+from zokernels.estimators import Estimate, scale
 from zokernels.graphs import support
 from zokernels.graphs.batch import StaticBatch
-from zokernels.graphs.numbers import StepNumbers
+from zokernels.graphs.numbers import StepNumbers, moment_of
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.forward import StepTiming, same_randomness
 from zokernels.optim.groups import join_masks
@@ -99,7 +100,7 @@ class GraphedStep:
                 at and DeferredDirection(like, self._numbers.move(*at), kinds)
                 for at in self._numbers.points
             ]
-            if self._numbers.two_sided and like.mask is None:
+            if self._numbers.estimator == "two_sided" and like.mask is None:
                 for one, other in zip(self._lanes[::2], self._lanes[1::2], strict=True):
                     assert one is not None
                     one.other = other
@@ -117,7 +118,7 @@ class GraphedStep:
             batch: Built and shaped as ``example_batch``, on any device.
 
         Returns:
-            The mean of L₊ and L₋, or one-sided the base loss: a detached scalar on the device,
+            The mean of the losses, or one-sided the base loss: a detached scalar on the device,
             which nobody has waited for.
 
         Raises:
@@ -133,7 +134,7 @@ class GraphedStep:
         if opt.trajectory:
             opt.trajectory.begin(number)
         self._batch.fill(batch)
-        self._numbers.write()
+        self._numbers.write(told=not self._pending)
         self._run()
         loss = self._numbers.loss.to(self._kind, copy=True)
         self._pending.append(self._fetch())
@@ -142,7 +143,7 @@ class GraphedStep:
         for group in opt.param_groups:
             group["step"] = number + 1
         if opt.trajectory:
-            opt.trajectory.write(number, skipped=opt.bad_steps > 0)
+            opt.trajectory.write(number, opt.bad_steps > 0, opt._moments())
         # What torch's schedulers look at, to warn of a rate that was never used.
         vars(opt)["_opt_called"] = True
         opt.timing = StepTiming(total=time.perf_counter() - started)
@@ -329,25 +330,32 @@ class GraphedStep:
 
     def _take_in(self, done: _Done, recording: bool) -> None:
         opt, numbers = self.opt, self._numbers
-        *losses, written = done.outcome.tolist()
-        if not written:
+        *losses, finite = done.outcome.tolist()
+        if not finite:
             opt.bad_steps += 1
             opt.projected_gradients = [math.nan] * numbers.queries
             self._bad_losses = losses
             return
         opt.bad_steps, self._bad_losses = 0, None
-        if numbers.two_sided:
-            pairs = zip(losses[::2], losses[1::2], strict=True)
-            differences = [(plus - minus) / 2 for plus, minus in pairs]
-        else:
-            differences = [plus - losses[0] for plus in losses[1:]]
-        opt.projected_gradients = [d / done.eps[0] for d in differences]
-        opt._count_flat(differences)
+        found = Estimate.of(numbers.estimator, range(numbers.queries), [losses])
+        opt.projected_gradients = [d / done.eps[0] for d in found.differences]
+        for (group, _), eps in zip(numbers.groups, done.eps, strict=True):
+            gradients, moment = scale(
+                [d / eps for d in found.differences],
+                group["normalize"],
+                group["clip"],
+                moment_of(group),
+            )
+            found.gradients.append(gradients)
+            if moment.weight:
+                group["moments"] = {0: list(moment)}
+        opt._count_flat([found])
         if recording:
             # The rule's passes as the host would make them, told to the trajectory and not run.
             with opt._listening(), ops.taking(lambda *_: None):
-                for (group, chosen), eps in zip(numbers.groups, done.eps, strict=True):
-                    opt._update(group, chosen, opt._seeds(None), [d / eps for d in differences])
+                for (group, chosen), gradients in zip(numbers.groups, found.gradients, strict=True):
+                    if gradients is not None:
+                        opt._update(group, chosen, opt._seeds(None), gradients)
 
     def _raise_if_bad(self) -> None:
         bad, self._bad_losses = self._bad_losses, None

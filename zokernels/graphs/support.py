@@ -33,7 +33,8 @@ _WHY_NOT = {
 
 # What of a param group a captured step reads anew each time.
 _DYNAMIC = {
-    "params", "lr", "initial_lr", "eps", "weight_decay", "maximize", "seed", "step", "history",
+    "params", "lr", "initial_lr", "eps", "initial_eps", "weight_decay", "maximize", "seed", "step",
+    "history", "moments",
 }  # fmt: skip
 
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from transformers import Trainer
 
+from zokernels.estimators import forwards_of
 from zokernels.hf import arguments
 from zokernels.optim import ZOSGD
 from zokernels.optim.base import Closure, ZOOptimizer
@@ -230,7 +231,7 @@ class ZOTrainerMixin:
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Operations of the forwards: the Trainer's count is for one and a backward of two."""
         group = _inner(self.optimizer).param_groups[0]  # type: ignore[attr-defined]
-        forwards = group["num_queries"] * 2 if group["two_sided"] else group["num_queries"] + 1
+        forwards = forwards_of(group["estimator"], group["num_queries"])
         return super().floating_point_ops(inputs) // 3 * forwards  # type: ignore[misc]
 
 

@@ -15,7 +15,15 @@ from torch import nn
 from zokernels import masks
 from zokernels.backends import shards
 from zokernels.backends.tracer import untraced
-from zokernels.estimators import ROUNDING, Estimate, Point, derive_seed, estimate
+from zokernels.estimators import (
+    ROUNDING,
+    Estimate,
+    Moment,
+    Point,
+    derive_seed,
+    losses_along,
+    scale,
+)
 from zokernels.optim import sparse
 from zokernels.optim.accumulation import Batches
 from zokernels.optim.construction import Constructed
@@ -43,7 +51,12 @@ class ZOOptimizer(Constructed):
         lr: Learning rate η ≥ 0.
         eps: Scale ε > 0 of the perturbation.
         num_queries: Directions a step, q ≥ 1.
-        two_sided: Central difference, 2q forwards; otherwise forward difference, q + 1.
+        estimator: ``"two_sided"``: central differences, 2q forwards; ``"one_sided"``: forward
+            differences, q + 1; ``"population"``: q ≥ 2 members around their own mean, q forwards.
+        normalize: ``"std"``: divide a step's dₖ by their standard deviation, q ≥ 2; ``"ema"``: by
+            the root of the running mean of d². Either way ε and the loss's scale cancel, and a
+            step whose divisor is exactly 0 is none.
+        clip: Cut each |dₖ| at so many roots of the running mean of d², this step's included.
         dist: Directions, ``"gaussian"``, ``"rademacher"``, or ``"rank1"``, of which a forward needs
             two vectors a matrix and no weights of its own.
         mask: What may be perturbed and updated, one of `zokernels.masks`.
@@ -73,10 +86,12 @@ class ZOOptimizer(Constructed):
         rule_defaults: For authors of rules: the rule's own defaults of a param group.
 
     Attributes:
-        projected_gradients: The dₖ of the last step, as Python floats, block after block.
+        projected_gradients: The dₖ of the last step, before ``normalize`` and ``clip``, as Python
+            floats, block after block.
         timing: Where the last step's time went.
         bad_steps: Steps in a row whose loss was not finite; they change no weight.
-        flat_steps: Steps so far whose differences were all exactly 0; five in a row are told of.
+        flat_steps: Steps so far whose differences were all exactly 0, or with ``normalize`` all
+            alike; five in a row are told of.
 
     Raises:
         TypeError: If a trainable parameter has a type that no pass takes.
@@ -90,10 +105,11 @@ class ZOOptimizer(Constructed):
 
         Args:
             closure: Runs a forward and returns the loss, a scalar. It is called 2q times
-                (two-sided) or q + 1 times, each time on the same batch, or this process's share.
+                (two-sided), q + 1 times (one-sided) or q times (population), each time on the same
+                batch, or this process's share.
 
         Returns:
-            The mean of L₊ and L₋, or one-sided the base loss: a detached scalar. In accelerate's
+            The mean of the losses, or one-sided the base loss: a detached scalar. In accelerate's
             ``accumulate`` that of the batches so far, of which the last one's call moves weights.
 
         Raises:
@@ -140,7 +156,7 @@ class ZOOptimizer(Constructed):
                 return forward.tensor(self._estimate(forward, None).loss)
             found = self._sweep(forward)
         self._batches = Batches()
-        self._count_flat(d for one in found for d in one.differences)
+        self._count_flat(found)
         if all(one.is_finite for one in found):
             self.bad_steps = 0
         else:
@@ -150,7 +166,7 @@ class ZOOptimizer(Constructed):
         for g in self.param_groups:
             g["step"] = number + 1
         if self.trajectory:
-            self.trajectory.write(number, skipped=self.bad_steps > 0)
+            self.trajectory.write(number, self.bad_steps > 0, self._moments())
         self.timing.total = time.perf_counter() - started
         if self.bad_steps >= self.max_bad_steps:
             raise FloatingPointError(
@@ -222,16 +238,29 @@ class ZOOptimizer(Constructed):
                 ]
                 return self._batches.mean(points, losses.of(sides))
 
-            def along(seeds: list[int]) -> Estimate:
-                two_sided = self.param_groups[0]["two_sided"]
-                to_the_end = self.parallel.ranks > 1
-                return estimate(losses_at, seeds, two_sided, losses.together, to_the_end)
+            estimator = self.param_groups[0]["estimator"]
 
-            found = self.parallel.join(along, self._seeds(block), self)
+            def along(seeds: list[int]) -> list[float]:
+                to_the_end = self.parallel.ranks > 1
+                return losses_along(losses_at, estimator, seeds, losses.together, to_the_end)
+
+            seeds = self._seeds(block)
+            found = Estimate.of(estimator, seeds, self.parallel.join(along, seeds, self))
+            self._scale(found, groups, block)
             if found.is_finite:
                 loss_of = self.parallel.agreed(lambda *point: losses.of([point])[0], self)
                 self._judge(found, loss_of, groups)
         return found
+
+    def _scale(self, found: Estimate, groups: Chosen, block: int | None) -> None:
+        """What enters the update of each group, by its ε; nothing of losses that are not finite."""
+        for group, _ in groups:
+            slopes = [d / float(group["eps"]) for d in found.differences]
+            moment = Moment(*group["moments"].get(block or 0, ()))
+            if found.is_finite:
+                gradients, moment = scale(slopes, group["normalize"], group["clip"], moment)
+                found.gradients.append(gradients)
+                found.moments.append(moment)
 
     def _seeds(self, block: int | None) -> list[int]:
         group = self.param_groups[0]
@@ -282,10 +311,16 @@ class ZOOptimizer(Constructed):
         groups = self._chosen(block)
         first = float(groups[0][0]["eps"])
         self.projected_gradients += [d / first for d in found.differences]
-        for group, chosen in groups if found.side else ():
-            gradients = [found.side * (d / float(group["eps"])) for d in found.differences]
+        for (group, chosen), gradients, moment in zip(
+            groups, found.gradients, found.moments, strict=True
+        ):
+            if moment.weight:
+                # Anew each time: a state_dict taken before holds the old one.
+                group["moments"] = {**group["moments"], block or 0: list(moment)}
+            if gradients is None or not found.side:
+                continue
             with self._listening():
-                self._update(group, chosen, found.seeds, gradients)
+                self._update(group, chosen, found.seeds, [found.side * d for d in gradients])
             self._base_loss = None
             if block is not None:
                 self._perturbers.prefix.forget([group["params"][i] for i in chosen])

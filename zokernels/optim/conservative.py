@@ -43,13 +43,20 @@ class ZOSGDConservative(ZOSGD):
 
     def _judge(self, found: Estimate, loss_of: LossOf, groups: Chosen) -> None:
         first = self.param_groups[0]
-        best = loss_of(None, [], 0) if first["two_sided"] else found.losses[0]
+        based = first["estimator"] == "one_sided"
+        best = found.losses[0] if based else loss_of(None, [], 0)
         self.side = found.side = 0
         if not math.isfinite(best):
             found.losses.append(best)
             return
+        if None in found.gradients:
+            return
         for side in (1, -1):
-            moves = [m for g, chosen in groups for m in [_move(g, found, side)] * len(chosen)]
+            moves = [
+                move
+                for (group, chosen), gradients in zip(groups, found.gradients, strict=True)
+                for move in [_move(group, gradients or [], side)] * len(chosen)
+            ]
             loss = loss_of(moves, found.seeds, self._rounding_seed())
             better = loss > best if first["maximize"] else loss < best
             if math.isfinite(loss) and better:
@@ -57,8 +64,8 @@ class ZOSGDConservative(ZOSGD):
         found.side = self.side
 
 
-def _move(group: dict, found: Estimate, side: int) -> Move:
+def _move(group: dict, gradients: list[float], side: int) -> Move:
     """What the update of a group does to each of its parameters."""
-    gradients = [side * (d / float(group["eps"])) for d in found.differences]
     decay = 1.0 - float(group["lr"]) * group["weight_decay"]
-    return Move(tuple(step_coefficients(group, gradients)), decay, group["rounding"], True)
+    coefficients = step_coefficients(group, [side * d for d in gradients])
+    return Move(tuple(coefficients), decay, group["rounding"], True)

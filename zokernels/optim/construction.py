@@ -13,6 +13,7 @@ from torch import nn
 from zokernels import masks
 from zokernels.backends import layouts, shards
 from zokernels.distributed import Distributed, connect
+from zokernels.estimators import Estimate
 from zokernels.optim import blocks as partitions
 from zokernels.optim import notices, sparse
 from zokernels.optim.accumulation import Accumulating, Batches
@@ -41,7 +42,9 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         eps: float = 1e-3,
         *,
         num_queries: int = 1,
-        two_sided: bool = True,
+        estimator: str = "two_sided",
+        normalize: str | None = None,
+        clip: float | None = None,
         dist: str = "gaussian",
         mask: masks.Mask | None = None,
         sparsity: float | None = None,
@@ -79,7 +82,8 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         self.timing = StepTiming()
         self.bad_steps = self.flat_steps = 0
         self._flat_in_a_row = 0
-        self._has_begun = self._has_told_of_flat_steps = self._is_stepping = False
+        self._has_begun = self._is_stepping = False
+        self._has_told_of_flat_steps = self._has_told_of_no_step = False
         self._last_stream = -1
         self._batches = Batches()
         self._numbers: dict[str, int] = {}
@@ -99,7 +103,10 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
             lr=lr,
             eps=eps,
             num_queries=num_queries,
-            two_sided=two_sided,
+            estimator=estimator,
+            normalize=normalize,
+            clip=clip,
+            moments={},
             dist=dist,
             mask=mask,
             sparsity=sparsity,
@@ -229,8 +236,10 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         own = own_states(self)
         super().load_state_dict(state_dict)
         restore_states(self, state_dict, own)
-        # What ZOSGD or an older version did not save.
+        # What ZOSGD or an older version did not save, or saved by another name.
         for group in self.param_groups:
+            if "two_sided" in group:
+                group["estimator"] = "two_sided" if group.pop("two_sided") else "one_sided"
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 
@@ -246,10 +255,14 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
             self._has_begun = True
             notices.of_first_step(self, params)
 
-    def _count_flat(self, differences: Iterable[float]) -> None:
-        """Count a step that changed no loss, and say so once where there are several in a row."""
-        flat = notices.is_flat(differences)
+    def _count_flat(self, found: Sequence[Estimate]) -> None:
+        """Count a step from which nothing was learned, and say so once where that is no chance."""
+        flat = notices.is_flat(found)
         self.flat_steps += flat
+        group = self.param_groups[0]
+        if flat and group["normalize"] and not self._has_told_of_no_step:
+            self._has_told_of_no_step = True
+            notices.of_no_step(group["normalize"], float(group["eps"]))
         self._flat_in_a_row = self._flat_in_a_row + 1 if flat else 0
         if self._flat_in_a_row == notices.FLAT and not self._has_told_of_flat_steps:
             self._has_told_of_flat_steps = True

@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from zokernels.backends import shards, tracer
-from zokernels.estimators import Estimate
+from zokernels.estimators import Estimate, mean
 from zokernels.optim.forward import Forward
 from zokernels.optim.groups import Chosen, join_masks
 from zokernels.optim.sgd import ZOSGD
@@ -35,9 +35,9 @@ class ForwardGrad(ZOSGD):
     Args:
         params: As in `ZOOptimizer`, and so are ``lr`` and the common keywords.
         lr: Learning rate η.
-        eps: Without effect, as is ``two_sided``: there is no difference. Both are taken so that
+        eps: Without effect, as is ``estimator``: there is no difference. Both are taken so that
             all optimizers can be made alike.
-        two_sided: See ``eps``.
+        estimator: See ``eps``.
         perturb: ``"on_entry"`` (default for a module) or ``"in_place"`` (all tangents at once).
         **common: The keywords of `ZOOptimizer`.
 
@@ -54,7 +54,7 @@ class ForwardGrad(ZOSGD):
         lr: float = 1e-6,
         eps: float = 1.0,
         *,
-        two_sided: bool = False,
+        estimator: str = "one_sided",
         perturb: str | None = None,
         **common: Any,
     ):
@@ -64,7 +64,7 @@ class ForwardGrad(ZOSGD):
                 "nothing to pair; use None, 'on_entry' or 'in_place'."
             )
         # With ε = 1 a difference over ε is the derivative itself.
-        super().__init__(params, lr, 1.0, two_sided=False, perturb=perturb, **common)
+        super().__init__(params, lr, 1.0, estimator="one_sided", perturb=perturb, **common)
         self._refuse_shards()
         self._layers: CarryingTangents | None = None
 
@@ -96,12 +96,16 @@ class ForwardGrad(ZOSGD):
     def _estimate(self, forward: Forward, block: int | None) -> Estimate:
         groups = self._chosen(block)
 
-        def along(seeds: list[int]) -> Estimate:
+        def along(seeds: list[int]) -> list[float]:
             pairs = [self._differentiate(forward, block, groups, seed) for seed in seeds]
-            losses, slopes = [loss for loss, _ in pairs], [slope for _, slope in pairs]
-            return Estimate(seeds, losses, slopes, sum(losses) / len(losses))
+            return [x for pair in pairs for x in pair]
 
-        return self.parallel.join(along, self._seeds(block), self)
+        seeds = self._seeds(block)
+        every = [x for part in self.parallel.join(along, seeds, self) for x in part]
+        losses, slopes = every[::2], every[1::2]
+        found = Estimate(seeds, losses, slopes, mean(losses))
+        self._scale(found, groups, block)
+        return found
 
     def _differentiate(
         self, forward: Forward, block: int | None, groups: Chosen, seed: int

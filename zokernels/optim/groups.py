@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zokernels import masks, noise
+from zokernels.estimators import ESTIMATORS, NORMALIZE
 from zokernels.optim import blocks
 
 # Param groups, each with the positions of the parameters in it that a pass is for.
@@ -14,8 +15,8 @@ Chosen = list[tuple[dict, list[int]]]
 
 # What a param group cannot have of its own, since a step perturbs all groups together.
 _OF_THE_RUN = (
-    "seed", "step", "num_queries", "two_sided", "block_order", "sparsity", "resample_every",
-    "threshold",
+    "seed", "step", "num_queries", "estimator", "normalize", "clip", "block_order", "sparsity",
+    "resample_every", "threshold",
 )  # fmt: skip
 
 # What a param group has for each of its parameters, besides its mask.
@@ -63,11 +64,11 @@ def describe(group: dict) -> str:
 
 
 def _brief(value: Any) -> str:
-    # A dict is a mask, in plain numbers.
-    if isinstance(value, dict):
+    # A dict is a mask, in plain numbers, or has a number for each block.
+    if isinstance(value, dict) and "kind" in value:
         parts = [f"{name} {_brief(part)}" for name, part in value.items() if name != "kind"]
         return ", ".join([value["kind"], *parts])
-    return f"{len(value)} values" if isinstance(value, list) else str(value)
+    return f"{len(value)} values" if isinstance(value, list | dict) else str(value)
 
 
 def join_masks(groups: Chosen) -> masks.Mask | None:
@@ -91,6 +92,7 @@ def check_group(group: dict) -> None:
         raise ValueError(f"eps is {group['eps']}, but it must be a finite number above 0.")
     if not isinstance(group["num_queries"], int) or group["num_queries"] < 1:
         raise ValueError(f"num_queries is {group['num_queries']!r}, but it must be at least 1.")
+    _check_estimate(group)
     if group["dist"] not in noise.KINDS:
         raise ValueError(
             f"dist is {group['dist']!r}, but it must be one of {', '.join(noise.KINDS)}."
@@ -115,3 +117,23 @@ def check_group(group: dict) -> None:
             f"resample_every is {every}, but there is no sparsity, whose mask it would draw "
             "again; give sparsity=0.2, or leave it out."
         )
+
+
+def _check_estimate(group: dict) -> None:
+    """Raise ValueError unless an estimate can be made as a group says."""
+    queries, estimator, normalize = group["num_queries"], group["estimator"], group["normalize"]
+    if estimator not in ESTIMATORS:
+        raise ValueError(
+            f"estimator is {estimator!r}, but it must be one of {', '.join(ESTIMATORS)}."
+        )
+    if normalize not in NORMALIZE:
+        raise ValueError(f"normalize is {normalize!r}, but it must be None, 'std' or 'ema'.")
+    for name, value in (("estimator", estimator), ("normalize", normalize)):
+        if value in ("population", "std") and queries < 2:
+            raise ValueError(
+                f"{name} is {value!r}, which compares a step's directions, but num_queries is "
+                f"{queries}; make it at least 2, as 8 or 16."
+            )
+    clip = group["clip"]
+    if clip is not None and not (math.isfinite(float(clip)) and float(clip) > 0):
+        raise ValueError(f"clip is {clip}, but it must be None or a finite number above 0.")

@@ -28,8 +28,8 @@ class HybridZO(ZOSGD):
     """ZO-SGD on the shallow part of a model, any torch optimizer on the rest, in one step.
 
     Two variants. By default the deep part's gradient is taken in a forward of its own, at θ. With
-    ``reuse_forward`` it is taken in the estimate's first forward: one forward less, and two-sided
-    the gradient is that at θ + εz; one-sided that forward is at θ anyway.
+    ``reuse_forward`` it is taken in the estimate's first forward: one forward less, and the
+    gradient is that at θ + εz; one-sided that forward is at θ anyway.
 
     The schedule of the deep part is its own optimizer's, ``opt.fo_optimizer``; `state_dict` holds
     both. A tied weight belongs to the part in which it comes first. With ``blocks`` the shallow
@@ -43,8 +43,8 @@ class HybridZO(ZOSGD):
             ``lambda params: torch.optim.AdamW(params, lr=1e-5)``; or that optimizer itself.
         lr: Learning rate η of the shallow part.
         eps: Scale ε of its perturbation.
-        reuse_forward: Take the gradient in the estimate's first forward. Two-sided this perturbs in
-            place, which keeps a copy of the shallow weights.
+        reuse_forward: Take the gradient in the estimate's first forward. Where that is not at θ
+            this perturbs in place, which keeps a copy of the shallow weights.
         **common: The keywords of `ZOOptimizer`, for the shallow part.
 
     Raises:
@@ -71,8 +71,8 @@ class HybridZO(ZOSGD):
         if not isinstance(model, nn.Module):
             raise TypeError(f"model is a {type(model).__name__}, but HybridZO needs the module.")
         shallow, deep = _parts(model, split)
-        wanted, two_sided = common.get("perturb"), common.get("two_sided", True)
-        if reuse_forward and (two_sided or wanted == "paired"):
+        wanted, at_theta = common.get("perturb"), common.get("estimator") == "one_sided"
+        if reuse_forward and (not at_theta or wanted == "paired"):
             if wanted in ("on_entry", "paired"):
                 raise ValueError(
                     f"perturb={wanted!r} and reuse_forward=True were asked for, but the backward "

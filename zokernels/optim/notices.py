@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from zokernels.backends import why_missing
+from zokernels.estimators import Estimate
 
 # So many flat steps in a row are told of. One or two happen to any loss of few values, such as a
 # share of wrong answers.
@@ -85,10 +86,24 @@ def of_flat_steps(eps: float) -> None:
     )
 
 
-def is_flat(differences: Iterable[float]) -> bool:
-    """Whether no direction of a step changed its loss at all."""
-    found = list(differences)
-    return bool(found) and not any(found)
+def of_no_step(normalize: str, eps: float) -> None:
+    """A step's differences were to be divided by what is 0."""
+    what = "their deviation" if normalize == "std" else "the running mean of their squares"
+    warn(
+        f"The loss was the same at every point of a step, so that {what}, which "
+        f"normalize={normalize!r} divides by, is 0 and no step was made (opt.flat_steps counts "
+        f"such steps). A reward of few values needs more members (num_queries); else eps={eps:g} "
+        "changes too little."
+    )
+
+
+def is_flat(found: Iterable[Estimate]) -> bool:
+    """Whether a step's directions made no difference: none of the loss, or none among them."""
+    estimates = list(found)
+    return bool(estimates) and all(
+        one.is_finite and (not any(one.differences) or (one.gradients and not any(one.gradients)))
+        for one in estimates
+    )
 
 
 def _named(optimizer: Noticed, hooked: Sequence[torch.Tensor]) -> str:

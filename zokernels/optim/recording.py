@@ -14,12 +14,15 @@ from torch import nn
 
 from zokernels.distributed import Distributed
 from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
+from zokernels.trajectory.format import Moments
 from zokernels.trajectory.reader import read
 from zokernels.trajectory.recorder import check_recordable
 from zokernels.trajectory.writer import Writer
 
 # What of a param group may change from step to step, or grows with the steps.
-_CHANGING = {"params", "streams", "mask", "lr", "initial_lr", "step", "history"}
+_CHANGING = {
+    "params", "streams", "mask", "lr", "initial_lr", "initial_eps", "step", "history", "moments",
+}  # fmt: skip
 
 
 class Recordable(Protocol):
@@ -101,6 +104,14 @@ class Recorded:
         self.trajectory = go_on(self, path, until, sync_every)
         return self.trajectory
 
+    def _moments(self) -> Moments:
+        """The running means of d², by the number of a group and of a block."""
+        return tuple(
+            (number, block, *moment)
+            for number, group in enumerate(self.param_groups)
+            for block, moment in group["moments"].items()
+        )
+
     def _check_resumable(self) -> None:
         """Raise TrajectoryError where a rule keeps what its passes do not tell."""
 
@@ -162,6 +173,9 @@ def go_on(
             if scalars.count is not None:
                 for i in trajectory.passes[scalars.of]["parameters"]:
                     optimizer.state[tensors[i]]["step"] = scalars.count
+        for number, block, *moment in step.moments:
+            own = optimizer.param_groups[number]
+            own["moments"] = {**own["moments"], block: moment}
     for group in optimizer.param_groups:
         group["step"] = until
     optimizer.bad_steps = 0
@@ -205,6 +219,8 @@ def _constants(optimizer: Recordable) -> list[dict[str, Any]]:
         for g in optimizer.param_groups
     ]
     for own, g in zip(plain, optimizer.param_groups, strict=True):
+        # Where a schedule moves it, what it began with.
+        own["eps"] = g.get("initial_eps", g["eps"])
         if g["blocks"] is not None:
             own["blocks"] = zlib.crc32(str(g["blocks"]).encode())
     return json.loads(json.dumps(plain))
@@ -227,13 +243,21 @@ def _check_same_run(optimizer: Recordable, trajectory: Trajectory) -> None:
             f"{trajectory.path} was recorded with {len(header['groups'])} param groups, but the "
             f"optimizer has {len(now)}; make the same groups."
         )
-    for here, there in zip(now, header["groups"], strict=True):
+    for here, there in zip(now, map(_renamed, header["groups"]), strict=True):
         for key in sorted({*here, *there}):
-            # A log of before says nothing of its blocks.
-            if key == "blocks" and key not in there:
+            # A log of before says nothing of what was not there then.
+            if key in ("blocks", "normalize", "clip") and key not in there:
                 continue
             if here.get(key) != there.get(key):
                 raise TrajectoryError(
                     f"{key} is {here.get(key)!r}, but it was {there.get(key)!r} when "
                     f"{trajectory.path} was begun; make the optimizer with the same settings."
                 )
+
+
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """A group of a header with what a version of before called by another name."""
+    rest = {key: value for key, value in group.items() if key not in _CHANGING}
+    if "two_sided" in rest:
+        rest["estimator"] = "two_sided" if rest.pop("two_sided") else "one_sided"
+    return rest

@@ -22,8 +22,9 @@ VERSION = 1
 MAGIC = b"ZKTRAJ1\n"
 
 # Kinds of frames. HEADER comes first and once; PASS describes a pass that steps refer to; STEP is
-# a step with its passes; SKIP one whose loss was not finite, so that nothing was written.
-HEADER, PASS, STEP, SKIP = b"H", b"P", b"S", b"N"
+# a step with its passes; SKIP one whose loss was not finite, so that nothing was written. MOMENTS
+# stands before a step, whose running means of squares it has.
+HEADER, PASS, STEP, SKIP, MOMENTS = b"H", b"P", b"S", b"N", b"M"
 
 _HEAD = struct.Struct("<cI")
 _CHECK = struct.Struct("<I")
@@ -35,6 +36,7 @@ HAS_LR, HAS_COUNT, HAS_SEEDS, HAS_ROUNDING_SEED, HAS_MASK_SEED = 1, 2, 4, 8, 16
 _FLAGS = 31
 _STEP = struct.Struct("<QH")
 _PASS = struct.Struct("<HBH")
+_MOMENT = struct.Struct("<HIdd")
 LIMIT = 0xFFFF
 
 
@@ -67,12 +69,24 @@ class Scalars:
     mask_seed: int | None = None
 
 
+# Of a param group and a block, by number, the running mean after a step: its two numbers.
+Moments = tuple[tuple[int, int, float, float], ...]
+
+
 @dataclass(frozen=True)
 class Step:
-    """One recorded step: its number, counted from 0, and its passes; None for a skipped one."""
+    """One recorded step.
+
+    Attributes:
+        number: Counted from 0.
+        passes: Its passes; None for a skipped one.
+        moments: The running means of d² after it, with ``normalize`` or ``clip``; see
+            `zokernels.estimators.Moment`.
+    """
 
     number: int
     passes: tuple[Scalars, ...] | None
+    moments: Moments = ()
 
 
 def frame(kind: bytes, payload: bytes, check: int) -> tuple[bytes, int]:
@@ -167,6 +181,26 @@ def unpack_step(payload: bytes, wide: bool) -> Step:
     if taken != len(payload):
         raise ValueError("bytes that belong to nothing")
     return Step(number, tuple(passes))
+
+
+def pack_moments(moments: Moments) -> bytes:
+    """The payload of a MOMENTS frame."""
+    return b"".join(_MOMENT.pack(*moment) for moment in moments)
+
+
+def unpack_moments(payload: bytes) -> Moments:
+    """What `pack_moments` packed.
+
+    Raises:
+        ValueError: If the payload is anything else.
+    """
+    if not payload or len(payload) % _MOMENT.size:
+        raise ValueError("running means that are cut short")
+    moments = tuple(_MOMENT.iter_unpack(payload))
+    for _, _, total, weight in moments:
+        if not (0 <= total < math.inf and 0 < weight <= 2):
+            raise ValueError("a running mean that is none")
+    return moments
 
 
 def pack_skip(number: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,8 @@ class Trajectory:
         self.size = len(data)
         # Where the file may be cut: (size, check, descriptions) before each step, and at the end.
         self._marks: list[tuple[int, int, int]] = []
+        # Of the step to come.
+        self._moments: form.Moments = ()
         self._read(data)
 
     @property
@@ -140,8 +143,14 @@ class Trajectory:
                 self.header = self._check_header(json.loads(payload))
             elif kind == form.PASS:
                 self.passes.append(self._check_pass(json.loads(payload)))
+            elif kind == form.MOMENTS:
+                self._moments = form.unpack_moments(payload)
             elif kind == form.STEP:
-                self._add(form.unpack_step(payload, self.wide))
+                step, self._moments = (
+                    replace(form.unpack_step(payload, self.wide), moments=self._moments),
+                    (),
+                )
+                self._add(step)
             elif kind == form.SKIP:
                 self._add(form.unpack_skip(payload))
             else:

@@ -196,10 +196,14 @@ class Recorder:
                 self._break(step, type(error).__name__)
             raise
 
-    def write(self, step: int, skipped: bool = False) -> None:
-        """Records the step that was listened to; ``skipped`` if its loss was not finite.
+    def write(self, step: int, skipped: bool = False, moments: form.Moments = ()) -> None:
+        """Records the step that was listened to.
 
-        A block-wise step may have updated some blocks before a loss was not finite.
+        Args:
+            step: Its number.
+            skipped: If its loss was not finite. A block-wise step may have updated some blocks
+                before.
+            moments: The optimizer's running means after it.
 
         Raises:
             TrajectoryError: If the file cannot take it. The record is kept for the next time.
@@ -210,6 +214,8 @@ class Recorder:
         if skipped and not self._noted:
             frames.append((form.SKIP, form.pack_skip(step)))
         else:
+            if moments:
+                frames.append((form.MOMENTS, form.pack_moments(moments)))
             record = form.pack_step(Step(step, tuple(self._noted)), self._wide)
             frames.append((form.STEP, record))
         self._fresh, self._noted = [], []

@@ -24,16 +24,23 @@ STEPS = 4
 COMMON = dict(lr=0.02, eps=1e-3, seed=5)
 OPTIMIZERS = {
     "sgd": (zk.ZOSGD, dict(weight_decay=0.1)),
-    "one-sided": (zk.ZOSGD, dict(two_sided=False)),
+    "one-sided": (zk.ZOSGD, dict(estimator="one_sided")),
+    "population": (
+        zk.ZOSGD,
+        dict(num_queries=4, estimator="population", normalize="std", clip=1.2),
+    ),  # fmt: skip
     "sign": (zk.ZOSGDSign, dict(dist="rademacher")),
     "momentum": (zk.ZOSGDMomentum, dict(beta=0.7)),
     "window": (zk.ZOSGDMomentum, dict(window=3)),
-    "conservative": (zk.ZOSGDConservative, dict(two_sided=False)),
+    "conservative": (zk.ZOSGDConservative, dict(estimator="one_sided")),
     "conservative-two-sided": (zk.ZOSGDConservative, {}),
     "adam": (zk.ZOAdam, dict(bias_correction=True)),
     "forward": (zk.ForwardGrad, {}),
     "blocks": (zk.ZOSGD, dict(blocks="module")),
-    "simultaneous": (zk.ZOAdam, dict(blocks="module", block_order="simultaneous")),
+    "simultaneous": (
+        zk.ZOAdam,
+        dict(blocks="module", block_order="simultaneous", normalize="ema"),
+    ),  # fmt: skip
     "sparse": (zk.ZOSGD, dict(sparsity=0.3, resample_every=2)),
     "rank1": (zk.ZOSGD, dict(dist="rank1")),
     "rank1-in-place": (zk.ZOAdam, dict(dist="rank1", perturb="in_place")),

@@ -91,10 +91,11 @@ def assert_same(one, other):
 
 CASES = {
     "plain": {},
-    "one-sided": dict(two_sided=False, num_queries=3, weight_decay=0.3),
+    "one-sided": dict(estimator="one_sided", num_queries=3, normalize="ema", clip=0.9),
+    "population": dict(estimator="population", num_queries=4, normalize="std", clip=1.1),
     "queries": dict(num_queries=3, weight_decay=0.1, dist="rademacher", maximize=True),
     "rank one": dict(num_queries=3, weight_decay=0.1, dist="rank1"),
-    "rank one, all points": dict(dist="rank1", num_queries=2, points="all", two_sided=False),
+    "rank one, all points": dict(dist="rank1", num_queries=2, points="all", estimator="one_sided"),
     "rank one, rounding": dict(dtype=torch.bfloat16, dist="rank1", rounding="stochastic"),
     "rank one, sign": dict(rule=zk.ZOSGDSign, lr=1e-4, dist="rank1"),
     "rounding": dict(dtype=torch.bfloat16, rounding="stochastic", weight_decay=0.2),
@@ -102,7 +103,7 @@ CASES = {
     "mask": dict(mask=zk.masks.Random(0.6, 5)),
     "sparsity": dict(sparsity=0.3),
     "sign": dict(rule=zk.ZOSGDSign, lr=1e-4, num_queries=2, maximize=True),
-    "momentum": dict(rule=zk.ZOSGDMomentum, beta=0.7, weight_decay=0.1, two_sided=False),
+    "momentum": dict(rule=zk.ZOSGDMomentum, beta=0.7, weight_decay=0.1, estimator="one_sided"),
     "adam": dict(rule=zk.ZOAdam, lr=1e-4, weight_decay=0.1, state_dtype=torch.bfloat16),
     "adam without amsgrad": dict(rule=zk.ZOAdam, lr=1e-4, amsgrad=False, num_queries=2),
 }

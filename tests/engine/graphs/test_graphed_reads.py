@@ -7,6 +7,7 @@ from tiny import models
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import zokernels as zk
+from zokernels.estimators import ESTIMATORS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,9 +28,10 @@ class Watching(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("two_sided", [True, False], ids=["two_sided", "one_sided"])
-def test_nothing_of_a_step_is_read_by_the_host(mode, two_sided):
-    (_, _), (model, opt) = pair(zk.ZOAdam, perturb=mode, two_sided=two_sided, num_queries=2)
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_nothing_of_a_step_is_read_by_the_host(mode, estimator):
+    options = dict(perturb=mode, estimator=estimator, num_queries=2, normalize="ema", clip=1.5)
+    (_, _), (model, opt) = pair(zk.ZOAdam, **options)
     step = zk.GraphedStep(opt, loss_fn(model), batches(1)[0], capture=False)
     with torch.no_grad(), Watching():
         step._body()

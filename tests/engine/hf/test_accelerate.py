@@ -44,7 +44,7 @@ def weights_of(model):
     return [p.detach().clone() for p in model.parameters()]
 
 
-@pytest.mark.parametrize("options", [{}, {"two_sided": False, "num_queries": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"estimator": "one_sided", "num_queries": 2}], ids=str)
 @pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "alone"])
 def test_batches_of_a_step_are_all_seen_and_make_one_step(accelerator, options, prepared):
     steps = 0

@@ -49,14 +49,14 @@ def test_every_optimizer_trains_and_logs_its_projected_gradient(tmp_path, name):
 def test_a_step_is_the_optimizers_own(tmp_path, own):
     """The Trainer with a batch of everything gives the weights of a plain loop."""
     data = rows(4)
-    options = {"num_queries": 2, "two_sided": False, "weight_decay": 0.1, **own}
+    options = {"num_queries": 2, "estimator": "one_sided", "weight_decay": 0.1, **own}
     trainer = trainer_of(
         tmp_path, data=data, options=options, lr_scheduler_type="constant", max_steps=2
     )
     decayed = set(trainer.get_decay_parameter_names(trainer.model))
     trainer.train()
     model = model_of("opt").train()
-    opt = zk.ZOSGD(model, lr=3e-3, eps=2e-3, num_queries=2, two_sided=False, seed=11, **own)
+    opt = zk.ZOSGD(model, lr=3e-3, eps=2e-3, num_queries=2, estimator="one_sided", seed=11, **own)
     batch = {key: torch.stack([row[key] for row in data]) for key in data[0]}
     for _ in range(2):
         shrink = {n: p.detach() * -3e-4 for n, p in model.named_parameters() if n in decayed}

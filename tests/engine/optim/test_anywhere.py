@@ -29,7 +29,7 @@ RULES = {
     "blocks": (zk.ZOSGD, dict(blocks="module")),
     "rank one": (zk.ZOSGD, dict(dist="rank1", num_queries=2)),
     "rank one adam": (zk.ZOAdam, dict(dist="rank1")),
-    "signs": (zk.ZOSGD, dict(dist="rademacher", two_sided=False, maximize=True)),
+    "signs": (zk.ZOSGD, dict(dist="rademacher", estimator="one_sided", maximize=True)),
 }
 
 

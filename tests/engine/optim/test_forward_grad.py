@@ -154,7 +154,7 @@ def test_an_exception_leaves_the_weights(source):
 
 def test_what_differences_need_changes_nothing():
     slopes, (x, y) = [], batch()
-    for options in ({}, dict(eps=1e-3, two_sided=True), dict(perturb="in_place")):
+    for options in ({}, dict(eps=1e-3, estimator="two_sided"), dict(perturb="in_place")):
         model = Small().eval()
         opt = zk.ForwardGrad(model, lr=0.1, **options)
         opt.step(lambda m=model: m(x, y))

@@ -33,7 +33,7 @@ def remade(window):
 )
 def test_steps_with_a_window_equal_the_textbook(window, dtype):
     h = dict(lr=0.003, eps=3e-3, weight_decay=0.07, beta=0.8)
-    common = dict(seed=12, two_sided=True, dist="gaussian", maximize=True)
+    common = dict(seed=12, estimator="two_sided", dist="gaussian", maximize=True)
     model, twin = Odd(dtype), Odd(dtype)
     opt = zk.ZOSGDMomentum(model, num_queries=2, window=window, **h, **common)
     assert opt.param_groups[0]["window"] == (32 if window is True else window)

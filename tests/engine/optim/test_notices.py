@@ -130,7 +130,7 @@ def test_a_loss_that_only_has_a_gradient_is_told_of_at_the_fifth_step(mode):
 
 
 @pytest.mark.parametrize("name", FLAT)
-@pytest.mark.parametrize("options", [{}, dict(two_sided=False, num_queries=3)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(estimator="one_sided", num_queries=3)], ids=str)
 def test_every_such_loss_is_told_of(name, options):
     model = Classifier()
     opt = zk.ZOSGDMomentum(model, perturb="in_place", **options)

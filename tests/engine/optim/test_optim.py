@@ -8,7 +8,7 @@ from conftest import bits
 from torch import nn
 
 import zokernels as zk
-from zokernels.estimators import derive_seed
+from zokernels.estimators import ESTIMATORS, derive_seed
 
 MODES = ["on_entry", "paired", "in_place"]
 # One forward a point, and a context of one point.
@@ -65,13 +65,13 @@ def test_200_steps_at_lr_0_leave_every_bit(dtype, mode):
     assert unchanged(model, before) == []
 
 
-@pytest.mark.parametrize("two_sided", [True, False], ids=["two_sided", "one_sided"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("fail_at", [0, 1, 2, 3])
-def test_a_closure_that_raises_leaves_the_weights(mode, fail_at, two_sided):
+def test_a_closure_that_raises_leaves_the_weights(mode, fail_at, estimator):
     model, (x, y) = Small().train(), batch()
     before, pointers = state(model), [p.data_ptr() for p in model.parameters()]
-    opt = zk.ZOSGD(model, lr=0.1, num_queries=3, two_sided=two_sided, perturb=mode)
+    opt = zk.ZOSGD(model, lr=0.1, num_queries=4, estimator=estimator, perturb=mode)
     calls = 0
 
     def closure():
@@ -94,13 +94,13 @@ def test_a_closure_that_raises_leaves_the_weights(mode, fail_at, two_sided):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("two_sided", [True, False], ids=["two_sided", "one_sided"])
-def test_both_modes_agree_bit_for_bit(two_sided, dtype):
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_both_modes_agree_bit_for_bit(estimator, dtype):
     results = []
     for mode in APART:
         model, (x, y) = Small(dtype).train(), batch()
         opt = zk.ZOSGD(
-            model, lr=0.05, num_queries=2, two_sided=two_sided, perturb=mode, weight_decay=0.1,
+            model, lr=0.05, num_queries=2, estimator=estimator, perturb=mode, weight_decay=0.1,
             rounding="stochastic", dist="rademacher", mask=zk.masks.Random(0.8, 4), seed=5,
         )  # fmt: skip
         losses = [opt.step(lambda m=model, x=x, y=y: m(x, y)).item() for _ in range(5)]
@@ -170,11 +170,19 @@ def test_tied_weights_once_frozen_never_and_equal_shapes_apart(mode):
 
 @pytest.mark.parametrize("mode", APART)
 @pytest.mark.parametrize(
-    "two_sided, queries, calls", [(True, 1, 2), (True, 3, 6), (False, 1, 2), (False, 4, 5)]
+    "estimator, queries, calls",
+    [
+        ("two_sided", 1, 2),
+        ("two_sided", 3, 6),
+        ("one_sided", 1, 2),
+        ("one_sided", 4, 5),
+        ("population", 2, 2),
+        ("population", 5, 5),
+    ],
 )
-def test_forwards_a_step(mode, two_sided, queries, calls):
+def test_forwards_a_step(mode, estimator, queries, calls):
     model, (x, y) = Small(), batch()
-    opt = zk.ZOSGD(model, num_queries=queries, two_sided=two_sided, perturb=mode)
+    opt = zk.ZOSGD(model, num_queries=queries, estimator=estimator, perturb=mode)
     for _ in range(2):
         seen = []
         opt.step(lambda seen=seen: seen.append(1) or model(x, y))
@@ -184,7 +192,7 @@ def test_forwards_a_step(mode, two_sided, queries, calls):
 def test_one_sided_returns_the_base_loss():
     model, (x, y) = Small().eval(), batch()
     base = model(x, y)
-    loss = zk.ZOSGD(model, lr=0.1, two_sided=False).step(lambda: model(x, y))
+    loss = zk.ZOSGD(model, lr=0.1, estimator="one_sided").step(lambda: model(x, y))
     assert torch.equal(loss, base.detach()) and not loss.requires_grad
 
 

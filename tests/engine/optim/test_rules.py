@@ -10,6 +10,7 @@ from textbook import Conservative, Textbook, adam, momentum, sgd, sign
 from torch import nn
 
 import zokernels as zk
+from zokernels.estimators import ESTIMATORS
 
 
 class Odd(nn.Module):
@@ -50,16 +51,16 @@ ALL = [*RULES]
 
 
 @pytest.mark.parametrize(
-    "two_sided, dtype",
-    [(True, torch.float32), (False, torch.float32), (True, torch.float64)],
-    ids=["two_sided", "one_sided", "float64"],
+    "estimator, dtype",
+    [*((kind, torch.float32) for kind in ESTIMATORS), ("two_sided", torch.float64)],
+    ids=[*ESTIMATORS, "float64"],
 )
 @pytest.mark.parametrize("name", ALL)
-def test_fifty_steps_equal_the_textbook_to_the_last_bit(name, two_sided, dtype):
+def test_fifty_steps_equal_the_textbook_to_the_last_bit(name, estimator, dtype):
     make, rule, own = RULES[name]
     kind = Conservative if name == "conservative" else Textbook
     h = dict(lr=0.013, eps=3e-3, weight_decay=0.07, **own)
-    common = dict(seed=2**63 + 11, two_sided=two_sided, dist="rademacher", maximize=False)
+    common = dict(seed=2**63 + 11, estimator=estimator, dist="rademacher", maximize=False)
     model, twin = Odd(dtype), Odd(dtype)
     named = list(enumerate(twin.parameters()))
     opt = make(
@@ -80,7 +81,7 @@ def test_groups_with_numbers_of_their_own_equal_the_textbook_too(name):
         second |= dict(betas=(0.7, 0.9), adam_eps=1e-4)
     if name == "momentum":
         second |= dict(beta=0.5)
-    common = dict(seed=5, two_sided=True, dist="gaussian", maximize=True)
+    common = dict(seed=5, estimator="two_sided", dist="gaussian", maximize=True)
     model, twin = Odd(torch.float32), Odd(torch.float32)
     # Streams follow the order of the groups, the frozen ones counted.
     split = [list(m.parameters()) for m in (model, twin)]
@@ -106,14 +107,22 @@ def check(opt, model, book, twin, steps):
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize(
-    "two_sided, queries", [(True, 1), (True, 3), (False, 1), (False, 4)], ids=str
+    "estimator, queries, calls",
+    [
+        ("two_sided", 1, 2),
+        ("two_sided", 3, 6),
+        ("one_sided", 1, 2),
+        ("one_sided", 4, 5),
+        ("population", 2, 2),
+        ("population", 5, 5),
+    ],
+    ids=str,
 )
-def test_forwards_a_step(name, two_sided, queries):
-    model, calls = Odd(torch.float32), []
-    opt = RULES[name][0](model, num_queries=queries, two_sided=two_sided)
-    opt.step(lambda: calls.append(1) or model())
-    expected = 2 * queries if two_sided else queries + 1
-    assert len(calls) == expected + (name == "conservative") * (2 + two_sided)
+def test_forwards_a_step(name, estimator, queries, calls):
+    model, seen = Odd(torch.float32), []
+    opt = RULES[name][0](model, num_queries=queries, estimator=estimator)
+    opt.step(lambda: seen.append(1) or model())
+    assert len(seen) == calls + (name == "conservative") * (2 + (estimator != "one_sided"))
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -170,7 +179,7 @@ def test_where_no_move_helps_nothing_is_written():
 def test_the_one_sided_base_loss_is_that_of_theta():
     model = Odd(torch.float32)
     losses = iter([1.0, 0.5, 0.2, 0.1])
-    opt = zk.ZOSGDConservative(model, lr=0.1, two_sided=False, perturb="in_place")
+    opt = zk.ZOSGDConservative(model, lr=0.1, estimator="one_sided", perturb="in_place")
     assert opt.step(lambda: next(losses)).item() == 1.0 and opt.side == -1
 
 
@@ -209,24 +218,27 @@ def test_stochastic_rounding_of_bfloat16_weights_is_unbiased(name):
 QUADRATIC = torch.tensor([[3.0, 1.0, -0.5], [1.0, 2.0, 0.25], [-0.5, 0.25, 4.0]])
 
 
-@pytest.mark.parametrize("two_sided, masked, dist", [
-    (True, False, "gaussian"), (False, True, "gaussian"), (False, False, "rademacher"),
+@pytest.mark.parametrize("estimator, masked, dist", [
+    ("two_sided", False, "gaussian"), ("one_sided", True, "gaussian"),
+    ("one_sided", False, "rademacher"), ("population", True, "gaussian"),
+    ("population", False, "rademacher"),
 ])  # fmt: skip
-def test_the_mean_of_many_estimates_is_the_gradient(two_sided, masked, dist):
+def test_the_mean_of_many_estimates_is_the_gradient(estimator, masked, dist):
     # q queries of one step at lr 1 write θ − ĝ, the mean of q estimates; in a block's test as many.
     q, theta = 2_500, nn.Parameter(torch.tensor([0.3, -0.7, 1.1]))
     keep = torch.tensor([True, not masked, True])
     g, start = torch.where(keep, QUADRATIC @ theta.detach(), 0.0), theta.detach().clone()
     opt = zk.ZOSGD(
-        [theta], lr=1.0, eps=0.0625, num_queries=q, two_sided=two_sided, dist=dist,
+        [theta], lr=1.0, eps=0.0625, num_queries=q, estimator=estimator, dist=dist,
         mask=zk.masks.Bits([keep]) if masked else None,
     )  # fmt: skip
     opt.step(lambda: theta @ (QUADRATIC @ theta) / 2)
     mean = start - theta.detach()
     # Var ĝᵢ = |g|² + gᵢ² for a Gaussian direction and |g|² − gᵢ² for a Rademacher one; the
-    # one-sided term ε (zᵀAz)/2 zᵢ has mean 0 and adds less than (3 · ε · trace A / 2)² < 3.
+    # one-sided term ε (zᵀAz)/2 zᵢ has mean 0 and adds less than (3 · ε · trace A / 2)² < 3. Of so
+    # large a population the baseline, which takes away the mean of that term, has no error.
     variance = g @ g + g * g if dist == "gaussian" else g @ g - g * g
-    error = ((variance + (0.0 if two_sided else 3.0)) / q).sqrt()
+    error = ((variance + (0.0 if estimator == "two_sided" else 3.0)) / q).sqrt()
     assert ((mean - g).abs() <= torch.where(keep, 4 * error, 0.0)).all()
     assert ((mean - g).abs() > 0)[keep].all()
 

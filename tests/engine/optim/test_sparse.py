@@ -125,7 +125,7 @@ def test_ties_at_the_threshold_count_as_pruned():
 def test_the_rules_follow_the_paper_with_a_redrawn_mask(name):
     make, rule, own = RULES[name]
     h, every, share = dict(lr=0.01, eps=2e-3, weight_decay=0.1, **own), 4, 0.3
-    common = dict(seed=21, two_sided=True, dist="gaussian", maximize=False)
+    common = dict(seed=21, estimator="two_sided", dist="gaussian", maximize=False)
     model, twin = Odd(torch.float32), Odd(torch.float32)
     params = [(i, p, h) for i, p in enumerate(twin.parameters()) if p.requires_grad]
     judged = torch.cat([p.detach().abs().flatten() for _, p, _ in params]).sort().values

@@ -62,9 +62,9 @@ def adam(w, d, z, h, state, t):
 class Textbook:
     """Runs a rule on parameters given as (stream, parameter, its numbers)."""
 
-    def __init__(self, rule, params, loss, *, seed, q, two_sided, dist, maximize, masks=None):
+    def __init__(self, rule, params, loss, *, seed, q, estimator, dist, maximize, masks=None):
         self.rule, self.params, self.loss, self.seed = rule, params, loss, seed
-        self.q, self.two_sided, self.maximize = q, two_sided, maximize
+        self.q, self.estimator, self.maximize = q, estimator, maximize
         self.draw = getattr(zk.noise, dist)
         # masks(t): the share kept by each parameter and the mask's seed, at step t.
         self.masks = masks or (lambda t: ([1.0] * len(params), 0))
@@ -94,11 +94,16 @@ class Textbook:
             return self.loss_at([torch.where(*a) for a in zip(keep, moved, stored, strict=True)])
 
         pairs = list(zip(self.params, stored, strict=True))
-        base = None if self.two_sided else self.loss_at(stored)
-        found = []
-        for k in range(self.q):
-            plus = side(k, 1)
-            found.append((plus - side(k, -1)) / 2 if self.two_sided else plus - base)
+        base = self.loss_at(stored) if self.estimator == "one_sided" else None
+        losses = [side(k, 1) for k in range(self.q)]
+        if self.estimator == "two_sided":
+            found = [(loss - side(k, -1)) / 2 for k, loss in enumerate(losses)]
+        elif self.estimator == "one_sided":
+            found = [loss - base for loss in losses]
+        else:
+            # Each against the mean of the others.
+            q = self.q
+            found = [(loss - sum(losses) / q) * q / (q - 1) for loss in losses]
         self.set(self.update(stored, found, z, keep, t))
 
     def update(self, stored, found, z, keep, t):

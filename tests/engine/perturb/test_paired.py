@@ -104,7 +104,7 @@ def test_every_mode_has_the_loss_and_the_slope_of_weights_written_in_place(name,
     "options",
     [
         dict(num_queries=3),
-        dict(num_queries=3, two_sided=False),
+        dict(num_queries=3, estimator="one_sided"),
         dict(dist="rademacher"),
         dict(dist="rank1"),
         dict(dist="rank1", mask=zk.masks.Magnitude(0.2)),

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import zokernels as zk
-from zokernels.estimators import derive_seed
+from zokernels.estimators import ESTIMATORS, derive_seed, forwards_of
 
 
 def slopes(model, closure, mode, **options):
@@ -164,14 +164,14 @@ def test_signs_of_vectors_and_scales_of_groups():
 
 
 @pytest.mark.parametrize("dist", ["gaussian", "rank1"])
-@pytest.mark.parametrize("two_sided", [True, False], ids=["two-sided", "one-sided"])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
 @pytest.mark.parametrize("points", [2, 3, 5, "all"])
-def test_any_number_of_points_shares_a_forward(points, two_sided, dist):
+def test_any_number_of_points_shares_a_forward(points, estimator, dist):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 5), nn.LayerNorm(5), nn.Linear(5, 3)).double()
     x, ran = inputs(4, 7), []
     model[0].register_forward_hook(lambda *_: ran.append(1))
-    options = dict(dist=dist, num_queries=4, two_sided=two_sided)
+    options = dict(dist=dist, num_queries=4, estimator=estimator)
 
     def closure():
         return model(x).tanh().sum()
@@ -181,7 +181,7 @@ def test_any_number_of_points_shares_a_forward(points, two_sided, dist):
     assert opt.projected_gradients == pytest.approx(expected.projected_gradients, rel=1e-8)
     ran.clear()
     opt.step(closure)
-    count = 8 if two_sided else 5
+    count = forwards_of(estimator, 4)
     assert len(ran) == (1 if points == "all" else -(-count // points))
 
 

@@ -44,11 +44,17 @@ TOKENS = torch.arange(24) % 11, (torch.arange(24) * 7) % 11
 
 CASES = {
     "plain": (zk.ZOSGD, torch.float32, {}),
-    "queries": (zk.ZOSGD, torch.float32, dict(num_queries=3, two_sided=False)),
+    "queries": (zk.ZOSGD, torch.float32, dict(num_queries=3, estimator="one_sided")),
+    "population": (
+        zk.ZOSGD,
+        torch.float32,
+        dict(num_queries=4, estimator="population", normalize="std"),
+    ),  # fmt: skip
+    "running root": (zk.ZOAdam, torch.float32, dict(normalize="ema", clip=0.8, num_queries=2)),
     "rademacher": (zk.ZOSGD, torch.float32, dict(dist="rademacher", maximize=True)),
     "rank1": (zk.ZOSGD, torch.float32, dict(dist="rank1", num_queries=2)),
     "rank1, float16": (zk.ZOSGD, torch.float16, dict(dist="rank1", rounding="stochastic")),
-    "rank1, float64": (zk.ZOSGD, torch.float64, dict(dist="rank1", two_sided=False)),
+    "rank1, float64": (zk.ZOSGD, torch.float64, dict(dist="rank1", estimator="one_sided")),
     "rank1, random mask": (
         zk.ZOSGD,
         torch.bfloat16,

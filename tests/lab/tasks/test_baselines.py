@@ -77,7 +77,7 @@ def test_a_baseline_is_torchs_optimizer_on_the_same_batches(places, tmp_path, na
     [
         (dict(), 6, 6),
         (dict(optimizer="zo-sgd", num_queries=2), 24, 0),
-        (dict(optimizer="zo-sgd", two_sided=False), 12, 0),
+        (dict(optimizer="zo-sgd", estimator="one_sided"), 12, 0),
         (dict(optimizer="zo-sgd-cons"), 30, 0),
         (dict(optimizer="forward-grad"), 6, 0),
         (HYBRID, 18, 6),
@@ -197,7 +197,7 @@ BAD = [
     (dict(objective="accuracy"), "has no gradient"),
     (dict(num_queries=2), "--num-queries is for zeroth-order optimizers"),
     (dict(sparsity=0.2), "--sparsity is for zeroth-order optimizers"),
-    (dict(two_sided=False), "--one-sided is for zeroth-order optimizers"),
+    (dict(estimator="one_sided"), "--estimator is for zeroth-order optimizers"),
     (dict(optimizer="hybrid"), "needs --hybrid-split"),
     (dict(optimizer="hybrid", hybrid_split=1), "needs --fo-lr"),
     (dict(HYBRID, hybrid_split=7), "number of layers from 0 to 2"),

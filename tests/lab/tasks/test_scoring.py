@@ -177,7 +177,7 @@ def test_a_written_answer_is_what_greedy_decoding_gives(places, kind):
     [
         ("copa", COPA, {"scheme": "prefix", "template": False, "calibrate": True}),
         ("record", RECORD, {"objective": "tokens", "demos": 1}),
-        ("copa", COPA, {"scheme": "head", "optimizer": "ZO-SGD", "two_sided": False}),
+        ("copa", COPA, {"scheme": "head", "optimizer": "ZO-SGD", "estimator": "one_sided"}),
     ],
 )
 def test_a_whole_run_of_a_task_with_choices(places, tmp_path, name, rows, extra):

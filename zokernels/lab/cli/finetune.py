@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from zokernels.estimators import ESTIMATORS
 from zokernels.lab.cli import presets
 from zokernels.lab.tasks import TASKS, InputError, folder, get_task
 from zokernels.lab.tasks.models import quiet
@@ -56,10 +57,19 @@ def command(
     lr: Annotated[float, _option("Learning rate.", _METHOD)] = 1e-6,
     schedule: Annotated[str, _option("constant, linear or cosine, to 0.", _METHOD)] = "constant",
     eps: Annotated[float, _option("Scale of the perturbation.", _METHOD)] = 1e-3,
+    eps_schedule: Annotated[
+        str, _option("constant, linear or cosine, to --eps-end.", _METHOD)
+    ] = "constant",
+    eps_end: Annotated[float | None, _option("Scale of the last step.", _METHOD)] = None,
     num_queries: Annotated[int, _option("Directions a step.", _METHOD)] = 1,
-    two_sided: Annotated[
-        bool, _option("Differences on both sides.", _METHOD, "--two-sided/--one-sided")
-    ] = True,
+    estimator: Annotated[
+        str, _option(f"What a direction is compared with: {', '.join(ESTIMATORS)}.", _METHOD)
+    ] = "two_sided",
+    normalize: Annotated[
+        str | None,
+        _option("Divide a step by the deviation of its slopes, std, or their root, ema.", _METHOD),
+    ] = None,
+    clip: Annotated[float | None, _option("Cut slopes at so many of their root.", _METHOD)] = None,
     dist: Annotated[str, _option("gaussian, rademacher or rank1.", _METHOD)] = "gaussian",
     scheme: Annotated[str, _option(f"What is trained: {', '.join(SCHEMES)}.", _MODEL)] = "full",
     train_only: Annotated[

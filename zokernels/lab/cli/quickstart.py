@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
     "perturb": "in_place",
     # Eight directions from nine forwards, where two-sided ones would take sixteen.
     "num_queries": 8,
-    "two_sided": False,
+    "estimator": "one_sided",
     "dist": "rademacher",
     "steps": 320,
     "batch_size": 16,

@@ -25,8 +25,8 @@ _HYBRID_ONLY = {
     "fo_lr": "the learning rate of the other layers",
 }
 _ZEROTH_ORDER_ONLY = (
-    "num_queries two_sided dist sparsity resample_every blocks rounding perturb points "
-    "backend".split()
+    "num_queries estimator normalize clip dist sparsity resample_every blocks rounding perturb "
+    "points backend eps_schedule".split()
 )
 
 

@@ -17,8 +17,8 @@ from zokernels.lab.tasks.task import Example
 
 _MAX_BAD_STEPS = 10
 _OPTIMIZER_OPTIONS = (
-    "lr eps num_queries two_sided dist sparsity resample_every blocks block_order rounding "
-    "weight_decay seed perturb points backend hybrid_split fo_lr fo_optimizer".split()
+    "lr eps num_queries estimator normalize clip dist sparsity resample_every blocks block_order "
+    "rounding weight_decay seed perturb points backend hybrid_split fo_lr fo_optimizer".split()
 )
 
 

@@ -34,14 +34,40 @@ OPTIMIZERS = (
     "zo-sgd", "zo-sgd-sign", "zo-sgd-mmt", "zo-sgd-cons", "zo-adam", "forward-grad",
     "fo-sgd", "fo-adam",
 )  # fmt: skip
-# The three enhancements, which the paper adds to ZO-SGD on all weights; and one recipe more on all
-# weights, with the grids of ZO-SGD: LOZO (Chen et al., ICLR 2025) at rank 1 with both factors fresh
-# in every step, and those factors signs.
+# The three enhancements, which the paper adds to ZO-SGD on all weights; and newer methods on all
+# weights, as docs/methods.md has them, with the grids of ZO-SGD where nothing is published.
 _ENHANCED: dict[str, dict[str, Any]] = {
     "zo-sgd-blocks": {"blocks": "layer"},
     "zo-sgd-sparse": {"sparsity": 0.2},
-    # The deep part's learning rate is ours: of it nothing is published.
     "lozo": {"dist": "rank1"},
+    # Number of directions, ε and rate of its public script.
+    "fzoo": {
+        "estimator": "one_sided",
+        "normalize": "std",
+        "num_queries": 8,
+        "dist": "rademacher",
+        "lr": 1e-5,
+        "eps": 1e-3,
+    },
+    "meazo": {"normalize": "ema"},
+    # The smallest population published; its members share their forwards.
+    "eggroll": {
+        "estimator": "population",
+        "normalize": "std",
+        "num_queries": 128,
+        "dist": "rank1",
+        "perturb": "paired",
+        "points": 16,
+    },
+    # The rate is half of ε.
+    "es-at-scale": {
+        "estimator": "population",
+        "normalize": "std",
+        "num_queries": 30,
+        "eps": 1e-3,
+        "lr": 5e-4,
+    },
+    # The deep part's learning rate is ours: of it nothing is published.
     "hybrid": {"hybrid_split": 8, "fo_lr": 1e-5, "fo_optimizer": "fo-adam"},
 }
 _COMMON: dict[str, Any] = {
@@ -171,7 +197,6 @@ def get(name: str) -> Preset:
         **_COMMON,
         **_OF_TASK[task],
         **(_OF_LARGE if model in _LARGE else {}),
-        **_ENHANCED.get(optimizer, {}),
         # Grids fall.
         "lr": best or rates[len(rates) // 2],
     }
@@ -179,4 +204,6 @@ def get(name: str) -> Preset:
         settings.pop("rounding", None)
     if scales:
         settings["eps"] = 1e-3 if 1e-3 in scales else scales[0]
-    return Preset(name, settings, {"lr": rates, **({"eps": scales} if scales else {})})
+    own = _ENHANCED.get(optimizer, {})
+    grid = {"lr": rates, **({"eps": scales} if scales else {})}
+    return Preset(name, settings | own, {k: v for k, v in grid.items() if k not in own})

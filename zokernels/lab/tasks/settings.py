@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernels import noise
+from zokernels.estimators import ESTIMATORS, NORMALIZE
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import DTYPES
 from zokernels.lab.tasks.schemes import SCHEMES
@@ -14,6 +15,9 @@ from zokernels.lab.tasks.scoring import OBJECTIVES
 SCHEDULES = ("constant", "linear", "cosine")
 CHOICES = {
     "schedule": SCHEDULES,
+    "eps_schedule": SCHEDULES,
+    "estimator": ESTIMATORS,
+    "normalize": NORMALIZE,
     "dist": tuple(noise.KINDS),
     "blocks": (None, "layer", "module"),
     "block_order": ("sequential", "simultaneous"),
@@ -62,8 +66,12 @@ class Settings:
     lr: float = 1e-6
     schedule: str = "constant"
     eps: float = 1e-3
+    eps_schedule: str = "constant"
+    eps_end: float | None = None
     num_queries: int = 1
-    two_sided: bool = True
+    estimator: str = "two_sided"
+    normalize: str | None = None
+    clip: float | None = None
     dist: str = "gaussian"
     sparsity: float | None = None
     resample_every: int | None = None
@@ -144,11 +152,14 @@ class Settings:
                 raise InputError(
                     f"{option(name)} must be a number from 0 up to {_LARGEST:g}, got {value}."
                 )
-        if not 1 / _LARGEST <= self.eps <= _LARGEST:
-            raise InputError(
-                f"--eps must be a number above 0, from {1 / _LARGEST:.0e} to {_LARGEST:g}, "
-                f"got {self.eps}."
-            )
+        for name in ("eps", "eps_end", "clip"):
+            value = getattr(self, name)
+            if value is not None and not 1 / _LARGEST <= value <= _LARGEST:
+                raise InputError(
+                    f"{option(name)} must be a number above 0, from {1 / _LARGEST:.0e} to "
+                    f"{_LARGEST:g}, got {value}."
+                )
+        self._check_estimate()
         if self.sparsity is not None and not 0 < self.sparsity < 1:
             raise InputError(f"--sparsity must lie between 0 and 1, got {self.sparsity}.")
         if self.resample_every and self.sparsity is None:
@@ -168,19 +179,42 @@ class Settings:
         if self.keep_best and not self.eval_every:
             raise InputError("--keep-best needs --eval-every, which says how often to look.")
 
+    def _check_estimate(self) -> None:
+        for name in ("estimator", "normalize"):
+            value = getattr(self, name)
+            if value in ("population", "std") and self.num_queries < 2:
+                raise InputError(
+                    f"{option(name)} {value} compares the directions of a step, and --num-queries "
+                    f"is {self.num_queries}; make it at least 2."
+                )
+        if (self.eps_end is None) != (self.eps_schedule == "constant"):
+            raise InputError(
+                "--eps-schedule linear or cosine and --eps-end, the scale that it ends with, go "
+                f"together; got --eps-schedule {self.eps_schedule} and --eps-end {self.eps_end}."
+            )
+
     def evaluates_after(self, step: int) -> bool:
         """Whether a step during training is followed by an evaluation."""
         return self.eval_every > 0 and step % self.eval_every == 0 and step < self.steps
 
     def factor(self, step: int) -> float:
         """The share of the learning rate in use at a step, counted from 0."""
-        if self.schedule == "linear":
+        return self._left(self.schedule, step)
+
+    def eps_factor(self, step: int) -> float:
+        """The share of ε in use at a step, counted from 0."""
+        last = 1.0 if self.eps_end is None else self.eps_end / self.eps
+        return last + (1 - last) * self._left(self.eps_schedule, step)
+
+    def _left(self, schedule: str, step: int) -> float:
+        """How much of its way a schedule has before it."""
+        if schedule == "linear":
             return 1 - step / self.steps
-        if self.schedule == "cosine":
+        if schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return 1.0
 
 
 def option(name: str) -> str:
     """The command's option for a setting."""
-    return "--one-sided" if name == "two_sided" else f"--{name.replace('_', '-')}"
+    return f"--{name.replace('_', '-')}"

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
-import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 import zokernels as zk
 from zokernels.lab.tasks import checkpoint, evaluate, memory
@@ -23,11 +23,14 @@ def train(run: Run, order: Iterator[list[Example]]) -> None:
         order: Its batches from the first on.
     """
     s, before, optimizer = run.settings, run.done, run.optimizer
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda n: s.factor(n + before))
+    schedules: list[Any] = [
+        LambdaLR(o, lambda n: s.factor(n + before))
         for o in (optimizer, getattr(optimizer, "fo_optimizer", None))
         if o is not None
     ]
+    if s.eps_schedule != "constant":
+        falling = zk.EpsSchedule(optimizer, LambdaLR, lr_lambda=lambda n: s.eps_factor(n + before))
+        schedules.append(falling)
     for step, batch in enumerate(islice(order, before, s.steps), before + 1):
         if run.stopped.is_set():
             return
