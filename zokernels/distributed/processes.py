@@ -110,6 +110,20 @@ class Distributed(Exchange):
             )
         return connect, (None,)
 
+    def share(self, seeds: list[int]) -> list[int]:
+        """This process's part of a step's directions.
+
+        Raises:
+            ValueError: If they cannot be shared out.
+        """
+        count, rest = divmod(len(seeds), self.query)
+        if rest:
+            raise ValueError(
+                f"num_queries is {len(seeds)}, but {self.query} parts of the processes share the "
+                "directions; make it a multiple of that, or give parallel='data'."
+            )
+        return seeds[self.query_rank * count : (self.query_rank + 1) * count]
+
     def join(
         self,
         run: Callable[[list[int]], list[float]],
@@ -133,14 +147,8 @@ class Distributed(Exchange):
         """
         if self.ranks == 1:
             return [run(seeds)]
-        count, rest = divmod(len(seeds), self.query)
-        if rest:
-            raise ValueError(
-                f"num_queries is {len(seeds)}, but {self.query} parts of the processes share the "
-                "directions; make it a multiple of that, or give parallel='data'."
-            )
-        mine = seeds[self.query_rank * count : (self.query_rank + 1) * count]
-        with self._together(optimizer, 2 * count) as send:
+        mine = self.share(seeds)
+        with self._together(optimizer, 2 * len(mine)) as send:
             own = run(mine)
             rows = send(own)
         return [part[: len(own)] for part in self._means(rows)]

@@ -26,6 +26,7 @@ from zokernels.estimators import (
 )
 from zokernels.optim import sparse
 from zokernels.optim.accumulation import Batches
+from zokernels.optim.asking import Asking
 from zokernels.optim.construction import Constructed
 from zokernels.optim.forward import (
     Closure,
@@ -42,7 +43,7 @@ from zokernels.perturb import Direction, Move
 LossOf = Callable[[Sequence[Move] | None, Sequence[int], int], float]
 
 
-class ZOOptimizer(Constructed):
+class ZOOptimizer(Asking, Constructed):
     """Base of the zeroth-order optimizers: forward passes only, no ``.grad``.
 
     Args:
@@ -128,6 +129,7 @@ class ZOOptimizer(Constructed):
                 "step() was called inside of its own closure, or by two threads at a time; take "
                 "one step after the other, or make another optimizer."
             )
+        self._refuse_inside()
         self._is_stepping = True
         try:
             return self._step(closure)
@@ -135,26 +137,36 @@ class ZOOptimizer(Constructed):
             self._is_stepping = False
 
     def _step(self, closure: Closure) -> torch.Tensor:
-        started = time.perf_counter()
+        params = self._start()
+        in_blocks = self.param_groups[0]["blocks"] is not None
+        forwards = self._perturbers.forwards(in_blocks)
+        alike = same_randomness(self.model, params)
+        with self._buffers.kept() as put_back, alike as replay_random, forwards:
+            forward = Forward(closure, replay_random, put_back)
+            self._batches.has_more = self._is_partial(in_blocks)
+            if self._batches.has_more:
+                return forward.tensor(self._estimate(forward, None).loss)
+            found = self._sweep(forward)
+        return forward.tensor(self._finish(found))
+
+    def _start(self) -> list[nn.Parameter]:
+        """A step begins, with the world as it is now; gives the parameters that it trains."""
+        self._started = time.perf_counter()
         self.timing = StepTiming()
         self.projected_gradients = []
-        self._base_loss = None
+        self._base_loss = self._population = None
         self._look()
-        group = self.param_groups[0]
         sparse.redraw(self.param_groups)
         self.parallel.check(self)
         params = [g["params"][i] for g, chosen in self._chosen(None) for i in chosen]
         self._begin(params)
         if self.trajectory:
-            self.trajectory.begin(group["step"])
-        forwards = self._perturbers.forwards(in_blocks=group["blocks"] is not None)
-        alike = same_randomness(self.model, params)
-        with self._buffers.kept() as put_back, alike as replay_random, forwards:
-            forward = Forward(closure, replay_random, put_back)
-            self._batches.has_more = self._is_partial(in_blocks=group["blocks"] is not None)
-            if self._batches.has_more:
-                return forward.tensor(self._estimate(forward, None).loss)
-            found = self._sweep(forward)
+            self.trajectory.begin(self.param_groups[0]["step"])
+        return params
+
+    def _finish(self, found: list[Estimate]) -> float:
+        """A step is done: count it, record it, and give its loss."""
+        group = self.param_groups[0]
         self._batches = Batches()
         self._count_flat(found)
         if all(one.is_finite for one in found):
@@ -167,14 +179,14 @@ class ZOOptimizer(Constructed):
             g["step"] = number + 1
         if self.trajectory:
             self.trajectory.write(number, self.bad_steps > 0, self._moments())
-        self.timing.total = time.perf_counter() - started
+        self.timing.total = time.perf_counter() - self._started
         if self.bad_steps >= self.max_bad_steps:
             raise FloatingPointError(
                 f"The loss was not finite in {self.bad_steps} steps in a row (the last losses: "
                 f"{found[-1].losses}), so no weight was changed in them; lower lr or eps, or look "
                 "at the data."
             )
-        return forward.tensor(sum(one.loss for one in found) / len(found))
+        return sum(one.loss for one in found) / len(found)
 
     def _look(self) -> None:
         """Read the model and the param groups as they are: what the whole step goes by.
@@ -269,19 +281,23 @@ class ZOOptimizer(Constructed):
             for k in range(group["num_queries"])
         ]
 
-    @contextlib.contextmanager
-    def _losses(
-        self, forward: Callable[[], Any], block: int | None, groups: Chosen
-    ) -> Iterator[Losses]:
-        params = [g["params"][i] for g, chosen in groups for i in chosen]
-        directions = partial(
+    def _directions(self, groups: Chosen) -> Callable[..., Direction]:
+        """Makes a direction of moves and seeds: all of it that is the same for a step's points."""
+        return partial(
             Direction,
-            params,
+            [g["params"][i] for g, chosen in groups for i in chosen],
             [g["streams"][i] for g, chosen in groups for i in chosen],
             dist=self.param_groups[0]["dist"],
             mask=join_masks(groups),
             backend=self.backend,
         )
+
+    @contextlib.contextmanager
+    def _losses(
+        self, forward: Callable[[], Any], block: int | None, groups: Chosen
+    ) -> Iterator[Losses]:
+        params = [g["params"][i] for g, chosen in groups for i in chosen]
+        directions = self._directions(groups)
 
         def run(perturbed: list[nn.Parameter]) -> torch.Tensor | float:
             if block is None:

@@ -29,7 +29,7 @@ from zokernels.perturb import choose_mode
 
 # What a copy does not take over: the log, which goes on with the original; caches, which are of its
 # own parameters; and the method that a scheduler has wrapped, which steps the original.
-_NOT_COPIED = {"trajectory", "_perturbers", "_layers", "_buffers", "_world", "step"}
+_NOT_COPIED = {"trajectory", "_perturbers", "_layers", "_buffers", "_world", "_population", "step"}
 
 
 class Constructed(Accumulating, Recorded, torch.optim.Optimizer):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NoReturn
 
 from torch import nn
@@ -57,6 +57,11 @@ class OnEntry:
     def seconds(self) -> float:
         """Time spent on noise."""
         return self._filler.seconds
+
+    @property
+    def holders(self) -> Iterable[nn.Module]:
+        """The modules that take their weights where nobody can watch."""
+        return self._hooks.holders
 
     @property
     def matrices(self) -> int:

@@ -51,7 +51,7 @@ class Paired(OnEntry):
             k = next((k for k, lane in enumerate(lanes) if lane is not None), 0)
             known[k] = self._run_alone(lanes[k], forward)
         try:
-            for holder in self._hooks.holders:
+            for holder in self.holders:
                 kind = type(holder).__name__
                 raise Unshareable(f"{kind} takes its weights where nobody can watch")
             return [float(loss) for loss in self.run_shared(lanes, forward)]

@@ -87,7 +87,8 @@ def is_about_points(error: Exception) -> bool:
 class _Operations(TorchFunctionMode):
     """Runs attention at all points as attention over a larger batch: vmap would run it in turn.
 
-    It notes what any operation raises, too.
+    It answers what every point answers alike, which vmap refuses, and notes what any operation
+    raises.
     """
 
     points: Points
@@ -98,10 +99,18 @@ class _Operations(TorchFunctionMode):
         try:
             if func is F.scaled_dot_product_attention:
                 return self._attend(*args, **(kwargs or {}))
+            if func is torch.Tensor.__contains__ and not kwargs:
+                return self._contains(*args)
             return func(*args, **(kwargs or {}))
         except Exception as error:
             self.points.failed = error
             raise
+
+    def _contains(self, t: torch.Tensor, element: Any) -> bool:
+        """Whether a value is among the tensor's, where every point has the same answer."""
+        answers = {element in part for part in self.points.parts(t)}
+        # Else torch's own error.
+        return answers.pop() if len(answers) == 1 else torch.Tensor.__contains__(t, element)
 
     def _attend(
         self,

@@ -1,0 +1,189 @@
+"""The members of a step's population: one at a time, or all in the rows of one batch."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from zokernels.estimators import Point
+from zokernels.optim.forward import same_randomness
+from zokernels.perturb import Direction, Move, OnEntry, RandomState, Rows, together
+
+
+class Member:
+    """A point of a step: inside its block the model's forwards see its weights.
+
+    ``with member:`` forwards run without gradients and without dropout, and draw the random numbers
+    that every other member's draw. After it the weights are what they were, also by an exception.
+
+    Attributes:
+        index: Its number among those of this process, which is its place in what `tell` takes.
+        seed: Of its direction; 0 where it has none.
+        side: 1 or −1; or 0 for the weights as they are, which one-sided differences are from.
+    """
+
+    def __init__(self, population: Population, index: int, point: Point):
+        self._population = population
+        self.index, (self.seed, self.side) = index, point
+        self._open: contextlib.ExitStack | None = None
+
+    def __enter__(self) -> Member:
+        population = self._population
+        with contextlib.ExitStack() as stack:
+            perturber = population._begin(stack)
+            lane = population._lanes([(self.seed, self.side)])[0]
+            if lane is not None:
+                stack.enter_context(perturber.at(lane))
+                if isinstance(perturber, OnEntry):
+                    stack.callback(_check_perturbed, perturber)
+            self._open = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        stack, self._open = self._open, None
+        assert stack is not None
+        stack.__exit__(*error)
+
+
+class Population:
+    """The points of one step that this process looks at: what `ZOOptimizer.ask` gives.
+
+    It is a sequence of `Member`, each to be entered by itself; or, entered as a whole, the model's
+    forwards take all of them at once, in the rows of a batch that repeats its own for each.
+
+    Example:
+        >>> with opt.ask() as population:
+        ...     ids = model.generate(**population.repeat(prompts), max_new_tokens=20)
+        >>> opt.tell([reward(text) for text in map(decode, population.split(ids))])
+    """
+
+    def __init__(self, optimizer: Any, seeds: Sequence[int], points: Sequence[Point]):
+        self._optimizer, self._seeds = optimizer, list(seeds)
+        self._params = [g["params"][i] for g, chosen in optimizer._chosen(None) for i in chosen]
+        self.members = [Member(self, k, point) for k, point in enumerate(points)]
+        self._random = RandomState(p.device for p in self._params)
+        self._rows: Rows | None = None
+        self._open: contextlib.ExitStack | None = None
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __iter__(self) -> Iterator[Member]:
+        return iter(self.members)
+
+    def __getitem__(self, index: int) -> Member:
+        return self.members[index]
+
+    def __enter__(self) -> Population:
+        opt = self._optimizer
+        if opt.model is None or opt.perturb == "in_place":
+            raise ValueError(
+                "All members at once need a model that is perturbed on entry, and this one is "
+                "perturbed in place; take them one at a time: for member in opt.ask(): "
+                "with member: ..."
+            )
+        rows = Rows(len(self))
+        with contextlib.ExitStack() as stack:
+            self._begin(stack)
+            perturber = opt._perturbers.make(self._params, lazy_logits=False)
+            lanes = self._lanes([(m.seed, m.side) for m in self.members])
+            stack.enter_context(together(perturber, lanes, rows))
+            self._open = stack.pop_all()
+        self._rows = rows
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        stack, self._open = self._open, None
+        assert stack is not None
+        stack.__exit__(*error)
+
+    def repeat(self, batch: Any) -> Any:
+        """The batch for all members: every tensor's rows, once for each member.
+
+        Args:
+            batch: Tensors with one row an example, in dicts, lists and tuples; what a tokenizer
+                gives.
+
+        Returns:
+            The same with ``len(population)`` times as many rows, member by member. Of these, and of
+            what is made of them row by row, the model knows whose they are.
+
+        Raises:
+            RuntimeError: Outside of ``with opt.ask() as population``.
+        """
+        if self._open is None or self._rows is None:
+            raise RuntimeError(
+                "repeat() was called outside of its block, in which alone a model knows whose rows "
+                "they are: with opt.ask() as population: ..."
+            )
+        return self._rows.repeat(batch)
+
+    def split(self, outputs: Any) -> list[Any]:
+        """What belongs to each member.
+
+        Args:
+            outputs: Tensors with the rows of all members, or one number a member, in dicts, lists,
+                tuples and outputs of transformers.
+
+        Returns:
+            One such a member.
+
+        Raises:
+            ValueError: If a tensor's rows can't be shared out.
+        """
+        leaves, kind = tree_flatten(outputs)
+        parts = [self._parts(leaf) for leaf in leaves]
+        return [tree_unflatten([own[k] for own in parts], kind) for k in range(len(self))]
+
+    def _parts(self, t: Any) -> list[Any]:
+        count = len(self)
+        if not isinstance(t, torch.Tensor) or not t.dim():
+            return [t] * count
+        if len(t) % count:
+            raise ValueError(
+                f"split() got a tensor of {len(t)} rows for {count} members; give what was made of "
+                "population.repeat(batch)."
+            )
+        return list(t.unflatten(0, (count, -1)).unbind())
+
+    def _lanes(self, points: Sequence[Point]) -> list[Direction | None]:
+        opt = self._optimizer
+        groups = opt._chosen(None)
+        scales = [float(g["eps"]) for g, chosen in groups for _ in chosen]
+        directions = opt._directions(groups)
+        return [
+            directions([Move((side * eps,)) for eps in scales], [seed]) if side else None
+            for seed, side in points
+        ]
+
+    def _begin(self, stack: contextlib.ExitStack) -> Any:
+        """What every forward of a step has around it; gives what perturbs the model."""
+        opt = self._optimizer
+        if opt._population is not self:
+            raise RuntimeError(
+                "These members are of a step that was told or asked for again; take those of "
+                "opt.ask()."
+            )
+        opt._refuse_inside()
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(opt._perturbers.forwards())
+        put_back = stack.enter_context(opt._buffers.kept())
+        stack.enter_context(same_randomness(opt.model, self._params))
+        torch.clear_autocast_cache()
+        self._random.restore()
+        put_back()
+        perturber = opt._perturbers.of(self._params)
+        return perturber
+
+
+def _check_perturbed(perturber: OnEntry) -> None:
+    missed = perturber.unperturbed()
+    if perturber.was_entered and missed is not None:
+        raise RuntimeError(
+            f"Parameter {missed!r} was not perturbed, since no forward used it; use "
+            "perturb='in_place'."
+        )

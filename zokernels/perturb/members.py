@@ -1,0 +1,227 @@
+"""All members of a population in the rows of one batch, each row with its member's weights.
+
+A batch that is repeated member by member has the rows of the k-th member in its k-th part. Outside
+of the model's forward they are rows like any others, so that a loop such as ``generate`` decides
+about each; inside they are points (`zokernels.perturb.points`), of which the model sees one. What
+is such rows is known by data flow: what an operation makes of some, of as many rows. A model's
+cache holds rows between forwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+
+from zokernels.perturb.filling import Lane
+from zokernels.perturb.on_entry import OnEntry
+from zokernels.perturb.points import Points
+from zokernels.perturb.weight import Entry, Misused, Unshareable
+
+_MARK = "_zokernels_rows"
+
+
+class Rows(TorchFunctionMode):
+    """Knows the tensors whose rows are the members', one member after the other.
+
+    Args:
+        count: Number of members.
+    """
+
+    def __init__(self, count: int):
+        super().__init__()
+        self.count = count
+        self.is_watching = True
+
+    def mark(self, t: torch.Tensor) -> torch.Tensor:
+        """A tensor of rows, known as such from here on."""
+        setattr(t, _MARK, self)
+        return t
+
+    def has(self, t: Any) -> bool:
+        """Whether a tensor is such rows."""
+        return isinstance(t, torch.Tensor) and vars(t).get(_MARK) is self
+
+    def repeat(self, batch: Any) -> Any:
+        """The batch once for each member; see `zokernels.optim.asking.Population.repeat`."""
+        if isinstance(batch, Mapping):
+            # A tokenizer's batch is no dict, and a model takes it by its keys.
+            return {key: self.repeat(value) for key, value in batch.items()}
+        return tree_map(self._repeat, batch)
+
+    def _repeat(self, t: Any) -> Any:
+        if not isinstance(t, torch.Tensor) or not t.dim():
+            return t
+        return self.mark(t.detach().repeat(self.count, *[1] * (t.dim() - 1)))
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if self.is_watching:
+            lengths = {len(t) for t in tree_leaves((args, kwargs)) if self.has(t)}
+            for t in tree_leaves(found) if lengths else ():
+                if type(t) is torch.Tensor and t.dim() and len(t) in lengths:
+                    self.mark(t)
+        return found
+
+    def size(self, tensors: Sequence[Any]) -> int:
+        """How many rows a model got.
+
+        Raises:
+            Unshareable: If there are none of the members.
+        """
+        sizes = {len(t) for t in tensors if self.has(t)}
+        if len(sizes) != 1:
+            raise Unshareable(
+                "the model got a batch that is not population.repeat(batch), or not made of it row "
+                "by row"
+            )
+        return sizes.pop()
+
+    def enter(self, t: Any, size: int, points: Points) -> Any:
+        """What a model gets, as it is at one point."""
+        if not isinstance(t, torch.Tensor) or not t.dim() or len(t) != size:
+            return t
+        if not self.has(t) and t.dim() < 2:
+            # A position for each token, say, of as many tokens as there are rows.
+            return t
+        parts = t.unflatten(0, (self.count, -1))
+        # Alike for all members, as a prompt is, or a mask that was made by its shape.
+        if bool((parts == parts[:1]).all()):
+            return parts[0]
+        return points.wrap(parts) if self.has(t) else t
+
+    def leave(self, t: Any, points: Points) -> Any:
+        """What a model gave, as rows; of a number at each point, one a member."""
+        whole = points.whole(t) if isinstance(t, torch.Tensor) else None
+        if whole is None:
+            return t
+        return self.mark(whole.flatten(0, 1) if whole.dim() > 1 else whole)
+
+
+@contextlib.contextmanager
+def together(perturber: OnEntry, lanes: Sequence[Lane], rows: Rows) -> Iterator[None]:
+    """The model's forwards take rows of all lanes, inside the block.
+
+    Raises:
+        RuntimeError: If a parameter was not perturbed in the forwards.
+    """
+    for holder in perturber.holders:
+        raise RuntimeError(_apart(f"{type(holder).__name__} takes weights where nobody can watch"))
+    base = getattr(perturber.model, "get_base_model", lambda: perturber.model)()
+    models = list({id(m): m for m in (perturber.model, base)}.values())
+    before = [vars(m).get("forward") for m in models]
+    ran = False
+    with perturber.standing(lanes) as entry, rows:
+        shared = [_Forward(m, entry, rows) for m in models]
+        for m, forward in zip(models, shared, strict=True):
+            vars(m)["forward"] = forward
+        try:
+            yield
+            ran = any(forward.ran for forward in shared)
+        finally:
+            for m, own in zip(models, before, strict=True):
+                vars(m).pop("forward", None)
+                if own is not None:
+                    vars(m)["forward"] = own
+    if ran and (missed := perturber.unperturbed()) is not None:
+        raise RuntimeError(
+            _apart(f"parameter {missed!r} was not perturbed, since no operation asked for it")
+        )
+
+
+class _Forward:
+    """A model's forward that takes and gives rows of all members."""
+
+    def __init__(self, model: nn.Module, entry: Entry, rows: Rows):
+        self.model, self.entry, self.rows = model, entry, rows
+        self.forward = model.forward
+        self.ran = False
+        # Callers look at the arguments that a forward has.
+        functools.update_wrapper(self, self.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The outputs of all members, row by row."""
+        if self.entry.points is not None:
+            return self.forward(*args, **kwargs)
+        rows, entry = self.rows, self.entry
+        flat, kind = tree_flatten((args, kwargs))
+        with Points.open(entry.count) as points:
+            entry.points, rows.is_watching = points, False
+            try:
+                size = rows.size(flat)
+                caches = [x for x in flat if hasattr(x, "get_seq_length")]
+                for holder, key, t in _tensors(caches):
+                    if rows.has(t):
+                        _put(holder, key, points.wrap(t.unflatten(0, (rows.count, -1))))
+                args, kwargs = tree_unflatten([rows.enter(x, size, points) for x in flat], kind)
+                outputs = self.forward(*args, **kwargs)
+                if points.failed is not None:
+                    raise points.failed
+                if not self.ran:
+                    self._check_attributes(points)
+                leaves, kind = tree_flatten(outputs)
+                caches += [x for x in leaves if hasattr(x, "get_seq_length")]
+                for holder, key, t in _tensors(caches):
+                    _put(holder, key, rows.leave(t, points))
+                found = tree_unflatten([rows.leave(t, points) for t in leaves], kind)
+            except Misused:
+                raise
+            except Exception as error:
+                raise RuntimeError(_apart(str(error).strip().partition("\n")[0])) from error
+            finally:
+                entry.points, rows.is_watching = None, True
+        self.ran = True
+        return found
+
+    def _check_attributes(self, points: Points) -> None:
+        """Refuse a model that keeps in an attribute what belongs to a member."""
+        for module in self.model.modules():
+            kept = [v for n, v in vars(module).items() if n not in ("_parameters", "_modules")]
+            for t in tree_leaves(kept):
+                if isinstance(t, torch.Tensor) and points.whole(t) is not None:
+                    raise Unshareable(
+                        f"{type(module).__name__} keeps in an attribute what belongs to a member"
+                    )
+
+
+def _tensors(things: Any, seen: set[int] | None = None) -> Iterator[tuple[Any, Any, torch.Tensor]]:
+    """The tensors inside of objects, with what holds each and by which key."""
+    seen = set() if seen is None else seen
+    if id(things) in seen or isinstance(things, nn.Module | type | str | torch.Tensor):
+        return
+    seen.add(id(things))
+    if isinstance(things, dict):
+        items = list(things.items())
+    elif isinstance(things, list | tuple):
+        items = list(enumerate(things))
+    else:
+        items = list(vars(things).items()) if hasattr(things, "__dict__") else []
+    for key, value in items:
+        if isinstance(value, torch.Tensor):
+            yield things, key, value
+        else:
+            yield from _tensors(value, seen)
+
+
+def _put(holder: Any, key: Any, value: torch.Tensor) -> None:
+    if isinstance(holder, dict | list):
+        holder[key] = value
+    elif not isinstance(holder, tuple):
+        setattr(holder, key, value)
+    elif holder[key] is not value:
+        raise Unshareable("the model's cache keeps tensors in tuples")
+
+
+def _apart(why: str) -> str:
+    return (
+        f"The members can't share the model's forwards: {why.rstrip('.')}. Take them one at a "
+        "time: for member in opt.ask(): with member: ..."
+    )
