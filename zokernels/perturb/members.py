@@ -119,7 +119,7 @@ def together(perturber: OnEntry, lanes: Sequence[Lane], rows: Rows) -> Iterator[
     models = list({id(m): m for m in (perturber.model, base)}.values())
     before = [vars(m).get("forward") for m in models]
     ran = False
-    with perturber.standing(lanes) as entry, rows:
+    with perturber.standing(lanes) as entry, rows, _unwarned(perturber.model):
         shared = [_Forward(m, entry, rows) for m in models]
         for m, forward in zip(models, shared, strict=True):
             vars(m)["forward"] = forward
@@ -135,6 +135,23 @@ def together(perturber: OnEntry, lanes: Sequence[Lane], rows: Rows) -> Iterator[
         raise RuntimeError(
             _apart(f"parameter {missed!r} was not perturbed, since no operation asked for it")
         )
+
+
+@contextlib.contextmanager
+def _unwarned(model: nn.Module) -> Iterator[None]:
+    """Models of transformers do not look, for a warning's sake, whether a token is padding.
+
+    Members that have ended earlier than others differ in that, and one forward has one answer.
+    """
+    name = "warn_if_padding_and_no_attention_mask"
+    warning = [m for m in model.modules() if hasattr(type(m), name)]
+    for m in warning:
+        vars(m)[name] = lambda *_: None
+    try:
+        yield
+    finally:
+        for m in warning:
+            vars(m).pop(name, None)
 
 
 class _Forward:
