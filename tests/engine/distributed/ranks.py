@@ -105,6 +105,21 @@ def query(name):
     return dict(losses=train(model, opt, dtype=torch.float32), weights=weights(model))
 
 
+def asked():
+    """The run of a population that is asked and told, by a fitness that looks at all of it."""
+    model = network(torch.float32)
+    options = dict(num_queries=8, estimator="population", maximize=True)
+    opt = make(model, parallel="query", **options)
+    for step in range(STEPS):
+        x, y = batch(step, dtype=torch.float32)
+        found = []
+        for member in opt.ask():
+            with member:
+                found.append(-float(nn.functional.mse_loss(model(x), y)))
+        opt.tell(found, fitness="centered_rank")
+    return dict(weights=weights(model), members=len(found))
+
+
 def both():
     model = network()
     opt = make(model, num_queries=4, parallel=zk.Distributed(data=2))

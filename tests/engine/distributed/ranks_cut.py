@@ -5,6 +5,7 @@ import torch.distributed as dist
 from ranks import (
     OPTIMIZERS,
     STEPS,
+    asked,
     batch,
     both,
     caught,
@@ -262,7 +263,7 @@ def main(out):
     world = dist.get_world_size()
     found = {f"data {name}": data(name) for name in OPTIMIZERS}
     found |= {f"query {name}": query(name) for name in OPTIMIZERS}
-    cases = (traffic, not_finite, failing, straying, other_settings, refused, uneven,
+    cases = (asked, traffic, not_finite, failing, straying, other_settings, refused, uneven,
              fsdp_shares, fsdp_interrupted, fsdp_not_finite, fsdp_refused)  # fmt: skip
     found |= {case.__name__: case() for case in cases}
     found |= {f"fsdp {name}": fsdp(name) for name in SHARDED}

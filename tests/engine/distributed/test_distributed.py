@@ -119,6 +119,14 @@ def test_parts_of_the_directions_make_the_same_bits(found, alone, world, name):
     assert result["losses"] == one["losses"]
 
 
+@pytest.mark.parametrize("world", WORLDS)
+def test_members_are_shared_out_and_told_together(found, alone, world):
+    one = alone(ranks.asked)
+    for result in each(found, world, "asked"):
+        assert same(result["weights"], one["weights"])
+        assert result["members"] == one["members"] // world == 8 // world
+
+
 def test_shares_and_directions_at_once(found):
     one = ranks.network()
     losses = ranks.train(one, ranks.make(one, num_queries=4))
