@@ -90,6 +90,8 @@ class ZOOptimizer(Asking, Constructed):
         projected_gradients: The dₖ of the last step, before ``normalize`` and ``clip``, as Python
             floats, block after block.
         timing: Where the last step's time went.
+        signal: How much of the last step's slopes is the gradient and how much is by chance, where
+            the closure gives a loss an example; else None.
         bad_steps: Steps in a row whose loss was not finite; they change no weight.
         flat_steps: Steps so far whose differences were all exactly 0, or with ``normalize`` all
             alike; five in a row are told of.
@@ -105,7 +107,8 @@ class ZOOptimizer(Asking, Constructed):
         """One step.
 
         Args:
-            closure: Runs a forward and returns the loss, a scalar. It is called 2q times
+            closure: Runs a forward and returns the loss: a scalar, or one number an example, of
+                which the mean is the loss and `signal` is read. It is called 2q times
                 (two-sided), q + 1 times (one-sided) or q times (population), each time on the same
                 batch, or this process's share.
 
@@ -114,8 +117,8 @@ class ZOOptimizer(Asking, Constructed):
             ``accumulate`` that of the batches so far, of which the last one's call moves weights.
 
         Raises:
-            ValueError: If there is no closure, or it returns no loss, or one that is not a scalar;
-                or nothing that the optimizer holds is trainable.
+            ValueError: If there is no closure, or it returns no loss, or one of another shape; or
+                nothing that the optimizer holds is trainable.
             TypeError: If it is no function.
             RuntimeError: If it calls backward, or a parameter that is trained has left the model.
             TrajectoryError: If the trajectory cannot take the record. The step is done, and the
@@ -147,6 +150,11 @@ class ZOOptimizer(Asking, Constructed):
             if self._batches.has_more:
                 return forward.tensor(self._estimate(forward, None).loss)
             found = self._sweep(forward)
+        group = self.param_groups[0]
+        if forward.rows:
+            self.signal = self._meter.read(
+                found, group["estimator"], float(group["eps"]), forward.rows
+            )
         return forward.tensor(self._finish(found))
 
     def _start(self) -> list[nn.Parameter]:
@@ -154,7 +162,7 @@ class ZOOptimizer(Asking, Constructed):
         self._started = time.perf_counter()
         self.timing = StepTiming()
         self.projected_gradients = []
-        self._base_loss = self._population = None
+        self._base_loss = self._population = self.signal = None
         self._look()
         sparse.redraw(self.param_groups)
         self.parallel.check(self)

@@ -69,6 +69,8 @@ class Forward:
 
     Attributes:
         kind: A tensor of the last loss's type and device.
+        rows: Where the closure gives a loss an example: those of each forward so far, in float64 on
+            the CPU, by their mean, which is the forward's loss.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Forward:
         self.closure = closure
         self.replay_random, self.put_back = replay_random, put_back
         self.kind = torch.zeros((), dtype=torch.float32)
+        self.rows: dict[float, torch.Tensor] = {}
 
     def __call__(self) -> torch.Tensor | float:
         """The loss at the weights as they are."""
@@ -91,11 +94,21 @@ class Forward:
             loss = self.closure()
         if isinstance(loss, torch.Tensor):
             loss = shards.whole(loss)
+        loss = self._mean(loss)
         check_loss(loss)
         if isinstance(loss, torch.Tensor):
             wide = loss.dtype if loss.dtype is torch.float64 else torch.float32
             self.kind = loss.detach().to(wide)
         return loss
+
+    def _mean(self, loss: Any) -> Any:
+        """The mean of a loss an example, which are kept; any other loss as it is."""
+        is_rows = isinstance(loss, torch.Tensor) and loss.dim() == 1 and len(loss) > 1
+        if not is_rows or not loss.is_floating_point():
+            return loss
+        mean = loss.to(torch.promote_types(loss.dtype, torch.float32)).mean()
+        self.rows[float(mean.detach())] = loss.detach().to("cpu", torch.float64)
+        return mean
 
     def tensor(self, loss: float) -> torch.Tensor:
         """A loss as a step returns it."""
@@ -127,7 +140,7 @@ def check_loss(loss: Any) -> None:
     if math.prod(shape) != 1:
         raise ValueError(
             f"The closure returned {what} of shape {shape}, but the loss must be a "
-            "scalar; take its mean."
+            "scalar, or a tensor with one number an example; take its mean."
         )
     if isinstance(loss, torch.Tensor) and loss.is_complex():
         raise ValueError(

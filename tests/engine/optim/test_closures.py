@@ -34,8 +34,8 @@ RETURNED = {
     "a dict of others": (lambda loss: {"nll": loss}, "a dict.*the loss alone"),
     "an output": (ModelOutput, "a ModelOutput.*return output.loss"),
     "a text": (lambda loss: "0.5", "a str.*the loss alone"),
-    "losses": (lambda loss: loss.expand(4), r"a tensor of shape \(4,\).*take its mean"),
-    "losses of numpy": (lambda loss: np.ones(4), r"a ndarray of shape \(4,\).*take its mean"),
+    "losses": (lambda loss: loss.expand(4, 1), r"a tensor of shape \(4, 1\).*mean"),
+    "losses of numpy": (lambda loss: np.ones(4), r"a ndarray of shape \(4,\).*mean"),
     "a complex number": (lambda loss: loss * 1j, "a complex.*real part"),
 }
 

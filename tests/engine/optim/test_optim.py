@@ -358,7 +358,7 @@ def test_maximize_climbs():
 BAD = {
     "no closure": (lambda: zk.ZOSGD([nn.Parameter(torch.ones(2))]).step(), "no closure"),
     "vector loss": (
-        lambda: zk.ZOSGD([nn.Parameter(torch.ones(2))]).step(lambda: torch.ones(2)),
+        lambda: zk.ZOSGD([nn.Parameter(torch.ones(2))]).step(lambda: torch.ones(2, 2)),
         "scalar",
     ),
     "eps 0": (lambda: zk.ZOSGD([nn.Parameter(torch.ones(2))], eps=0.0), "eps is 0"),

@@ -1,0 +1,92 @@
+"""How much of a slope is the gradient, and how much the choice of the batch's examples.
+
+Where a closure gives a loss an example, every example has a slope of its own along a direction, and
+a batch's slope d is their mean. Their spread tells by how much the mean of as many others would
+differ, and so what of d² is there by chance:
+
+    noise = s² / B        ‖g‖² = E[d² − s² / B]
+
+with s² the variance of B examples' slopes, B − 1 in its divisor: no bias, whatever the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from zokernels.estimators import Estimate, forwards_of
+
+# Of the running means: some hundred steps, since a single direction tells little.
+_BETA = 0.99
+
+
+@dataclass(frozen=True)
+class Signal:
+    """What the slopes of a step were made of.
+
+    Attributes:
+        gradient: An estimate of ‖g‖² by this step alone, of the weights that it perturbed; it can
+            be below 0.
+        noise: What a batch of so many examples adds to the square of a slope.
+        running_gradient, running_noise: Their running means over some hundred steps.
+        examples: Examples of the batch, B.
+    """
+
+    gradient: float
+    noise: float
+    running_gradient: float
+    running_noise: float
+    examples: int
+
+
+class SignalMeter:
+    """The running means of a run."""
+
+    def __init__(self) -> None:
+        self._gradient = self._noise = self._weight = 0.0
+
+    def read(
+        self, found: list[Estimate], estimator: str, eps: float, rows: Mapping[float, torch.Tensor]
+    ) -> Signal | None:
+        """A step's signal.
+
+        Args:
+            found: Its estimates, of one block of the weights each.
+            estimator: What their differences are.
+            eps: ε.
+            rows: The examples' losses of each forward, by their mean; None is given where they are
+                not there for every point.
+        """
+        gradient = noise = 0.0
+        examples = 0
+        for one in found:
+            # A rule may have looked at more points; one that takes derivatives has fewer.
+            points = forwards_of(estimator, len(one.seeds))
+            losses = [rows.get(loss) for loss in one.losses[:points]]
+            sizes = {None if each is None else len(each) for each in losses}
+            if None in sizes or len(sizes) != 1 or len(losses) < points or not one.is_finite:
+                return None
+            slopes = _slopes(torch.stack([r for r in losses if r is not None]), estimator) / eps
+            examples = slopes.shape[1]
+            by_chance = slopes.var(1) / examples
+            # Around the mean of the others a member's slope has more of both.
+            count = len(slopes)
+            share = (count - 1) / count if estimator == "population" else 1.0
+            gradient += share * float((slopes.mean(1).square() - by_chance).mean())
+            noise += share * float(by_chance.mean())
+        self._gradient = _BETA * self._gradient + (1 - _BETA) * gradient
+        self._noise = _BETA * self._noise + (1 - _BETA) * noise
+        self._weight = _BETA * self._weight + (1 - _BETA)
+        running = self._gradient / self._weight, self._noise / self._weight
+        return Signal(gradient, noise, *running, examples)
+
+
+def _slopes(rows: torch.Tensor, estimator: str) -> torch.Tensor:
+    """ε times each example's slope along each direction: of shape (points, B), (q, B)."""
+    if estimator == "two_sided":
+        return (rows[::2] - rows[1::2]) / 2
+    if estimator == "one_sided":
+        return rows[1:] - rows[0]
+    return (rows - rows.mean(0)) * len(rows) / (len(rows) - 1)
