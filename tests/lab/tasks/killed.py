@@ -56,7 +56,7 @@ def arm(point, count):
         # Before the first record.
         "begin": lambda: before(ZOOptimizer, "record"),
         # With the weights perturbed.
-        "forward": lambda: before(Scorer, "loss"),
+        "forward": lambda: before(Scorer, "losses"),
         # Written, and not yet recorded.
         "update": lambda: after(ops, "add_noise_"),
         "record": lambda: setattr(writer, "_write", half),

@@ -185,8 +185,8 @@ def test_a_full_disk_keeps_the_last_checkpoint(places, tmp_path, monkeypatch):
 
 
 def test_nothing_that_is_not_finite_reaches_a_weight(places, tmp_path, monkeypatch):
-    whole = Scorer.loss
-    monkeypatch.setattr(Scorer, "loss", lambda self, batch: whole(self, batch) * float("inf"))
+    whole = Scorer.losses
+    monkeypatch.setattr(Scorer, "losses", lambda self, batch: whole(self, batch) * float("inf"))
     with pytest.raises(RunError, match="not finite in 10 steps"):
         Finetune(settings(places, tmp_path / "run", steps=50)).run()
     before, after = weights(places / "opt"), weights(tmp_path / "run/final")

@@ -197,13 +197,13 @@ def test_dev_never_picks_the_checkpoint(places, tmp_path, monkeypatch):
 
 
 def test_losses_that_are_not_finite_are_null_and_flagged(places, tmp_path, monkeypatch):
-    whole, calls = Scorer.loss, []
+    whole, calls = Scorer.losses, []
 
     def loss(self, batch):
         calls.append(1)
         return whole(self, batch) * (float("nan") if len(calls) in (3, 4) else 1)
 
-    monkeypatch.setattr(Scorer, "loss", loss)
+    monkeypatch.setattr(Scorer, "losses", loss)
     out = tmp_path / "run"
     metrics = Finetune(settings(places, out)).run()
     steps = [r for r in lines(out) if "loss" in r]
@@ -213,7 +213,7 @@ def test_losses_that_are_not_finite_are_null_and_flagged(places, tmp_path, monke
 
 
 def test_a_run_that_only_gets_nan_fails_and_keeps_its_folder(places, tmp_path, monkeypatch):
-    monkeypatch.setattr(Scorer, "loss", lambda self, batch: self.scores(batch).sum() * math.nan)
+    monkeypatch.setattr(Scorer, "losses", lambda self, batch: self.scores(batch).sum(1) * math.nan)
     out = tmp_path / "run"
     with pytest.raises(RunError, match="run"):
         Finetune(settings(places, out, steps=50)).run()

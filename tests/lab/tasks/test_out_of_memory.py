@@ -39,7 +39,7 @@ def small(monkeypatch):
     """Makes scoring fail above a number of examples, and says how large the batches were."""
 
     def fit(most, error="cuda", after=0):
-        seen, real = [], Scorer.loss
+        seen, real = [], Scorer.losses
 
         def loss(self, batch):
             found = real(self, batch)
@@ -48,7 +48,7 @@ def small(monkeypatch):
                 raise ERRORS[error]()
             return found
 
-        monkeypatch.setattr(Scorer, "loss", loss)
+        monkeypatch.setattr(Scorer, "losses", loss)
         return seen
 
     return fit

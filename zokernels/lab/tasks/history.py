@@ -43,6 +43,9 @@ class History:
     """What was measured, for the plot and the report. Lost losses are NaN here."""
 
     losses: list[float] = field(default_factory=list)
+    # Of each step its rate, and where there is one what its slopes were made of.
+    rates: list[float] = field(default_factory=list)
+    signals: list[dict[str, Any]] = field(default_factory=list)
     # Steps whose batch did not fit in memory whole.
     halved: int = 0
     dev: list[tuple[int, Accuracy]] = field(default_factory=list)
@@ -65,6 +68,9 @@ class History:
             getattr(self, record["split"]).append((record["step"], found))
             return
         self.losses.append(math.nan if record["loss"] is None else record["loss"])
+        self.rates.append(record["lr"])
+        if record.get("signal"):
+            self.signals.append(record["signal"])
         self.halved += record.get("halved", False)
         for part, seconds in {**record["parts"], "total": record["seconds"]}.items():
             self.seconds[part] += seconds

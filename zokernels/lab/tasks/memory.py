@@ -95,15 +95,13 @@ def _step(
     seen: Callable[[torch.Tensor], None],
 ) -> torch.Tensor:
     batches = [scorer.collate(part) for part in parts]
-    total = sum(map(len, parts))
+    # Of differences of losses the examples' spread is told; a backward starts at their mean.
+    each = hasattr(optimizer, "signal")
 
     def closure() -> torch.Tensor:
-        losses = [scorer.loss(batch) for batch in batches]
-        if len(parts) > 1:
-            shares = [len(part) / total * x.double() for part, x in zip(parts, losses, strict=True)]
-            losses = [torch.stack(shares).sum()]
-        seen(losses[0])
-        return losses[0]
+        losses = torch.cat([scorer.losses(batch) for batch in batches])
+        seen(losses)
+        return losses if each else losses.mean()
 
     return optimizer.step(closure)
 

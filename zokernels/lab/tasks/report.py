@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zokernels.lab.tasks import divergence, folder, optimizers
+from zokernels.lab.tasks import divergence, folder, optimizers, signal
 from zokernels.lab.tasks.history import PARTS
 from zokernels.lab.tasks.models import KINDS
 from zokernels.lab.tasks.settings import Settings
@@ -196,6 +196,8 @@ def text(run: Run, m: dict[str, Any]) -> str:
         f"| Machine | {processor()}, {m['threads']} threads; {known} |",
         "",
     ]
+    if told := signal.sentences(run.history, s):
+        lines += [" ".join(told), ""]
     if run.learner.loaded.notes or run.splits.notes:
         lines += [*(f"- {note}" for note in (*run.splits.notes, *run.learner.loaded.notes)), ""]
     if run.command:
@@ -208,8 +210,8 @@ def _method(s: Settings) -> str:
     if plain in optimizers.FIRST_ORDER:
         return ""
     own = (
-        f"ε {s.eps:g}, {s.num_queries} {s.dist} direction{'s' * (s.num_queries > 1)} a step, "
-        f"rounding to {s.rounding}, "
+        f"ε {s.eps:g}{_falling(s)}, {s.num_queries} {s.dist} "
+        f"direction{'s' * (s.num_queries > 1)} a step, {_estimate(s)}rounding to {s.rounding}, "
     )
     if plain == optimizers.HYBRID:
         own += (
@@ -217,6 +219,22 @@ def _method(s: Settings) -> str:
             f"lr {s.fo_lr:g}, "
         )
     return own
+
+
+def _falling(s: Settings) -> str:
+    return "" if s.eps_end is None else f" falling to {s.eps_end:g} ({s.eps_schedule})"
+
+
+def _estimate(s: Settings) -> str:
+    """How a step's slopes are made, where that is not by plain differences of both sides."""
+    parts = []
+    if s.estimator != "two_sided":
+        parts.append({"one_sided": "one-sided", "population": "around their own mean"}[s.estimator])
+    if s.normalize:
+        parts.append(f"normalized by {s.normalize}")
+    if s.clip:
+        parts.append(f"cut at {s.clip:g} roots")
+    return "".join(f"{part}, " for part in parts)
 
 
 def _majority(run: Run) -> float | None:

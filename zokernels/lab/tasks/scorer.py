@@ -76,14 +76,18 @@ class Scorer:
         """Scores of which only the differences between an example's candidates matter."""
         return self.scores(batch)
 
-    def loss(self, batch: Batch) -> torch.Tensor:
-        """What training lowers, a float32 scalar."""
+    def losses(self, batch: Batch) -> torch.Tensor:
+        """What training lowers the mean of, one float32 number an example."""
         if self.objective == "tokens":
-            return -self.scores(batch).gather(1, batch["labels"][:, None]).mean()
+            return -self.scores(batch).gather(1, batch["labels"][:, None])[:, 0]
         scores = self.comparisons(batch)
         if self.objective == "accuracy":
-            return (scores.argmax(-1) != batch["labels"]).float().mean()
-        return F.cross_entropy(scores, batch["labels"])
+            return (scores.argmax(-1) != batch["labels"]).float()
+        return F.cross_entropy(scores, batch["labels"], reduction="none")
+
+    def loss(self, batch: Batch) -> torch.Tensor:
+        """What training lowers, a float32 scalar."""
+        return self.losses(batch).mean()
 
     def prompt(self, example: Example) -> str:
         """What is read before a candidate: the solved examples, then the example's own prompt."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import islice
 from typing import Any
 
@@ -77,6 +78,11 @@ def _why(run: Run, error: BaseException) -> str:
     return f"Step {run.done + 1} ran out of memory with {tried} ({reason}); {lower}."
 
 
+def _signal(optimizer: Any) -> dict[str, float] | None:
+    signal = getattr(optimizer, "signal", None)
+    return None if signal is None else asdict(signal)
+
+
 def _record(run: Run, loss: float, lr: float, halved: bool) -> dict[str, Any]:
     timing = run.optimizer.timing
     slopes = [d if math.isfinite(d) else None for d in run.optimizer.projected_gradients]
@@ -87,6 +93,7 @@ def _record(run: Run, loss: float, lr: float, halved: bool) -> dict[str, Any]:
         "lr": lr,
         "halved": halved,
         "projected_gradients": slopes,
+        "signal": _signal(run.optimizer),
         "seconds": round(timing.total, 6),
         "outside_forwards": round(1 - timing.forwards / timing.total, 4),
         "parts": {part: round(getattr(timing, part), 6) for part in PARTS},
