@@ -24,7 +24,7 @@ from zokernels.estimators import (
     losses_along,
     scale,
 )
-from zokernels.optim import sparse
+from zokernels.optim import signal, sparse
 from zokernels.optim.accumulation import Batches
 from zokernels.optim.asking import Asking
 from zokernels.optim.construction import Constructed
@@ -152,9 +152,8 @@ class ZOOptimizer(Asking, Constructed):
             found = self._sweep(forward)
         group = self.param_groups[0]
         if forward.rows:
-            self.signal = self._meter.read(
-                found, group["estimator"], float(group["eps"]), forward.rows
-            )
+            eps = float(group["eps"])
+            self.signal = signal.read(found, group["estimator"], eps, forward.rows)
         return forward.tensor(self._finish(found))
 
     def _start(self) -> list[nn.Parameter]:

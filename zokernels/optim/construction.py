@@ -23,7 +23,7 @@ from zokernels.optim.forward import StepTiming
 from zokernels.optim.groups import check_group, describe, join_run
 from zokernels.optim.perturbers import Perturbers
 from zokernels.optim.recording import Recorded
-from zokernels.optim.signal import Signal, SignalMeter
+from zokernels.optim.signal import Signal
 from zokernels.optim.state import check_loadable, own_states, restore_states
 from zokernels.optim.world import World
 from zokernels.perturb import choose_mode
@@ -87,7 +87,6 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         self._has_told_of_flat_steps = self._has_told_of_no_step = False
         self._last_stream = -1
         self._batches = Batches()
-        self._meter = SignalMeter()
         self.signal: Signal | None = None
         self._numbers: dict[str, int] = {}
         # L(θ) on the step's batch, until a weight changes.

@@ -18,9 +18,6 @@ import torch
 
 from zokernels.estimators import Estimate, forwards_of
 
-# Of the running means: some hundred steps, since a single direction tells little.
-_BETA = 0.99
-
 
 @dataclass(frozen=True)
 class Signal:
@@ -28,59 +25,46 @@ class Signal:
 
     Attributes:
         gradient: An estimate of ‖g‖² by this step alone, of the weights that it perturbed; it can
-            be below 0.
+            be below 0. Take means over hundreds of steps.
         noise: What a batch of so many examples adds to the square of a slope.
-        running_gradient, running_noise: Their running means over some hundred steps.
         examples: Examples of the batch, B.
     """
 
     gradient: float
     noise: float
-    running_gradient: float
-    running_noise: float
     examples: int
 
 
-class SignalMeter:
-    """The running means of a run."""
+def read(
+    found: list[Estimate], estimator: str, eps: float, rows: Mapping[float, torch.Tensor]
+) -> Signal | None:
+    """A step's signal.
 
-    def __init__(self) -> None:
-        self._gradient = self._noise = self._weight = 0.0
-
-    def read(
-        self, found: list[Estimate], estimator: str, eps: float, rows: Mapping[float, torch.Tensor]
-    ) -> Signal | None:
-        """A step's signal.
-
-        Args:
-            found: Its estimates, of one block of the weights each.
-            estimator: What their differences are.
-            eps: ε.
-            rows: The examples' losses of each forward, by their mean; None is given where they are
-                not there for every point.
-        """
-        gradient = noise = 0.0
-        examples = 0
-        for one in found:
-            # A rule may have looked at more points; one that takes derivatives has fewer.
-            points = forwards_of(estimator, len(one.seeds))
-            losses = [rows.get(loss) for loss in one.losses[:points]]
-            sizes = {None if each is None else len(each) for each in losses}
-            if None in sizes or len(sizes) != 1 or len(losses) < points or not one.is_finite:
-                return None
-            slopes = _slopes(torch.stack([r for r in losses if r is not None]), estimator) / eps
-            examples = slopes.shape[1]
-            by_chance = slopes.var(1) / examples
-            # Around the mean of the others a member's slope has more of both.
-            count = len(slopes)
-            share = (count - 1) / count if estimator == "population" else 1.0
-            gradient += share * float((slopes.mean(1).square() - by_chance).mean())
-            noise += share * float(by_chance.mean())
-        self._gradient = _BETA * self._gradient + (1 - _BETA) * gradient
-        self._noise = _BETA * self._noise + (1 - _BETA) * noise
-        self._weight = _BETA * self._weight + (1 - _BETA)
-        running = self._gradient / self._weight, self._noise / self._weight
-        return Signal(gradient, noise, *running, examples)
+    Args:
+        found: Its estimates, of one block of the weights each.
+        estimator: What their differences are.
+        eps: ε.
+        rows: The examples' losses of each forward, by their mean; None is given where they are not
+            there for every point.
+    """
+    gradient = noise = 0.0
+    examples = 0
+    for one in found:
+        # A rule may have looked at more points; one that takes derivatives has fewer.
+        points = forwards_of(estimator, len(one.seeds))
+        losses = [rows.get(loss) for loss in one.losses[:points]]
+        sizes = {None if each is None else len(each) for each in losses}
+        if None in sizes or len(sizes) != 1 or len(losses) < points or not one.is_finite:
+            return None
+        slopes = _slopes(torch.stack([r for r in losses if r is not None]), estimator) / eps
+        examples = slopes.shape[1]
+        by_chance = slopes.var(1) / examples
+        # Around the mean of the others a member's slope has more of both.
+        count = len(slopes)
+        share = (count - 1) / count if estimator == "population" else 1.0
+        gradient += share * float((slopes.mean(1).square() - by_chance).mean())
+        noise += share * float(by_chance.mean())
+    return Signal(gradient, noise, examples)
 
 
 def _slopes(rows: torch.Tensor, estimator: str) -> torch.Tensor:

@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+# Of the running means of a signal, of which a single step tells little.
+_BETA = 0.99
 PARTS = ("forwards", "backward", "noise", "update")
 
 
@@ -60,6 +62,20 @@ class History:
         self.forwards += 1
         # A first-order optimizer, or part of one, goes back through whatever has a graph.
         self.backwards += loss.requires_grad
+
+    def running(self, signal: dict[str, Any]) -> dict[str, float]:
+        """The running means after a step with this signal: over some hundred steps."""
+        before = self.signals[-1] if self.signals else {}
+        weight = _BETA * before.get("weight", 0.0) + 1 - _BETA
+        share = (1 - _BETA) / weight
+        return {
+            **{
+                f"running_{name}": before.get(f"running_{name}", 0.0) * (1 - share)
+                + share * signal[name]
+                for name in ("gradient", "noise")
+            },
+            "weight": weight,
+        }
 
     def add(self, record: dict[str, Any]) -> None:
         """Takes in a line of the run's log, be it of a step or of an evaluation."""

@@ -78,9 +78,13 @@ def _why(run: Run, error: BaseException) -> str:
     return f"Step {run.done + 1} ran out of memory with {tried} ({reason}); {lower}."
 
 
-def _signal(optimizer: Any) -> dict[str, float] | None:
-    signal = getattr(optimizer, "signal", None)
-    return None if signal is None else asdict(signal)
+def _signal(run: Run) -> dict[str, float] | None:
+    """What the step's slopes were made of, with the running means."""
+    signal = getattr(run.optimizer, "signal", None)
+    if signal is None:
+        return None
+    own = asdict(signal)
+    return own | run.history.running(own)
 
 
 def _record(run: Run, loss: float, lr: float, halved: bool) -> dict[str, Any]:
@@ -93,7 +97,7 @@ def _record(run: Run, loss: float, lr: float, halved: bool) -> dict[str, Any]:
         "lr": lr,
         "halved": halved,
         "projected_gradients": slopes,
-        "signal": _signal(run.optimizer),
+        "signal": _signal(run),
         "seconds": round(timing.total, 6),
         "outside_forwards": round(1 - timing.forwards / timing.total, 4),
         "parts": {part: round(getattr(timing, part), 6) for part in PARTS},
