@@ -17,6 +17,7 @@ from zokernels.optim import (
     ZOSGDSign,
 )
 from zokernels.perturb import perturbed
+from zokernels.probing import Probe, probe
 from zokernels.trajectory import Trajectory, TrajectoryError, replay
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "ForwardGrad",
     "GraphedStep",
     "HybridZO",
+    "Probe",
     "RankError",
     "Trajectory",
     "TrajectoryError",
@@ -39,5 +41,6 @@ __all__ = [
     "noise",
     "ops",
     "perturbed",
+    "probe",
     "replay",
 ]
