@@ -20,8 +20,11 @@ from zokernels.probing.numbers import Moments
 from zokernels.probing.result import Part, Probe, conclude
 from zokernels.probing.site import Site
 
-# Rounds of the whole: with fewer an error is itself hardly known. Of each group two have one.
-_LEAST, _LEAST_OF_PART = 4, 2
+# Rounds, of the whole and of each part: with fewer an error is itself hardly known.
+_LEAST = 4
+# Forwards of a round of the whole, and of a part; and of the ladder.
+_ROUND = numbers.FORWARDS * numbers.BATCHES
+_ROUND_OF_PART = numbers.FORWARDS * numbers.BATCHES_OF_PART
 _LADDER = ladder.ROUNDS * numbers.DIRECTIONS * 2 * (len(ladder.FACTORS) - 1)
 
 Progress = Callable[[int, int], None]
@@ -63,8 +66,9 @@ def probe(
             them are for the groups.
         groups: Also measure parts of the weights, each along directions of its own: ``"group"``
             (embeddings, attention, mlp, norms, biases, head, other), ``"layer"`` (embeddings, each
-            layer, head), or a function from a parameter's name to its group's label. Together they
-            get about as many directions as the whole, each at least 4.
+            layer, head), or a function from a parameter's name to its group's label. Each gets at
+            least 8 directions of two batches, 10 forwards each; together about as many directions
+            as the whole has.
         seed: Of the probe's directions; None takes the optimizer's.
         progress: Called after each batch with the forwards so far and in all.
 
@@ -92,7 +96,7 @@ def probe(
     with site.standing():
         names = _names(site, labels)
         count, of_each = _rounds(directions, forwards, len(names))
-        total = _LADDER + numbers.FORWARDS * (count + of_each * len(names))
+        total = _LADDER + _ROUND * count + _ROUND_OF_PART * of_each * len(names)
         run = _Run(site, iter(batches), group["seed"] if seed is None else seed)
         rounds = run.rounds(site.groups, count, 0)
         weights = {"all": _size(site.groups)}
@@ -128,14 +132,7 @@ class _Run:
         perturber = self.site.perturber(groups)
         found = []
         for number in range(count):
-            batches = list(islice(self.batches, numbers.BATCHES))
-            self.drawn += len(batches)
-            if len(batches) < numbers.BATCHES:
-                raise ValueError(
-                    f"batches ended after {self.drawn}, but each direction takes four; give an "
-                    "iterable with more, such as itertools.cycle of a loader, or probe along fewer "
-                    "directions."
-                )
+            batches = self._draw(numbers.BATCHES_OF_PART if place else numbers.BATCHES)
             seeds = [
                 derive_seed(self.seed, number, k, PROBE, place) for k in range(numbers.DIRECTIONS)
             ]
@@ -148,6 +145,17 @@ class _Run:
             found.append(numbers.moments(plus, minus, [a[-1] for a in at], self.eps))
         perturber.release()
         return tuple(found)
+
+    def _draw(self, count: int) -> list[Any]:
+        batches = list(islice(self.batches, count))
+        self.drawn += len(batches)
+        if len(batches) < count:
+            raise ValueError(
+                f"batches ended after {self.drawn}, but a probe takes four for each direction, and "
+                "two along a group; give an iterable with more, such as itertools.cycle of a "
+                "loader, or probe along fewer directions."
+            )
+        return batches
 
     def _losses(self, losses_at: Any, batch: Any, seeds: list[int]) -> list[float]:
         """Both sides of each direction, and the base loss."""
@@ -220,18 +228,17 @@ def _rounds(directions: int, forwards: int | None, parts: int) -> tuple[int, int
                 f"{_LEAST * numbers.DIRECTIONS}."
             )
         count = directions // numbers.DIRECTIONS
-        return count, max(_LEAST_OF_PART, count // parts) if parts else 0
-    least = _LADDER + numbers.FORWARDS * (_LEAST + _LEAST_OF_PART * parts)
+        return count, max(_LEAST, count // parts) if parts else 0
+    least = _LADDER + _LEAST * (_ROUND + _ROUND_OF_PART * parts)
     if forwards < least:
         what = f" and {parts} groups" if parts else ""
         raise ValueError(
-            f"forwards is {forwards}, but {_LEAST * numbers.DIRECTIONS} directions{what} take "
+            f"forwards is {forwards}, but the least that tells anything of all weights{what} is "
             f"{least}; give that many or more."
         )
-    left = (forwards - _LADDER) // numbers.FORWARDS
-    of_each = max(_LEAST_OF_PART, left // 2 // parts) if parts else 0
-    # What is too few for a round of each part is the whole's.
-    return max(_LEAST, left - of_each * parts), of_each
+    left = forwards - _LADDER
+    of_each = max(_LEAST, left // 2 // _ROUND_OF_PART // parts) if parts else 0
+    return (left - of_each * parts * _ROUND_OF_PART) // _ROUND, of_each
 
 
 def _size(groups: Chosen) -> int:

@@ -21,10 +21,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-# Directions of a round, and the batches that both of them see.
-DIRECTIONS, BATCHES = 2, 8
-# Both sides of each direction and the base loss, on each batch.
-FORWARDS = BATCHES * (2 * DIRECTIONS + 1)
+# Directions of a round, and the batches that both of them see: of a part of the weights fewer, so
+# that its errors are over more rounds.
+DIRECTIONS, BATCHES, BATCHES_OF_PART = 2, 8, 4
+# On each batch: both sides of each direction, and the base loss.
+FORWARDS = 2 * DIRECTIONS + 1
 # The normal distribution's quantiles: 97.5%, and 95%.
 _TWO_SIDED, _ONE_SIDED = 1.959964, 1.644854
 
@@ -69,7 +70,7 @@ class Number:
         return Number(factor * self.value, abs(factor) * self.error, self.directions)
 
     def __str__(self) -> str:
-        return f"{self.value:.3g} ± {self.error:.2g}"
+        return f"{brief(self.value)} ± {brief(self.error, 2)}"
 
 
 class Moments(NamedTuple):
@@ -155,6 +156,11 @@ def number(rounds: Sequence[Moments], of: Callable[[Moments], float]) -> Number:
     middle = _mean(without)
     error = math.sqrt((n - 1) / n * math.fsum((x - middle) ** 2 for x in without))
     return Number(of(average(rounds)), error, DIRECTIONS * n)
+
+
+def brief(x: float, digits: int = 3) -> str:
+    """So many significant digits, with an exponent only where it is short."""
+    return f"{float(f'{x:.{digits}g}'):g}"
 
 
 def quantile(freedom: int, normal: float = _TWO_SIDED) -> float:

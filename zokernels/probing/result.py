@@ -8,7 +8,7 @@ from typing import Any
 
 from zokernels.probing.advice import RULES, Rule
 from zokernels.probing.ladder import TOLERANCE, Rung
-from zokernels.probing.numbers import Moments, Number, number
+from zokernels.probing.numbers import Moments, Number, brief, number
 
 # Beyond so many times the forwards that were run, how many would tell is not worth a number.
 _TOO_MANY = 50
@@ -28,7 +28,8 @@ class Part:
         mean_square: E[d²] of the central difference along unit-variance directions, of one batch.
         curvature: h, the trace of the Hessian along the noise.
         fall: By how much one step of plain ZO-SGD with one pair lowers the loss at the best rate if
-            these weights alone move, ‖g‖⁴/(2·E[d²]·h); NaN where it has no value.
+            these weights alone move, ‖g‖⁴/(2·E[d²]·h), or 0 where ‖g‖² came out below; None where h
+            does not stand out of its error.
     """
 
     label: str
@@ -36,19 +37,21 @@ class Part:
     squared_gradient: Number
     mean_square: Number
     curvature: Number
-    fall: Number
+    fall: Number | None
 
     @classmethod
     def of(cls, label: str, weights: int, rounds: tuple[Moments, ...]) -> Part:
         """The part that some rounds are about."""
         pairs = Rule("ZOSGD", 1, "two_sided", None, 0.0, "gaussian", False)
+        curvature = number(rounds, lambda m: m.curvature)
+        fall = number(rounds, lambda m: pairs.fall(m, max(0.0, pairs.best(m))))
         return cls(
             label,
             weights,
             number(rounds, lambda m: m.squared_gradient),
             number(rounds, lambda m: m.two_sided),
-            number(rounds, lambda m: m.curvature),
-            number(rounds, lambda m: pairs.fall(m, max(0.0, pairs.best(m)))),
+            curvature,
+            fall if curvature.stands_out else None,
         )
 
 
@@ -72,7 +75,7 @@ class Probe:
         eps_range: The least and the largest ε of the longest run of rungs whose neighbours agree to
             a tenth; None if none do.
         largest_rate: The rate above which a step raises the loss on average; None if no rate
-            follows for this optimizer, or h or E[d²] have no value to divide by.
+            follows for this optimizer, ε is out of range, or h does not stand out of its error.
         best_rate: The rate at which a step lowers it most: half of the largest.
         rate: The rate to take: half of the best, which gives three quarters of what that gives, and
             lasts until ‖g‖² is a quarter of what it is now. None if it can't be told; see ``why``.
@@ -124,8 +127,8 @@ class Probe:
             return f"No rate is advised: {self.why}"
         return (
             f"Take lr {self.rate.value:.2g}: half of {self.best_rate}, at which a step lowers the "
-            f"loss most; above {self.largest_rate.value:.2g} it rises. A step lowers the loss of "
-            f"{self.loss.value:.3g} by {self.fall()} at first."
+            f"loss most; above {self.largest_rate.value:.2g} it rises. A step lowers the loss, "
+            f"{brief(self.loss.value)} now, by {self.fall()}."
         )
 
     def plain(self) -> dict[str, Any]:
@@ -161,10 +164,9 @@ def conclude(
     """The result of what was measured."""
     rungs, good = ladder
     found = None
-    if rule.why_not is None:
+    holds = good is not None and good[0] <= eps <= good[1]
+    if holds and rule.why_not is None and whole.curvature.stands_out:
         found = number(rounds, rule.best)
-        if not math.isfinite(found.value + found.error):
-            found = None
     why, more = _why(rule, eps, good, rungs, whole), None
     if why is None:
         why, more = _hidden(whole, forwards)
@@ -255,5 +257,6 @@ def _plain(n: Number | None) -> dict[str, Any] | None:
 
 
 def _part(part: Part) -> dict[str, Any]:
-    numbers = {k: _plain(v) for k, v in vars(part).items() if isinstance(v, Number)}
-    return {"label": part.label, "weights": part.weights, **numbers}
+    numbers = ("squared_gradient", "mean_square", "curvature", "fall")
+    plain = {name: _plain(getattr(part, name)) for name in numbers}
+    return {"label": part.label, "weights": part.weights, **plain}
