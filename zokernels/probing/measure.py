@@ -178,7 +178,8 @@ class _Run:
                 if place == ladder.MIDDLE:
                     plus, minus = known[2 * k], known[2 * k + 1]
                 else:
-                    plus, minus = losses_at(batch, [(seed, eps), (seed, -eps)])
+                    found = losses_at(batch, [(seed, eps), (seed, -eps)])
+                    plus, minus = (self.sign * x for x in found)
                 slopes.append((plus - minus) / (2 * eps))
             self.slopes.append(slopes)
 
