@@ -160,7 +160,8 @@ def number(rounds: Sequence[Moments], of: Callable[[Moments], float]) -> Number:
 
 def brief(x: float, digits: int = 3) -> str:
     """So many significant digits, with an exponent only where it is short."""
-    return f"{float(f'{x:.{digits}g}'):g}"
+    # Without the sign of a zero.
+    return f"{float(f'{x:.{digits}g}') + 0.0:g}"
 
 
 def quantile(freedom: int, normal: float = _TWO_SIDED) -> float:

@@ -205,9 +205,11 @@ def _why(
             "a loss that small changes of the weights move."
         )
     if good is None:
+        closest = min(rungs, key=lambda rung: rung.deviation)
         return (
             f"no ε from {rungs[0].eps:.1g} to {rungs[-1].eps:.1g} gives differences that a "
-            f"neighbour confirms to {TOLERANCE:.0%}; try an eps far from {eps:g}, or float32."
+            f"neighbour confirms to {TOLERANCE:.0%}, and {closest.eps:.1g} comes closest with "
+            f"{closest.deviation:.0%}; try float32, larger batches, or an eps far from {eps:g}."
         )
     low, high = good
     if not low <= eps <= high:

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from bowl import N, Bowl, batches
+from bowl import Bowl, N, batches
 from conftest import same_bits
 from torch import nn
 
@@ -30,7 +30,7 @@ def assert_near(number, truth, errors=3.0):
 
 
 @pytest.mark.parametrize("dist", ["gaussian", "rademacher", "rank1"])
-@pytest.mark.parametrize("seed", [1, 2, 3])
+@pytest.mark.parametrize("seed", [1, 2])
 def test_every_number_is_within_its_error(dist, seed):
     found = probed(seed=seed, more=dict(dist=dist), directions=32)
     signal, square, bend = Bowl().truth()["all"]
