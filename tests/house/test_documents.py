@@ -167,6 +167,7 @@ WRONG = [
     "zokernels finetune --steps 3",
     "zokernels finetune --preset zo-bench/sst2/opt-14b/full/zo-sgd",
     "zokernels tune",
+    "zokernels tune --model a --by colour --lr 1",
     "zokernels bench gone",
     "zokernels verify --only nothing/here",
     "zokernels sweep examples/gone.yaml --out runs/x",

@@ -61,7 +61,7 @@ class Probe:
 
     Losses are in the loss's own unit, negated where the optimizer maximizes; with weights that have
     none ‖g‖² and E[d²] are in its square, and h is in itself. Rates are the optimizer's ``lr``.
-    `zokernels.probing.advice` has the formulas and what they assume.
+    ``docs/tune.md`` has the formulas, and what they assume.
 
     Attributes:
         eps: The optimizer's ε, at which all was measured.
