@@ -231,10 +231,11 @@ def _hidden(whole: Part, forwards: int) -> tuple[str | None, int | None]:
         if found.stands_out:
             continue
         more = _more(found, forwards)
-        much = f"some {more:,} more forwards" if more else "many more forwards"
+        much = f"if it is what it seems, some {more:,} more forwards would tell"
         why = (
-            f"{name} = {found} does not stand out of its error; if it is what it seems, {much} "
-            "would tell, or larger batches, or fewer trained weights."
+            f"{name} = {found} does not stand out of its error; "
+            f"{much if more else 'many more forwards might tell'}, or larger batches, or fewer "
+            "trained weights."
         )
         return why, more
     return None, None
