@@ -84,11 +84,14 @@ def sentence(s: Settings) -> str:
     """Which rate a run takes by its probe, and why; without its full stop."""
     assert s.tuned is not None
     best = s.tuned["best_rate"]
-    numbers = ", ".join(
-        f"{symbol} = {s.tuned[name]['value']:.3g} ± {s.tuned[name]['error']:.2g}"
-        for symbol, name in _SYMBOLS.items()
-    )
+    numbers = ", ".join(f"{symbol} = {_number(s.tuned[name])}" for symbol, name in _SYMBOLS.items())
     return (
         f"lr {s.lr:g} by a probe of {s.tuned['forwards']:,} forwards: half of the rate that lowers "
-        f"the loss fastest, {best['value']:.2g} ± {best['error']:.2g}, with {numbers}"
+        f"the loss fastest, {_number(best)}, with {numbers}"
     )
+
+
+def _number(plain: dict[str, float]) -> str:
+    """A number with its error, without an exponent that is longer than the digits."""
+    value, error = float(f"{plain['value']:.3g}"), float(f"{plain['error']:.2g}")
+    return f"{value:g} ± {error:g}"
