@@ -231,11 +231,12 @@ def _hidden(whole: Part, forwards: int) -> tuple[str | None, int | None]:
         if found.stands_out:
             continue
         more = _more(found, forwards)
-        much = f"if it is what it seems, some {more:,} more forwards would tell"
+        much = "many more forwards might tell"
+        if more is not None:
+            much = f"if it is what it seems, some {more:,} more forwards would tell"
         why = (
-            f"{name} = {found} does not stand out of its error; "
-            f"{much if more else 'many more forwards might tell'}, or larger batches, or fewer "
-            "trained weights."
+            f"{name} = {found} does not stand out of its error; {much}, or larger batches, or "
+            "fewer trained weights."
         )
         return why, more
     return None, None
