@@ -18,6 +18,7 @@ from zokernels.optim import (
     ZOSGDSign,
 )
 from zokernels.perturb import perturbed
+from zokernels.probing import Probe, probe
 from zokernels.trajectory import Trajectory, TrajectoryError, replay
 
 __version__ = "0.1.0"
@@ -28,6 +29,7 @@ __all__ = [
     "ForwardGrad",
     "GraphedStep",
     "HybridZO",
+    "Probe",
     "RankError",
     "Trajectory",
     "TrajectoryError",
@@ -41,5 +43,6 @@ __all__ = [
     "noise",
     "ops",
     "perturbed",
+    "probe",
     "replay",
 ]

@@ -36,6 +36,8 @@ BETA = 0.9
 # What a seed is for: the direction of a query, the rounding of a step's update, or a mask that is
 # drawn again every few steps.
 DIRECTION, ROUNDING, SPARSITY = 0, 1, 2
+# A direction that is only looked along, never stepped along.
+PROBE = 3
 
 
 class Moment(NamedTuple):

@@ -69,7 +69,7 @@ def _zokernels(words):
         words = words[:-1]
     name, context = parse(words)
     values = context.params
-    if name == "finetune":
+    if name in ("finetune", "tune"):
         _settings(values, words)
     if name == "sweep":
         file = values["sweep"]
@@ -85,12 +85,12 @@ def _zokernels(words):
 def _settings(values, words):
     known = {n: v for n, v in values.items() if n in Settings.__dataclass_fields__}
     preset = values["preset"]
-    if values["resume"] or preset == "list":
+    if values.get("resume") or preset == "list":
         return
     if preset:
         known |= {k: v for k, v in get(preset).settings.items() if f"--{k}" not in words}
-    assert known["model"], "finetune needs --model or --preset"
-    Settings(**{**known, "out": known["out"] or Path("runs/x")}).check()
+    assert known["model"], "a model is missing: --model or --preset"
+    Settings(**{**known, "out": known.get("out") or Path("runs/x")}).check()
     get_task(known["task"])
     optimizers.find(known["optimizer"])
 

@@ -12,7 +12,7 @@ PACKAGE = Path(zk.__file__).parent
 # From the ground up; a room may use what stands before it. What a line holds is on one floor.
 FLOORS = (
     {"noise", "masks"}, {"backends"}, {"ops"}, {"passes"}, {"estimators"}, {"trajectory"},
-    {"perturb", "distributed"}, {"optim"}, {"graphs", "hf"}, {""}, {"lab"},
+    {"perturb", "distributed"}, {"optim"}, {"graphs", "hf", "probing"}, {""}, {"lab"},
 )  # fmt: skip
 # Public without being in `zokernels.__all__`: what a user imports by its module.
 MODULES = {

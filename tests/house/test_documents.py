@@ -25,7 +25,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").r
 LANGUAGES = {"python", "bash", "yaml", "text"}
 SKIPPED = 1
 # Of `zokernels`; what else a page shows is parsed.
-RUN = ("env", "finetune", "replay", "verify --list", "sweep")
+RUN = ("env", "finetune", "tune", "replay", "verify --list", "sweep")
 
 
 def yaml_block(example):
@@ -69,6 +69,11 @@ def shortened(words):
         if values["task"] != "sst2" or values["preset"] or values["model"].startswith("package:"):
             return None
         return [*words, "--data", "data", "--device", "cpu", "--steps", "2", "--batch-size", "4"]
+    if name == "tune":
+        if values["task"] != "sst2" or values["model"].startswith("package:"):
+            return None
+        few = ["--forwards", "224", "--by", "none", "--batch-size", "4"]
+        return [*words, "--data", "data", "--device", "cpu", *few]
     return words
 
 
@@ -162,6 +167,7 @@ WRONG = [
     "zokernels finetune --steps 3",
     "zokernels finetune --preset zo-bench/sst2/opt-14b/full/zo-sgd",
     "zokernels tune",
+    "zokernels tune --model a --by colour --lr 1",
     "zokernels bench gone",
     "zokernels verify --only nothing/here",
     "zokernels sweep examples/gone.yaml --out runs/x",

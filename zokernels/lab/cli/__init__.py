@@ -1,4 +1,4 @@
-"""The command line: ``zokernels finetune | sweep | bench | verify | replay | env``."""
+"""The command line: ``zokernels tune | finetune | sweep | bench | verify | replay | env``."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from zokernels.lab.cli import bench, env, finetune, replay, sweep, verify
+from zokernels.lab.cli import bench, env, finetune, replay, sweep, tune, verify
 from zokernels.lab.tasks.errors import InputError, RunError
 
 __all__ = ["app", "main"]
@@ -37,6 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command("tune")(tune.command)
 app.command("finetune")(finetune.command)
 app.command("sweep")(sweep.command)
 app.command("replay")(replay.command)

@@ -18,13 +18,21 @@ from zokernels.lab.tasks.resume import settings_of
 from zokernels.lab.tasks.run import Finetune
 from zokernels.lab.tasks.schemes import SCHEMES
 from zokernels.lab.tasks.scoring import OBJECTIVES
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.tasks.settings import AUTO, Settings
 
 _DATA, _MODEL, _METHOD, _RUN = "Data", "Model", "Method", "Run"
 
 
-def _option(text: str, panel: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel)
+def _option(text: str, panel: str, *names: str, **more: Any) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel, **more)
+
+
+def _rate(text: str) -> float | str:
+    """A learning rate as the command line has it."""
+    try:
+        return AUTO if text == AUTO else float(text)
+    except ValueError:
+        raise typer.BadParameter(f"'{text}' is neither a number nor {AUTO}.") from None
 
 
 def command(
@@ -54,7 +62,12 @@ def command(
     steps: Annotated[int, _option("Optimizer steps.", _METHOD)] = 1000,
     batch_size: Annotated[int, _option("Sentences a step.", _METHOD)] = 16,
     optimizer: Annotated[str, _option(f"Optimizer: {', '.join(OPTIMIZERS)}.", _METHOD)] = "zosgd",
-    lr: Annotated[float, _option("Learning rate.", _METHOD)] = 1e-6,
+    lr: Annotated[
+        Any, _option("Learning rate, or auto: by a probe.", _METHOD, parser=_rate, metavar="RATE")
+    ] = 1e-6,
+    probe_forwards: Annotated[
+        int, _option("Forwards of the probe of --lr auto, at most.", _METHOD)
+    ] = 800,
     schedule: Annotated[str, _option("constant, linear or cosine, to 0.", _METHOD)] = "constant",
     eps: Annotated[float, _option("Scale of the perturbation.", _METHOD)] = 1e-3,
     eps_schedule: Annotated[
@@ -131,23 +144,34 @@ def command(
     options = dict(locals())
     path = options.pop("json")
     folder.check_json(path)
-    for name in ("context", "resume", "preset"):
+    for name in ("context", "resume"):
         del options[name]
     if resume is not None:
         _check_alone(context)
         return _report(train(settings_of(resume), _words(), resume=True), path)
     if preset == "list":
         return presets.show()
-    if preset is not None:
-        given = {name for name in options if _is_given(context, name)}
-        options |= {k: v for k, v in get(preset).settings.items() if k not in given}
-    if options["model"] is None:
+    options = with_preset(context, options)
+    options["out"] = out or Path("runs") / f"{options['task']}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return _report(train(Settings(**options), _words()), path)
+
+
+def with_preset(context: typer.Context, options: dict[str, Any]) -> dict[str, Any]:
+    """The options as settings: with those of the preset that they name, where none is given.
+
+    Raises:
+        InputError: If there is no such preset or task, or no model.
+    """
+    settings = dict(options)
+    if (preset := settings.pop("preset")) is not None:
+        given = {name for name in settings if _is_given(context, name)}
+        settings |= {k: v for k, v in get(preset).settings.items() if k not in given}
+    if settings["model"] is None:
         raise InputError(
             "--model is missing: name a folder made by save_pretrained, or a model on the hub."
         )
-    get_task(options["task"])
-    options["out"] = out or Path("runs") / f"{options['task']}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return _report(train(Settings(**options), _words()), path)
+    get_task(settings["task"])
+    return settings
 
 
 def _report(metrics: dict[str, Any], path: Path | None) -> int:

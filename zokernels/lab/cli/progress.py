@@ -55,6 +55,13 @@ class ProgressWatcher(Watcher):
         """Prints above the bar."""
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
+    def probing(self, done: int, total: int) -> None:
+        """Moves the bar of the probe, which is that of the training until there is any."""
+        if done < total:
+            self._progress.update(self._bar, description="probing", completed=done, total=total)
+        else:
+            self._progress.reset(self._bar, description="training", total=self.steps)
+
     def step(self, number: int, loss: float, seconds: float, outside: float) -> None:
         """Moves the bar; a loss that is not finite leaves the shown mean as it is."""
         now = time.perf_counter()

@@ -14,7 +14,7 @@ from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.settings import Settings
 
 # What a sweep decides itself.
-_OWN = ("out", "overwrite", "seed")
+_OWN = ("out", "overwrite", "seed", "tuned")
 _TYPES: dict[str, Any] = {
     name: kind for name, kind in typing.get_type_hints(Settings).items() if name not in _OWN
 }

@@ -40,6 +40,32 @@ def batches(
     return _mix(streams, size, source)
 
 
+def independent(
+    examples: Sequence[Example], size: int, *, seed: int, balanced: bool
+) -> Iterator[list[Example]]:
+    """Endless batches each of which is drawn apart from the others, for what measures their spread.
+
+    Args:
+        examples: The pool.
+        size: Examples in a batch, drawn without replacement where there are as many.
+        seed: Fixes the draws.
+        balanced: Give every class the same share of each batch.
+    """
+    source = random.Random(seed)
+    pools: dict[int, list[Example]] = defaultdict(list)
+    for example in examples:
+        pools[example.label if balanced else 0].append(example)
+
+    def afresh(pool: list[Example]) -> Iterator[Example]:
+        while True:
+            yield from source.sample(pool, min(size, len(pool)))
+
+    while True:
+        streams = [afresh(pool) for pool in pools.values()]
+        source.shuffle(streams)
+        yield next(_mix(streams, size, source))
+
+
 def _endless(pool: list[Example], source: random.Random) -> Iterator[Example]:
     while True:
         yield from source.sample(pool, len(pool))

@@ -17,6 +17,9 @@ class Watcher:
     def say(self, sentence: str) -> None:
         """Something worth reading, once."""
 
+    def probing(self, done: int, total: int) -> None:
+        """After each batch of a probe: its forwards so far, and in all."""
+
     def step(self, number: int, loss: float, seconds: float, outside: float) -> None:
         """After each step: its loss, its time, and the part of that outside the forwards."""
 

@@ -71,6 +71,8 @@ def check(s: Settings) -> None:
         raise InputError(
             f"--fo-optimizer must be one of {', '.join(FIRST_ORDER)}, got '{s.fo_optimizer}'."
         )
+    if s.auto_lr:
+        check_probed(s, "--lr auto")
     if plain not in (*FIRST_ORDER, HYBRID):
         return
     if s.objective == "accuracy":
@@ -84,6 +86,25 @@ def check(s: Settings) -> None:
                 f"{option(name)} is for zeroth-order optimizers, and --optimizer "
                 f"{s.optimizer} goes by backpropagation; leave it out."
             )
+
+
+def check_probed(s: Settings, asked_by: str) -> None:
+    """Refuses to probe along differences that an optimizer does not take.
+
+    Raises:
+        InputError: Naming the option and what to do.
+    """
+    plain = key(s.optimizer)
+    if plain in FIRST_ORDER:
+        raise InputError(
+            f"{asked_by} is for zeroth-order optimizers, and --optimizer {s.optimizer} goes by "
+            "backpropagation; give it a rate."
+        )
+    if OPTIMIZERS[plain] is zk.ForwardGrad:
+        raise InputError(
+            f"{asked_by} measures differences at an eps, and --optimizer {s.optimizer} takes "
+            "derivatives; zokernels tune --optimizer zosgd tells a rate that is right for it too."
+        )
 
 
 def build(name: str, model: Any, options: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import zokernels as zk
-from zokernels.lab.tasks import chat, data, get_task, learner, optimizers
+from zokernels.lab.tasks import chat, data, get_task, learner, optimizers, tuning
 from zokernels.lab.tasks.batches import batches
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import KINDS
@@ -29,7 +29,9 @@ def prepare(run: Run) -> Iterator[list[Example]]:
         The training examples in batches, without end.
 
     Raises:
-        InputError: If the settings, the data or the model cannot be used.
+        InputError: If the settings, the data or the model cannot be used, or ``lr`` is to be found
+            and can't be told.
+        RunError: If memory runs out in the probe for it, or its losses are not finite.
     """
     s = run.settings
     s.check()
@@ -58,6 +60,9 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     )
     for sentence in (*run.splits.notes, *run.learner.loaded.notes, overview):
         run.watcher.say(sentence)
+    if s.auto_lr and s.tuned is None:
+        tuning.choose(run)
+        run.optimizer = optimizer_of(s, run.learner.model)
     return order
 
 

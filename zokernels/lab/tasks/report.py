@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from zokernels.lab.tasks import divergence, folder, optimizers, signal
+from zokernels.lab.tasks import divergence, folder, optimizers, signal, tuning
 from zokernels.lab.tasks.history import PARTS
 from zokernels.lab.tasks.models import KINDS
 from zokernels.lab.tasks.settings import Settings
@@ -92,6 +92,7 @@ def metrics(run: Run) -> dict[str, Any]:
         "share_update": _share(clock["update"], clock["total"]),
         "interrupted": stopped,
         "failure": run.failure,
+        "probe": s.tuned,
         "diverged": divergence.sentence(history.losses, before, after, run.task.metric, s.lr),
         "seed": s.seed,
         "versions": versions(),
@@ -186,6 +187,7 @@ def text(run: Run, m: dict[str, Any]) -> str:
         f"{s.batch_size} examples"
         f"{' with equal class counts' if s.balanced else ''}, lr {s.lr:g} {s.schedule}, "
         f"{_method(s)}weight decay {s.weight_decay:g} |",
+        *([f"| Rate | {tuning.sentence(s)} |"] if s.tuned else []),
         f"| Passes | {m['forwards']:,} forwards and {m['backwards']:,} backwards in training |",
         f"| Loss | {_number(m['mean_loss_first_tenth'])} over the first tenth of the steps, "
         f"{_number(m['mean_loss_last_tenth'])} over the last"

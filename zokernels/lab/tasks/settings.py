@@ -41,14 +41,21 @@ _AT_LEAST = {
     "demos": 0,
     "min_words": 0,
     "max_words": 1,
+    "probe_forwards": 1,
 }
+# In place of a learning rate: the one that a probe advises.
+AUTO = "auto"
 # What a counter of 64 bits holds, and a pass in binary32.
 _MOST, _LARGEST = 2**63 - 1, 3e38
 
 
 @dataclass
 class Settings:
-    """Everything that a run depends on; the command's options of the same names."""
+    """Everything that a run depends on; the command's options of the same names.
+
+    ``lr="auto"`` sets ``auto_lr``: before its first step the run probes, and puts the rate that it
+    took into ``lr``, and into ``tuned`` what it went by.
+    """
 
     model: str
     out: Path
@@ -64,6 +71,9 @@ class Settings:
     steps: int = 1000
     batch_size: int = 16
     lr: float = 1e-6
+    auto_lr: bool = False
+    probe_forwards: int = 800
+    tuned: dict[str, Any] | None = None
     schedule: str = "constant"
     eps: float = 1e-3
     eps_schedule: str = "constant"
@@ -105,6 +115,8 @@ class Settings:
     def __post_init__(self) -> None:
         if isinstance(self.points, str) and self.points.isdecimal():
             self.points = int(self.points)
+        if self.lr == AUTO:
+            self.lr, self.auto_lr = 0.0, True
 
     @classmethod
     def of(cls, plain: dict[str, Any], source: Path, out: Path) -> "Settings":

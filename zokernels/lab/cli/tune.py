@@ -1,0 +1,184 @@
+"""``zokernels tune``: which learning rate and ε a fine-tuning run wants, by forwards alone."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import zokernels as zk
+from zokernels.lab.cli import finetune, presets
+from zokernels.lab.tasks import InputError, folder, optimizers, tuning
+from zokernels.lab.tasks.history import Watcher
+from zokernels.lab.tasks.models import quiet
+from zokernels.lab.tasks.prepare import prepare
+from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.tasks.state import Run
+
+BY = ("none", "group", "layer")
+# Of finetune's options, what is about a run and not about its steps, or what is found here.
+_NOT_HERE = (
+    "out overwrite resume json eval_every eval_examples keep_best save_weights retry_oom calibrate "
+    "lr schedule probe_forwards weight_decay".split()
+)
+
+
+def _with_options_of(other: Callable[..., Any], but: list[str]) -> Callable[..., Any]:
+    """Gives a command another's options, which it gets as ``options``, before its own."""
+
+    def decorate(command: Callable[..., int]) -> Callable[..., int]:
+        own = inspect.signature(command, eval_str=True).parameters
+        theirs = inspect.signature(other, eval_str=True).parameters
+        shared = {n: p for n, p in theirs.items() if n not in (*but, "context")}
+
+        def whole(**given: Any) -> int:
+            options = {name: given.pop(name) for name in shared}
+            return command(options=options, **given)
+
+        shown = [p for n, p in own.items() if n != "options"]
+        both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shown[:1], *shared.values(), *shown[1:])]
+        whole.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+        whole.__annotations__ = {p.name: p.annotation for p in both}
+        whole.__doc__, whole.__name__ = command.__doc__, command.__name__
+        return whole
+
+    return decorate
+
+
+@_with_options_of(finetune.command, _NOT_HERE)
+def command(
+    context: typer.Context,
+    options: dict[str, Any],
+    forwards: Annotated[int, typer.Option(help="How many there may be.")] = 800,
+    by: Annotated[
+        str, typer.Option(help="Also probe parts of the weights: group, layer or none.")
+    ] = "none",
+    plot: Annotated[Path | None, typer.Option(help="Also draw what was found, as PNG.")] = None,
+    json: Annotated[Path | None, typer.Option(help="Also write all numbers here.")] = None,
+) -> int:
+    """Measure which learning rate and eps a run of finetune with these options wants."""
+    folder.check_json(json)
+    _check_plot(plot)
+    if by not in BY:
+        raise InputError(f"--by must be one of {', '.join(BY)}, got '{by}'.")
+    if options["preset"] == "list":
+        return presets.show()
+    settings = Settings(**finetune.with_preset(context, options), out=Path("unused"))
+    settings.check()
+    optimizers.check(settings)
+    optimizers.check_probed(settings, "tune")
+    quiet()
+    console = Console()
+    run = Run(settings, _Sayer(console))
+    prepare(run)
+    found = _probe(run, forwards, None if by == "none" else by, console)
+    console.print(_table(found))
+    if found.parts:
+        console.print(_parts(found))
+    _say(console, verdict(found, settings.steps))
+    if json is not None:
+        folder.write_answer(json, {"settings": settings.plain(), **found.plain()})
+    if plot is not None:
+        from zokernels.lab.cli import tune_plot
+
+        tune_plot.write(found, plot, f"{settings.title} on {settings.task}")
+    return 0
+
+
+class _Sayer(Watcher):
+    """Says what the preparation of a run has to say."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, sentence: str) -> None:
+        _say(self.console, sentence)
+
+
+def _check_plot(path: Path | None) -> None:
+    """Refuses, before anything is measured, a ``--plot`` that could not be written."""
+    if path is None:
+        return
+    if path.suffix.lower() != ".png":
+        raise InputError(f"--plot {path} must end in .png.")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"--plot {path}: name a file in a folder that exists.")
+
+
+def _probe(run: Run, forwards: int, by: str | None, console: Console) -> zk.Probe:
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("forwards", total=None)
+        return tuning.probe(
+            run, forwards, by, lambda done, total: progress.update(bar, completed=done, total=total)
+        )
+
+
+def _table(found: zk.Probe) -> Table:
+    table = Table(title="Measured", title_justify="left")
+    for column in ("number", "value ± error", "directions", "is"):
+        table.add_column(column, overflow="fold")
+    whole = found.whole
+    rows = [
+        ("L", found.loss, "the loss"),
+        ("‖g‖²", whole.squared_gradient, "the gradient of all data, squared"),
+        ("E[d²]", found.mean_square, "the slope a step sees, squared: signal and noise"),
+        ("h", whole.curvature, "the curvature along the noise, a Hessian's trace"),
+        ("best lr", found.best_rate, "lowers the loss fastest, now"),
+        ("largest lr", found.largest_rate, "above it the loss rises"),
+    ]
+    for name, number, what in rows:
+        if number is not None:
+            # Brackets would be taken for the table's own marks.
+            table.add_row(escape(name), str(number), str(number.directions), what)
+    if found.eps_range is not None:
+        low, high = found.eps_range
+        table.add_row(
+            "eps", f"{low:.0e} to {high:.0e}", "4", f"where slopes hold; here {found.eps:g}"
+        )
+    return table
+
+
+def _parts(found: zk.Probe) -> Table:
+    table = Table(title="By part", title_justify="left")
+    for column in ("part", "weights", "‖g‖²", "E[d²]", "h", "a step of it alone gains"):
+        table.add_column(escape(column), overflow="fold")
+    for part in found.parts:
+        numbers = (part.squared_gradient, part.mean_square, part.curvature, part.fall or "–")
+        table.add_row(escape(part.label), f"{part.weights:,}", *map(str, numbers))
+    return table
+
+
+def verdict(found: zk.Probe, steps: int) -> str:
+    """What to do, in a sentence or two.
+
+    Args:
+        found: What was found.
+        steps: Of the run to come.
+    """
+    took = f"{found.forwards:,} forwards"
+    if found.rate is None or found.best_rate is None or found.largest_rate is None:
+        return f"After {took} no rate is advised: {found.why}"
+    first, all_of_them = found.fall(), found.fall(steps)
+    more = ""
+    if all_of_them.value < found.loss.value:
+        more = f", and {steps:,} by {all_of_them} were the numbers to stay what they are"
+    return (
+        f"Take --lr {found.rate.value:.2g} with --eps {found.eps:g}: half of the rate that lowers "
+        f"the loss fastest, {found.best_rate}; above {found.largest_rate.value:.2g} it rises. A "
+        f"step then lowers the loss, {found.loss.value:.3g} now, by {first}{more} ({took})."
+    )
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
