@@ -137,7 +137,7 @@ def test_momentum_takes_what_its_sum_leaves():
 
 
 def test_a_rule_is_read_from_an_optimizer():
-    opt = zk.ZOSGDMomentum(Bowl(), beta=0.8, num_queries=3, two_sided=False, dist="rank1")
+    opt = zk.ZOSGDMomentum(Bowl(), beta=0.8, num_queries=3, estimator="one_sided", dist="rank1")
     assert Rule.of(opt) == Rule("ZOSGDMomentum", 3, "one_sided", None, 0.8, "rank1", False)
     opt.param_groups[0].update(estimator="population", normalize="std")
     assert Rule.of(opt) == Rule("ZOSGDMomentum", 3, "population", "std", 0.8, "rank1", False)

@@ -73,7 +73,7 @@ def test_it_takes_finetunes_options_of_a_step():
     theirs = inspect.signature(finetune.command).parameters
     shared = set(options) & set(theirs)
     assert {"model", "task", "data", "scheme", "batch_size", "optimizer", "dtype", "dist"} <= shared
-    assert {"num_queries", "two_sided", "eps", "preset", "perturb", "sparsity"} <= shared
+    assert {"num_queries", "estimator", "normalize", "eps", "preset", "perturb"} <= shared
     assert not {"lr", "out", "resume", "eval_every"} & set(options)
     assert all(options[n].default == theirs[n].default for n in shared)
 
