@@ -29,7 +29,7 @@ def _option(text: str, panel: str, *names: str) -> Any:
 def command(
     context: typer.Context,
     model: Annotated[
-        str | None, _option("Folder made by save_pretrained, or hub name.", _MODEL)
+        str | None, _option("Folder made by save_pretrained, GGUF file, or hub name.", _MODEL)
     ] = None,
     preset: Annotated[
         str | None,
@@ -133,7 +133,8 @@ def command(
         options |= {k: v for k, v in get(preset).settings.items() if k not in given}
     if options["model"] is None:
         raise InputError(
-            "--model is missing: name a folder made by save_pretrained, or a model on the hub."
+            "--model is missing: name a folder made by save_pretrained, a file in GGUF form, or a "
+            "model on the hub."
         )
     get_task(options["task"])
     options["out"] = out or Path("runs") / f"{options['task']}-{time.strftime('%Y%m%d-%H%M%S')}"
