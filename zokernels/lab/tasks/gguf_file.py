@@ -230,7 +230,9 @@ def _header(path: Path, data: mmap.mmap) -> Header:
     found, ends = [], [0]
     for _ in range(tensors):
         name = cursor.text()
-        shape = [cursor.number("Q") for _ in range(min(cursor.number("I"), _MOST_DIMENSIONS + 1))]
+        if not 1 <= (dimensions := cursor.number("I")) <= _MOST_DIMENSIONS:
+            raise _DamageError(f"the tensor {name} has {dimensions} dimensions")
+        shape = [cursor.number("Q") for _ in range(dimensions)]
         kind, size = _size(name, shape, cursor.number("I"))
         found.append(Tensor(name, math.prod(shape), kind))
         ends.append(cursor.number("Q") + size)
@@ -256,7 +258,7 @@ def _size(name: str, shape: list[int], number: int) -> tuple[str, int]:
         raise _DamageError(
             f"the tensor {name} is of type {number}, which the installed gguf does not know"
         ) from None
-    if not 1 <= len(shape) <= _MOST_DIMENSIONS or shape[0] % block:
+    if shape[0] % block:
         raise _DamageError(f"the tensor {name} of type {kind.name} has the shape {shape[::-1]}")
     return kind.name, math.prod(shape) // block * size
 
