@@ -233,7 +233,7 @@ def _header(path: Path, data: mmap.mmap) -> Header:
         if not 1 <= (dimensions := cursor.number("I")) <= _MOST_DIMENSIONS:
             raise _DamageError(f"the tensor {name} has {dimensions} dimensions")
         shape = [cursor.number("Q") for _ in range(dimensions)]
-        kind, size = _size(name, shape, cursor.number("I"))
+        kind, size = _size(path, name, shape, cursor.number("I"))
         found.append(Tensor(name, math.prod(shape), kind))
         ends.append(cursor.number("Q") + size)
     step = values.get("general.alignment", 32)
@@ -247,7 +247,7 @@ def _header(path: Path, data: mmap.mmap) -> Header:
     return Header(path, values, found)
 
 
-def _size(name: str, shape: list[int], number: int) -> tuple[str, int]:
+def _size(path: Path, name: str, shape: list[int], number: int) -> tuple[str, int]:
     """The name of a tensor's type, and its bytes."""
     import gguf
 
@@ -255,8 +255,9 @@ def _size(name: str, shape: list[int], number: int) -> tuple[str, int]:
         kind = gguf.GGMLQuantizationType(number)
         block, size = gguf.GGML_QUANT_SIZES[kind]
     except (ValueError, KeyError):
-        raise _DamageError(
-            f"the tensor {name} is of type {number}, which the installed gguf does not know"
+        raise InputError(
+            f"{path}: the tensor {name} is of type {number}, which the installed gguf does not "
+            "know; pip install -U gguf, or get the file again."
         ) from None
     if shape[0] % block:
         raise _DamageError(f"the tensor {name} of type {kind.name} has the shape {shape[::-1]}")
