@@ -72,14 +72,14 @@ def measure(model: Any, dist: str, members: int, rows: int, repeats: int) -> dic
 def main(arguments: list[str] | None = None) -> int:
     """Measure what was asked for, and append a row for each."""
     parser = argparse.ArgumentParser(prog="python -m bench.generation", description=__doc__)
-    parser.add_argument("--model", default="opt-125m", choices=sorted(models.MODELS))
+    parser.add_argument("--model", default="opt-125m", choices=models.NAMES)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--dist", default="rank1", choices=("rank1", "gaussian"))
     parser.add_argument("--members", type=int, nargs="+", default=[4, 16])
     parser.add_argument("--rows", type=int, default=1, help="prompts that each member answers")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
-    model = models.build(options.model, getattr(torch, options.dtype)).eval()
+    model = models.build(options.model, options.dtype).eval()
     weights = sum(p.numel() for p in model.parameters())
     about = {k: v for k, v in machine.about("cpu").items() if k in COLUMNS}
     for members in options.members:

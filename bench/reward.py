@@ -1,4 +1,4 @@
-"""The reward of `examples/reward.py` by step: ``python -m bench.reward``, into results/reward.csv."""
+"""The reward of `examples/reward.py` by step: ``python -m bench.reward``."""
 
 from __future__ import annotations
 

@@ -40,6 +40,8 @@ def models():
     encoder = dict(shape, intermediate_size=32)
     # Two queries share a key and a value; heads are wider than hidden_size / heads.
     grouped = dict(encoder, num_attention_heads=4, num_key_value_heads=2, head_dim=6)
+    # A layer that sees a window of the text and one that sees all of it.
+    windows = dict(sliding_window=32, layer_types=["sliding_attention", "full_attention"])
     gpt2 = dict(n_embd=16, n_layer=2, n_head=2, n_positions=80)
     return {
         "opt": lambda: t.OPTForCausalLM(t.OPTConfig(**shape, ffn_dim=32, word_embed_proj_dim=16)),
@@ -48,6 +50,7 @@ def models():
         "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**shape, **gpt2)),
         "qwen": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**{**grouped, "head_dim": 4})),
         "gemma": lambda: t.GemmaForCausalLM(t.GemmaConfig(**grouped)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(t.Gemma3TextConfig(**grouped, **windows)),
         "bert": lambda: t.BertModel(t.BertConfig(**encoder)),
         "bert-mlm": lambda: t.BertForMaskedLM(t.BertConfig(**encoder)),
         "roberta": lambda: t.RobertaForMaskedLM(t.RobertaConfig(**encoder)),

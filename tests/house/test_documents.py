@@ -66,7 +66,8 @@ def shortened(words):
             return words
         if values["resume"]:
             return words if Path(values["resume"]).exists() else None
-        if values["task"] != "sst2" or values["preset"] or values["model"].startswith("package:"):
+        elsewhere = re.fullmatch(r"package:.*|.*\.gguf", values["model"] or "")
+        if values["task"] != "sst2" or values["preset"] or elsewhere:
             return None
         return [*words, "--data", "data", "--device", "cpu", "--steps", "2", "--batch-size", "4"]
     if name == "tune":

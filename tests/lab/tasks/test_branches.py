@@ -9,7 +9,7 @@ from zokernels.lab.tasks import TASKS, InputError, models, schemes
 from zokernels.lab.tasks.causal import CausalScorer
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
-FAMILIES = ["opt", "llama", "mistral", "qwen", "gemma", "gpt2"]
+FAMILIES = ["opt", "llama", "mistral", "qwen", "gemma", "gemma3", "gpt2"]
 # Two and three candidates, of two to six tokens, which begin alike or not.
 ROWS = [
     {"passage": "film movie plot", "query": "@placeholder is", "entities": list(names)}

@@ -12,7 +12,7 @@ from zokernels.lab.tasks.scoring import SCORERS
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 pytest.importorskip("peft", reason="pip install 'zokernels[hf]'")
 
-CAUSAL = ["opt", "llama", "mistral", "gpt2", "qwen", "gemma"]
+CAUSAL = ["opt", "llama", "mistral", "gpt2", "qwen", "gemma", "gemma3"]
 MASKED = ["bert-mlm", "roberta"]
 EXAMPLES = [Example("a fine film with heart", 1), Example("dull", 0), Example("bad movie", 0)]
 # Every scheme but those that a kind of model cannot have.

@@ -38,7 +38,7 @@ def _rate(text: str) -> float | str:
 def command(
     context: typer.Context,
     model: Annotated[
-        str | None, _option("Folder made by save_pretrained, or hub name.", _MODEL)
+        str | None, _option("Folder made by save_pretrained, GGUF file, or hub name.", _MODEL)
     ] = None,
     preset: Annotated[
         str | None,
@@ -168,7 +168,8 @@ def with_preset(context: typer.Context, options: dict[str, Any]) -> dict[str, An
         settings |= {k: v for k, v in get(preset).settings.items() if k not in given}
     if settings["model"] is None:
         raise InputError(
-            "--model is missing: name a folder made by save_pretrained, or a model on the hub."
+            "--model is missing: name a folder made by save_pretrained, a file in GGUF form, or a "
+            "model on the hub."
         )
     get_task(settings["task"])
     return settings

@@ -11,7 +11,7 @@ from zokernels.lab.tasks import folder
 
 
 def command(
-    base: Annotated[str, typer.Argument(help="Model the run began with: folder or hub name.")],
+    base: Annotated[str, typer.Argument(help="Model the run began with, named as there.")],
     run: Annotated[Path, typer.Argument(help="Run folder, or trajectory file.")],
     out: Annotated[Path | None, typer.Option(help="New folder for the model.")] = None,
     until: Annotated[

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernels.lab.sweeps.file import PRESET, PUBLISHED, Part, SweepFile
-from zokernels.lab.tasks import get_task, models, optimizers, presets
+from zokernels.lab.tasks import get_task, optimizers, packages, presets
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.settings import Settings
 
@@ -117,7 +117,7 @@ def _run(part: Part, cell: dict[str, Any], given: dict[str, Any], out: Path, pat
     try:
         if "model" not in given:
             raise InputError("there is no model; set one in base.")
-        models.located(given["model"])
+        packages.located(given["model"])
         settings = Settings(out=out, **given)
         settings.check()
         get_task(settings.task)

@@ -42,6 +42,7 @@ FAMILIES: dict[str, Family] = {
     "qwen3": _LLAMA,
     "gemma": _LLAMA,
     "gemma2": _LLAMA,
+    "gemma3_text": _LLAMA,
     "gpt2": Family("h", "attn", "c_attn", "c_attn", "lm_head"),
     "bert": _BERT,
     "roberta": _ROBERTA,

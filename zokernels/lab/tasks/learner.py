@@ -1,5 +1,6 @@
 """The model as a run trains it: loaded, on its device, with what the scheme freezes frozen."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,11 @@ class Learner:
 
     def save(self, path: Path) -> None:
         """Writes the model, or its adapter, and the tokenizer into a folder."""
-        self.model.save_pretrained(path)
+        with warnings.catch_warnings():
+            # peft looks beside the base for the size of its vocabulary, which a file in GGUF form
+            # has inside; no scheme changes it.
+            warnings.filterwarnings("ignore", "Could not find a config file")
+            self.model.save_pretrained(path)
         self.loaded.tokenizer.save_pretrained(path)
 
 

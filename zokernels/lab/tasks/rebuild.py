@@ -30,7 +30,7 @@ def rebuild(
     """Replays a run onto its base model.
 
     Args:
-        base: The model folder or hub name that the run began with.
+        base: The model that the run began with, by a name that `models.load` takes.
         run: A run folder, or a trajectory file.
         out: Where the model goes; a new or empty folder.
         until: Number of steps; those of the run's saved weights by default, or all.
