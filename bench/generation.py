@@ -79,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--rows", type=int, default=1, help="prompts that each member answers")
     parser.add_argument("--repeats", type=int, default=5)
     options = parser.parse_args(arguments)
-    model = models.build(options.model, options.dtype).eval()
+    model = models.build(options.model, getattr(torch, options.dtype))
     weights = sum(p.numel() for p in model.parameters())
     about = {k: v for k, v in machine.about("cpu").items() if k in COLUMNS}
     for members in options.members:
