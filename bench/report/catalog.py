@@ -5,11 +5,13 @@ from __future__ import annotations
 from bench.report.figures import accuracy, roofline, step
 from bench.report.figures import gpu as gpu_steps
 from bench.report.figures import ops as passes
+from bench.report.figures import reward as rewards
 from bench.report.figures import study as all_cells
 from bench.report.parts import Figure, Part, Table
 from bench.report.tables import (
     codegen,
     directions,
+    estimates,
     gpu,
     hybrid,
     numerics,
@@ -17,6 +19,7 @@ from bench.report.tables import (
     optimizers,
     quickstart,
     replay,
+    reward,
     steps,
     study,
 )
@@ -44,6 +47,9 @@ PARTS: tuple[Part, ...] = (
     Table("study", "docs/study.md", ("study.csv",), study.tables),
     Table("study-rates", "docs/study.md", ("study_rates.csv",), study.tables),
     Table("directions", "docs/study.md", ("directions.csv",), directions.table),
+    Table("estimates", "docs/study.md", ("estimates.csv",), estimates.table),
+    Table("reward", "docs/recipes/reward.md", ("reward.csv",), reward.table),
+    Table("generation", "docs/recipes/reward.md", ("generation.csv",), reward.generation),
     Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),
     Table("rules", OPTIMIZERS, (), optimizers.rules),
     Table("costs", OPTIMIZERS, ("optimizers.csv",), optimizers.costs),
@@ -60,5 +66,6 @@ PARTS: tuple[Part, ...] = (
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
     Figure("memory", ("memory.csv",), peaks.draw, version=3),
     Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
+    Figure("reward", ("reward.csv",), rewards.draw, version=1),
     Figure("study", ("study.csv",), all_cells.draw, version=1),
 )

@@ -34,6 +34,15 @@ def test_a_plain_loop(model, capsys):
     assert "dev accuracy" in said
 
 
+def test_a_reward(capsys):
+    seen = []
+    found = load("reward").main(100, 0, lambda step, reward: seen.append((step, reward)))
+    assert [step for step, _ in seen] == [0, 100] and seen[-1][1] == found
+    # One in ten is chance.
+    assert seen[0][1] < 0.2 < found
+    assert "step 100: reward" in capsys.readouterr().out
+
+
 def test_lora_in_the_trainer(model, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
