@@ -53,6 +53,7 @@ MODELS: dict[str, dict[str, Any]] = {
         max_words=8, max_length=48,
     ),
 }  # fmt: skip
+FOLDERS = {"sst2": "SST-2", "trec": "TREC"}
 FORWARDS = {"minilm": 1200, "stories": 1200, "gemma": 600}
 PAIRS: dict[str, Any] = dict(estimator="two_sided")
 
@@ -226,7 +227,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--grid", action="store_true", help="one seed a rate, and no more")
     options = parser.parse_args(arguments)
     quiet()
-    folders = {"sst2": "SST-2", "trec": "TREC"}
     for name, cell in CELLS.items():
         if options.cells and not {name, cell.model} & set(options.cells):
             continue
@@ -236,7 +236,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.grid and seed:
                 break
             if trial is None:
-                trial = Trial(name, cell, options.data / folders[MODELS[cell.model]["task"]])
+                trial = Trial(name, cell, options.data / FOLDERS[MODELS[cell.model]["task"]])
             try:
                 row = trial.run(lr, seed, forwards)
             except FloatingPointError:

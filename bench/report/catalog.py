@@ -9,6 +9,7 @@ from bench.report.figures import reward as rewards
 from bench.report.figures import study as all_cells
 from bench.report.parts import Figure, Part, Table
 from bench.report.tables import (
+    advice,
     codegen,
     directions,
     estimates,
@@ -48,6 +49,7 @@ PARTS: tuple[Part, ...] = (
     Table("study-rates", "docs/study.md", ("study_rates.csv",), study.tables),
     Table("directions", "docs/study.md", ("directions.csv",), directions.table),
     Table("estimates", "docs/study.md", ("estimates.csv",), estimates.table),
+    Table("advice", "docs/study.md", ("advice.csv", "estimates.csv"), advice.table),
     Table("reward", "docs/recipes/reward.md", ("reward.csv",), reward.table),
     Table("generation", "docs/recipes/reward.md", ("generation.csv",), reward.generation),
     Table("quickstart", "docs/finetune.md", ("quickstart.csv",), quickstart.table),

@@ -76,7 +76,7 @@ def test_the_package_imports_nothing_of_the_checkouts_bench():
 
 
 def test_every_marker_has_a_part_and_every_figure_a_place():
-    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     texts = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in pages}
     found = {(page, name) for page, text in texts.items() for name in document.markers(text)}
     assert found == {(p.page, p.name) for p in catalog.PARTS if not isinstance(p, Figure)}

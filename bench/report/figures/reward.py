@@ -27,6 +27,6 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
     axes.legend(loc="lower right", frameon=False)
     style.frame(
         figure, "A reward without a gradient",
-        "A tiny Llama with random weights learns to say the first of three digits; 500 prompts that "
-        f"are not trained on. {results.caption(rows)}.",
+        "A tiny Llama with random weights learns to say the first of three digits; on 500 prompts "
+        f"that are not trained on. {results.caption(rows)}.",
     )  # fmt: skip

@@ -32,8 +32,8 @@ def _table(rows: Sequence[Row]) -> str:
     first = rows[0]
     caption = (
         f"**{first['model']}** on {first['task']}, {int(first['forwards']):,} forwards of 16 "
-        "examples (a backward counts as two), linear decay. Loss of 400 held-out training examples, "
-        f"{first['loss_before']} before; accuracy on 500 dev examples in %, "
+        "examples (a backward counts as two), linear decay. Loss of 400 held-out training "
+        f"examples, {first['loss_before']} before; accuracy on 500 dev examples in %, "
         f"{100 * float(first['dev_before']):.1f} ± {100 * _error(first):.1f} before. Mean ± sample "
         f"standard deviation over three seeds, or as many as in brackets. {results.caption(rows)}."
     )

@@ -1,0 +1,53 @@
+"""The rates that a probe advises beside the best of a grid, from advice.csv and estimates.csv."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from bench.report import document
+from zokernels.lab.benchmarks import results
+from zokernels.lab.benchmarks.results import Row
+
+# How far apart two rates may be that are called the same.
+FACTOR = 3.0
+
+
+def table(advice: Sequence[Row], runs: Sequence[Row]) -> str:
+    """A line a cell, and how many of them agree."""
+    lines, agreed, told = [], 0, 0
+    for row in advice:
+        first = [r for r in runs if r["cell"] == row["cell"] and r["seed"] == "0"]
+        if not first:
+            continue
+        best = float(min(first, key=_loss)["lr"])
+        apart = "–"
+        if row["advised"]:
+            told += 1
+            ratio = float(row["advised"]) / best
+            is_near = max(ratio, 1 / ratio) <= FACTOR
+            agreed += is_near
+            apart = f"{ratio:.2g} ×" + ("" if is_near else " (off)")
+        lines.append(
+            (
+                row["model"], row["cell"].partition(" ")[2],
+                _with_error(row, "squared_gradient"), _with_error(row, "mean_square"),
+                _with_error(row, "curvature"), row["advised"] or "refused", f"{best:g}", apart,
+            )
+        )  # fmt: skip
+    head = ("model", "cell", "‖g‖²", "E[d²]", "h", "advised", "best of the grid", "apart")
+    caption = (
+        f"By {int(advice[0]['forwards']):,} forwards a cell. In {agreed} of {told} cells for which "
+        f"a rate was advised it is within a factor of three of the best of the grid, by held-out "
+        f"loss; {len(lines) - told} were refused. {results.caption(advice)}."
+    )
+    return f"{caption}\n\n{document.table(head, lines, 'llrrrrrr')}"
+
+
+def _loss(row: Row) -> float:
+    loss = float(row["loss_after"])
+    return loss if math.isfinite(loss) else math.inf
+
+
+def _with_error(row: Row, name: str) -> str:
+    return f"{float(row[name]):.3g} ± {float(row[f'{name}_error']):.2g}"
