@@ -136,11 +136,36 @@ def test_two_hundred_steps_at_rate_0_change_no_bit(dtype, mode):
     assert_same(before, list(model.parameters()))
 
 
+@pytest.mark.parametrize("dist", ["rank1", "gaussian"])
+def test_members_in_the_rows_of_a_batch_are_what_each_is_by_itself(dist):
+    model = model_of("llama").to(DEVICE)
+    batch = {k: v for k, v in batch_on(DEVICE).items() if k != "labels"}
+    opt = zk.ZOSGD(model, lr=0.0, eps=0.1, num_queries=2, estimator="population", dist=dist)
+
+    def twice(first):
+        # The second forward goes on from the first one's cache, with other words for each member.
+        out = model(**first, use_cache=True)
+        words = out.logits[:, -1:].argmax(-1)
+        return model(input_ids=words, past_key_values=out.past_key_values).logits
+
+    with opt.ask() as population:
+        found = population.split(twice(population.repeat(batch)))
+    for member, one in zip(opt.ask(), found, strict=True):
+        with member:
+            torch.testing.assert_close(one, twice(batch), rtol=1e-3, atol=1e-3)
+    assert not torch.equal(*found)
+
+
 RULES = {
     "plain": (zk.ZOSGD, torch.float32, dict(num_queries=2, weight_decay=0.1)),
     "stochastic": (zk.ZOSGD, torch.bfloat16, dict(rounding="stochastic", dist="rademacher")),
     "half": (zk.ZOSGD, torch.float16, dict(rounding="stochastic", estimator="one_sided")),
     "mask": (zk.ZOSGD, torch.bfloat16, dict(mask=zk.masks.Random(0.5, 7))),
+    "population": (
+        zk.ZOSGD,
+        torch.bfloat16,
+        dict(num_queries=3, estimator="population", normalize="std"),
+    ),
     "sign": (zk.ZOSGDSign, torch.float32, dict(lr=1e-3)),
     "momentum": (zk.ZOSGDMomentum, torch.bfloat16, dict(state_dtype=torch.bfloat16)),
     "adam": (zk.ZOAdam, torch.float32, dict(lr=1e-3, weight_decay=0.1)),

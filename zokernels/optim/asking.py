@@ -50,7 +50,7 @@ class Asking:
             self._start()
         seeds = self.parallel.share(self._seeds(None))
         points = points_of(self.param_groups[0]["estimator"], seeds)
-        self._population = Population(self, seeds, points)
+        self._population = Population(self, points)
         return self._population
 
     def tell(self: Any, losses: Any, *, fitness: Fitness = None) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels.estimators import Point
 from zokernels.optim.forward import same_randomness
-from zokernels.perturb import Direction, Move, OnEntry, RandomState, Rows, together
+from zokernels.perturb import Direction, InPlace, Move, OnEntry, RandomState, Rows, together
 
 
 class Member:
@@ -29,6 +29,7 @@ class Member:
     def __init__(self, population: Population, index: int, point: Point):
         self._population = population
         self.index, (self.seed, self.side) = index, point
+        self._perturber: InPlace | OnEntry | None = None
         self._open: contextlib.ExitStack | None = None
 
     def __enter__(self) -> Member:
@@ -38,15 +39,16 @@ class Member:
             lane = population._lanes([(self.seed, self.side)])[0]
             if lane is not None:
                 stack.enter_context(perturber.at(lane))
-                if isinstance(perturber, OnEntry):
-                    stack.callback(_check_perturbed, perturber)
+                self._perturber = perturber
             self._open = stack.pop_all()
         return self
 
-    def __exit__(self, *error: Any) -> None:
+    def __exit__(self, kind: Any, *error: Any) -> None:
         stack, self._open = self._open, None
         assert stack is not None
-        stack.__exit__(*error)
+        stack.__exit__(kind, *error)
+        if kind is None and isinstance(self._perturber, OnEntry):
+            self._perturber.check_perturbed()
 
 
 class Population:
@@ -61,8 +63,8 @@ class Population:
         >>> opt.tell([reward(text) for text in map(decode, population.split(ids))])
     """
 
-    def __init__(self, optimizer: Any, seeds: Sequence[int], points: Sequence[Point]):
-        self._optimizer, self._seeds = optimizer, list(seeds)
+    def __init__(self, optimizer: Any, points: Sequence[Point]):
+        self._optimizer = optimizer
         self._params = [g["params"][i] for g, chosen in optimizer._chosen(None) for i in chosen]
         self.members = [Member(self, k, point) for k, point in enumerate(points)]
         self._random = RandomState(p.device for p in self._params)
@@ -160,7 +162,7 @@ class Population:
             for seed, side in points
         ]
 
-    def _begin(self, stack: contextlib.ExitStack) -> Any:
+    def _begin(self, stack: contextlib.ExitStack) -> InPlace | OnEntry:
         """What every forward of a step has around it; gives what perturbs the model."""
         opt = self._optimizer
         if opt._population is not self:
@@ -176,14 +178,4 @@ class Population:
         torch.clear_autocast_cache()
         self._random.restore()
         put_back()
-        perturber = opt._perturbers.of(self._params)
-        return perturber
-
-
-def _check_perturbed(perturber: OnEntry) -> None:
-    missed = perturber.unperturbed()
-    if perturber.was_entered and missed is not None:
-        raise RuntimeError(
-            f"Parameter {missed!r} was not perturbed, since no forward used it; use "
-            "perturb='in_place'."
-        )
+        return opt._perturbers.of(self._params)

@@ -64,9 +64,4 @@ def perturbed(
         layers = OnEntry(model, params)
         with tracer.eager(), layers.at(direction):
             yield model
-        missed = layers.unperturbed()
-        if layers.was_entered and missed is not None:
-            raise RuntimeError(
-                f"Parameter {missed!r} was not perturbed, since no forward used it; use "
-                "perturb='in_place'."
-            )
+        layers.check_perturbed()

@@ -155,6 +155,15 @@ class OnEntry:
         """The name of a parameter that the forwards so far neither used nor filled, if any."""
         return next((self._names[i] for i in self._untouched()), None)
 
+    def check_perturbed(self) -> None:
+        """Raise RuntimeError if forwards ran, and a parameter was not perturbed in them."""
+        missed = self.unperturbed()
+        if self.was_entered and missed is not None:
+            raise RuntimeError(
+                f"Parameter {missed!r} was not perturbed, since no forward used it; use "
+                "perturb='in_place'."
+            )
+
     def _untouched(self) -> list[int]:
         touched = self._entry.used | self._hooks.filled
         return [i for i in range(len(self.params)) if i not in touched]

@@ -11,8 +11,8 @@ import torch
 
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.forward import Forward, Losses, StepTiming, same_randomness
-from zokernels.optim.groups import Chosen, join_masks
-from zokernels.perturb import Direction, InPlace, Move, OnEntry, RandomState
+from zokernels.optim.groups import Chosen
+from zokernels.perturb import InPlace, Move, OnEntry, RandomState
 
 # A seed and a scale; scale 0 is θ itself.
 Point = tuple[int, float]
@@ -104,14 +104,7 @@ class Site:
         points: Sequence[Point],
     ) -> list[float]:
         forward = Forward(lambda: self.loss_fn(batch), replay, self._put_back)
-        directions = partial(
-            Direction,
-            perturber.params,
-            [g["streams"][i] for g, chosen in groups for i in chosen],
-            dist=self.opt.param_groups[0]["dist"],
-            mask=join_masks(groups),
-            backend=self.opt.backend,
-        )
+        directions = self.opt._directions(groups)
         together = self.opt._together
         losses = Losses(lambda _: forward(), directions, perturber, StepTiming(), None, together)
         places = [

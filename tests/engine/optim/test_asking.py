@@ -258,3 +258,15 @@ def test_they_take_turns():
     # The step took the place of what was asked for.
     with pytest.raises(RuntimeError, match="nothing asked for"):
         opt.tell([1.0, 2.0])
+
+
+def test_an_error_in_a_members_block_is_the_users_own():
+    """Also where a parameter was not perturbed, of which alone else is told."""
+    model = Net()
+    model.unused = nn.Parameter(torch.ones(2))
+    opt = zk.ZOSGD(model, lr=0.1)
+    with pytest.raises(ZeroDivisionError), opt.ask()[0]:
+        loss_of(model)
+        raise ZeroDivisionError
+    with pytest.raises(RuntimeError, match="'unused' was not perturbed"), opt.ask()[0]:
+        loss_of(model)
