@@ -5,6 +5,7 @@ each, which see the shared ones and their own, and are numbered as if they follo
 the scores are those of a row for each candidate, at the cost of one row.
 """
 
+import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -201,13 +202,15 @@ def candidate_scores(model: Any, batch: Batch, relative: bool = False) -> torch.
     # Every layer's keys and values, which only generation needs; a prefix comes as such.
     if "use_cache" in known and not _has_soft_prompt(model):
         extra["use_cache"] = False
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
-    ).logits
-    # Counted from the end, where neither trimming nor a soft prompt changes anything.
-    places = batch["places"] - (width - logits.shape[1])
     rows, examples, columns = batch["owners"].unbind(1)
-    asked = logits[rows[:, None], places]
+    spots = torch.stack([rows[:, None].expand_as(batch["places"]), batch["places"]], -1)
+    unique, asked_for = spots.flatten(0, 1).unique(dim=0, return_inverse=True)
+    with _head_only_at(model, unique, width):
+        logits = model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **extra
+        ).logits
+    asked_for = asked_for.view(batch["places"].shape)
+    asked = logits[torch.zeros_like(asked_for), asked_for]
     if relative and bool(batch["one_place"]):
         chosen = asked.gather(-1, batch["targets"][..., None])[..., 0].float()
     else:
@@ -216,6 +219,31 @@ def candidate_scores(model: Any, batch: Batch, relative: bool = False) -> torch.
     shape = (len(batch["labels"]), int(columns.max()) + 1)
     out = torch.full(shape, float("-inf"), device=means.device)
     return out.index_put((examples, columns), means)
+
+
+@contextlib.contextmanager
+def _head_only_at(model: Any, spots: torch.Tensor, width: int) -> Iterator[None]:
+    """A model's head gets the hidden states of some places only: logits of shape (1, places, …).
+
+    With a vocabulary of hundreds of thousands its head costs more than all layers.
+
+    Args:
+        model: The model.
+        spots: Row and place of each, of shape (places, 2).
+        width: Of the rows that the places are in.
+    """
+    rows, places = spots.unbind(1)
+
+    def pick(_head: Any, given: tuple) -> tuple:
+        hidden, *rest = given
+        # Counted from the end, where neither trimming nor a soft prompt changes anything.
+        return (hidden[rows, places - (width - hidden.shape[1])][None], *rest)
+
+    handle = model.get_output_embeddings().register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def longest_branching_row(model: Any) -> int:
