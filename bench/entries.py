@@ -92,7 +92,7 @@ def _with(optimizer: Callable, **keywords: object) -> Callable[..., torch.optim.
     return functools.partial(optimizer, **keywords)
 
 
-def _forward_grad(net: nn.Module, lr: float, num_queries: int, two_sided: bool) -> zk.ForwardGrad:
+def _forward_grad(net: nn.Module, lr: float, num_queries: int, estimator: str) -> zk.ForwardGrad:
     # A derivative has no sides.
     return zk.ForwardGrad(net, lr=lr, num_queries=num_queries)
 

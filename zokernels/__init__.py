@@ -9,7 +9,6 @@ from zokernels.distributed import Distributed, RankError
 from zokernels.graphs import GraphedStep
 from zokernels.optim import (
     ZOSGD,
-    EpsSchedule,
     ForwardGrad,
     HybridZO,
     ZOAdam,
@@ -17,6 +16,7 @@ from zokernels.optim import (
     ZOSGDMomentum,
     ZOSGDSign,
 )
+from zokernels.optim.schedule import EpsSchedule
 from zokernels.perturb import perturbed
 from zokernels.probing import Probe, probe
 from zokernels.trajectory import Trajectory, TrajectoryError, replay

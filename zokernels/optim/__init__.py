@@ -5,12 +5,10 @@ from zokernels.optim.conservative import ZOSGDConservative
 from zokernels.optim.forward_grad import ForwardGrad
 from zokernels.optim.hybrid import HybridZO
 from zokernels.optim.momentum import ZOSGDMomentum
-from zokernels.optim.schedule import EpsSchedule
 from zokernels.optim.sgd import ZOSGD
 from zokernels.optim.sign import ZOSGDSign
 
 __all__ = [
-    "EpsSchedule",
     "ZOSGD",
     "ZOAdam",
     "ZOSGDConservative",
