@@ -21,6 +21,10 @@ CELL = "zo-bench/sst2/opt-1.3b/"
         ("full/forward-grad", dict(optimizer="forward-grad", lr=5e-7)),
         ("full/zo-sgd-sparse", dict(optimizer="zo-sgd", sparsity=0.2)),
         ("full/zo-sgd-blocks", dict(optimizer="zo-sgd", blocks="layer")),
+        ("full/fzoo", dict(estimator="one_sided", normalize="std", num_queries=8, lr=1e-5)),
+        ("full/meazo", dict(normalize="ema", lr=1e-6)),
+        ("full/eggroll", dict(estimator="population", dist="rank1", num_queries=128)),
+        ("full/es-at-scale", dict(estimator="population", num_queries=30, eps=1e-3, lr=5e-4)),
         ("full/hybrid", dict(optimizer="hybrid", hybrid_split=8)),
     ],
 )
@@ -37,6 +41,8 @@ def test_every_preset_makes_a_run_and_lies_on_its_grid():
         settings.check()
         get_task(settings.task)
         optimizers.check(settings)
+        # What has a published value of its own is on no grid.
+        assert set(preset.grid) <= {"lr", "eps"}
         assert all(preset.settings[key] in grid for key, grid in preset.grid.items()), name
 
 
