@@ -17,7 +17,10 @@ import torch.nn.functional as F
 from zokernels.perturb import structured
 from zokernels.perturb.dispatch import OPERATIONS
 from zokernels.perturb.logits import PerturbedLogits
-from zokernels.perturb.weight import Entry, Unshareable, is_perturbed, resolve
+from zokernels.perturb.weight import Entry, Unshareable, is_perturbed, resolve, together
+
+# Of a norm that all points make at once: more points than these, and no more numbers at each.
+_FEW_POINTS, _FEW_NUMBERS = 4, 1 << 16
 
 
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
@@ -107,13 +110,46 @@ def _convolution(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
 def _layer_norm(
     x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
+    if _is_of_many(x, weight, bias):
+        return _scaled(F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
     return _each(
         x, (weight, bias), lambda own, w, b: F.layer_norm(own, normalized_shape, w, b, eps)
     )
 
 
 def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    if _is_of_many(x, weight):
+        return _scaled(F.rms_norm(x, normalized_shape, None, eps), weight)
     return _each(x, (weight,), lambda own, w: F.rms_norm(own, normalized_shape, w, eps))
+
+
+def _is_of_many(x: Any, *weights: Any) -> bool:
+    """Whether a norm of a few rows is asked for at many points, where a call a point takes longest.
+
+    In 16 bits a product by itself would be rounded once more.
+    """
+    entry = _entry(*weights)
+    return (
+        entry is not None
+        and entry.points is not None
+        and entry.points.count > _FEW_POINTS
+        and _is_known(x, entry)
+        and x.dtype in (torch.float32, torch.float64)
+        and x.numel() <= _FEW_NUMBERS
+    )
+
+
+def _scaled(normal: torch.Tensor, weight: Any, bias: Any = None) -> torch.Tensor:
+    """What a norm gave, times its weight, plus its bias: one operation at all points."""
+    scaled = normal if weight is None else normal * _as_seen(weight)
+    return scaled if bias is None else scaled + _as_seen(bias)
+
+
+def _as_seen(weight: Any) -> torch.Tensor:
+    if not is_perturbed(weight):
+        return weight
+    assert weight.entry.points is not None
+    return weight.entry.points.wrap(together(weight))
 
 
 def _elementwise(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:

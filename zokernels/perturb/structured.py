@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from zokernels.perturb.factors import Vectors
-from zokernels.perturb.weight import Entry, PerturbedWeight, is_perturbed, resolve
+from zokernels.perturb.weight import Entry, PerturbedWeight, is_perturbed, resolve, together
 
 
 def vectors_of(weight: Any) -> Vectors | None:
@@ -166,7 +166,7 @@ def _bias(entry: Entry, bias: Any) -> torch.Tensor | None:
         own = [b for (b,) in resolve(bias) if b is not None]
         if len(own) == 1:
             return own[0]
-        each = torch.stack(own)
+        each = together(bias)
     else:
         known = None if bias is None or entry.points is None else entry.points.whole(bias)
         if known is None:

@@ -247,6 +247,17 @@ def resolve(*tensors: torch.Tensor | None) -> list[list[torch.Tensor | None]]:
     return [list(of_lane) for of_lane in zip(*each, strict=True)]
 
 
+def together(weight: PerturbedWeight) -> torch.Tensor:
+    """A small weight's values at all lanes, with the lanes as its first dimension.
+
+    They are stacked once a forward: a loop that generates asks for them again with every token.
+    """
+    entry, place = weight.entry, weight.place
+    own = [w for (w,) in resolve(weight) if w is not None]
+    # A base point has the stored weight, which is held in no memory of a lane's own.
+    return torch.stack(own) if None in entry.filler.lanes else entry.filler.hold_together(place)
+
+
 def _parts(entry: Entry, t: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
     if t is None or entry.points is None:
         return [t] * entry.count
