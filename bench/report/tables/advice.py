@@ -15,6 +15,8 @@ FACTOR = 3.0
 
 def table(advice: Sequence[Row], runs: Sequence[Row]) -> str:
     """A line a cell, and how many of them agree."""
+    if not advice:
+        return "No rows yet."
     lines, agreed, told = [], 0, 0
     for row in advice:
         first = [r for r in runs if r["cell"] == row["cell"] and r["seed"] == "0"]
