@@ -126,6 +126,8 @@ def together(perturber: OnEntry, lanes: Sequence[Lane], rows: Rows) -> Iterator[
         try:
             yield
             ran = any(forward.ran for forward in shared)
+        except Unshareable as error:
+            raise RuntimeError(_apart(str(error))) from error
         finally:
             for m, own in zip(models, before, strict=True):
                 vars(m).pop("forward", None)

@@ -192,6 +192,22 @@ def test_what_can_not_be_told_apart_is_a_sentence(what):
     opt.tell(found)
 
 
+def test_an_encoder_that_runs_by_itself_is_a_sentence():
+    config = hf.T5Config(
+        vocab_size=WORDS, d_model=16, d_kv=4, d_ff=32, num_layers=1, num_heads=2,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, batch = hf.T5ForConditionalGeneration(config).eval(), prompts(False)
+    opt = zk.ZOSGD(model, **options("rank1"))
+    told = dict(max_new_tokens=3, do_sample=False)
+    with pytest.raises(RuntimeError, match="outside of the model's own forward.*opt.ask"):
+        with opt.ask() as population:
+            model.generate(**population.repeat(batch), **told)
+    found = alone(opt, lambda: model.generate(**batch, **told))
+    assert len(found) == ROWS
+
+
 def test_a_parameter_that_no_forward_uses_is_named():
     model = make("llama")
     model.extra = nn.Parameter(torch.ones(3))
