@@ -75,7 +75,8 @@ class Probe:
         eps_range: The least and the largest ε of the longest run of rungs whose neighbours agree to
             a tenth; None if none do.
         largest_rate: The rate above which a step raises the loss on average; None if no rate
-            follows for this optimizer, ε is out of range, or h does not stand out of its error.
+            follows for this optimizer, ε is out of range, h does not stand out of its error, or
+            ‖g‖² came out below 0.
         best_rate: The rate at which a step lowers it most: half of the largest.
         rate: The rate to take: half of the best, which gives three quarters of what that gives, and
             lasts until ‖g‖² is a quarter of what it is now. None if it can't be told; see ``why``.
@@ -165,7 +166,8 @@ def conclude(
     rungs, good = ladder
     found = None
     holds = good is not None and good[0] <= eps <= good[1]
-    if holds and rule.why_not is None and whole.curvature.stands_out:
+    follows = holds and rule.why_not is None and whole.curvature.stands_out
+    if follows and whole.squared_gradient.value > 0:
         found = number(rounds, rule.best)
     why, more = _why(rule, eps, good, rungs, whole), None
     if why is None:

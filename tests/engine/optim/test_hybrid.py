@@ -1,5 +1,7 @@
 """Hybrid: shallow layers by zeroth order, deep layers by backpropagation."""
 
+import functools
+
 import pytest
 import torch
 from conftest import bits
@@ -233,3 +235,20 @@ def test_a_trajectory_of_it_is_not_replayed(tmp_path):
     recorder.close()
     with pytest.raises(zk.TrajectoryError, match="HybridZO"):
         zk.replay(Deep(), tmp_path / "run.zk")
+
+
+@pytest.mark.parametrize("reuse", [False, True], ids=["own forward", "reused"])
+def test_the_shallow_part_goes_by_any_estimate(reuse):
+    model, twin = Deep(), Deep()
+    options = dict(
+        lr=0.02, eps=1e-2, seed=3, num_queries=3, estimator="population", normalize="std",
+    )  # fmt: skip
+    still = functools.partial(torch.optim.SGD, lr=0.0)
+    opt = zk.HybridZO(model, 2, still, reuse_forward=reuse, **options)
+    shallow = [p for n, p in twin.named_parameters() if n in shallow_names(twin, 2)]
+    plain = zk.ZOSGD(shallow, model=twin, perturb="in_place" if reuse else None, **options)
+    for _ in range(5):
+        opt.step(lambda: model(X, Y))
+        plain.step(lambda: twin(X, Y))
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert not torch.equal(shallow[0], next(Deep().parameters()))
