@@ -73,3 +73,19 @@ def test_a_language_models_step_is_not_read_and_is_the_optimizers(kind, mode, mo
             step(batch) if graphed else opt.step(lambda m=model: m(**batch).loss)
         results.append([p.detach().clone() for p in model.parameters()])
     assert all(map(torch.equal, *results))
+
+
+def test_a_running_root_goes_on_where_nobody_reads_in_between():
+    options = dict(perturb="on_entry", num_queries=2, normalize="ema", clip=1.1)
+    (model, opt), (twin, twin_opt) = pair(**options)
+    many = batches(6)
+    step = zk.GraphedStep(twin_opt, loss_fn(twin), many[0], capture=False)
+    for number, batch in enumerate(many):
+        opt.step(lambda b=batch: loss_fn(model)(b))
+        step(batch)
+        # In the middle the host catches up, and hands the mean back.
+        if number == 2:
+            step.read()
+    step.read()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert opt.param_groups[0]["moments"] == twin_opt.param_groups[0]["moments"] != {}
