@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import zokernels as zk
-from bench.estimates import CELLS, FOLDERS, MODELS, Trial
+from bench.estimates import CELLS, MODELS, CellTrial, folder_of
+from bench.trial import Trial
 from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.tasks import batches, optimizers
 from zokernels.lab.tasks.models import quiet
@@ -32,7 +33,7 @@ SEED = 1 << 40
 
 def probe(trial: Trial, forwards: int) -> dict[str, Any]:
     """What a probe says of a cell."""
-    trial.made.model.load_state_dict(trial.start)
+    trial.begin()
     s = trial.settings
     s.lr = 0.0
     drawn = batches.independent(trial.pool, s.batch_size, seed=SEED, balanced=False)
@@ -73,13 +74,10 @@ def main(arguments: list[str] | None = None) -> int:
         rule = optimizers.key(cell.settings.get("optimizer", "zo-sgd"))
         if not wanted or rule != "zosgd" or (name, str(options.forwards)) in done:
             continue
-        trial = Trial(name, cell, options.data / FOLDERS[MODELS[cell.model]["task"]])
-        s = trial.settings
+        trial = CellTrial(name, folder_of(name, options.data))
         row = {
-            **machine.about("cpu"), "model": s.title, "task": s.task, "scheme": s.scheme,
-            "optimizer": s.optimizer, "dist": s.dist, "estimator": s.estimator,
-            "queries": s.num_queries, "normalize": s.normalize or "", "eps": s.eps,
-            "cell": name, "forwards": options.forwards, **probe(trial, options.forwards),
+            **machine.about("cpu"), **trial.described, "cell": name, "forwards": options.forwards,
+            **probe(trial, options.forwards),
         }  # fmt: skip
         results.append(RESULTS, COLUMNS, [row])
         shown = itertools.islice(row.items(), len(machine.COLUMNS) + 9, None)

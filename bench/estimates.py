@@ -11,23 +11,19 @@ as two forwards.
 from __future__ import annotations
 
 import argparse
-import copy
 import os
-import random
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from zokernels.estimators import forwards_of
+from bench.trial import Trial
 from zokernels.lab.benchmarks import machine, results
-from zokernels.lab.tasks import batches, data, evaluate, get_task, learner, optimizers
+from zokernels.lab.tasks import data, evaluate
+from zokernels.lab.tasks.history import Accuracy
 from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.prepare import optimizer_of
-from zokernels.lab.tasks.scoring import SCORERS
 from zokernels.lab.tasks.settings import Settings
 
 RESULTS = results.FOLDER / "estimates.csv"
@@ -38,7 +34,7 @@ COLUMNS = (
     "dev_after", "dev_error", "seconds",
 )  # fmt: skip
 SEEDS = (0, 1, 2)
-HELD_OUT = 400
+DEV = 500
 
 MODELS: dict[str, dict[str, Any]] = {
     "minilm": dict(
@@ -127,70 +123,30 @@ CELLS: dict[str, Cell] = {
 }
 
 
-class Trial:
-    """A model, batches and held-out examples, for one run of a cell after the other."""
+class CellTrial(Trial):
+    """The runs of a cell, with the accuracy on dev examples beside the loss."""
 
-    def __init__(self, name: str, cell: Cell, source: Path):
+    def __init__(self, name: str, source: Path):
+        cell = CELLS[name]
         about = MODELS[cell.model] | cell.settings
+        about["model"] = os.path.expandvars(about["model"])
+        super().__init__(Settings(out=Path("unused"), data=str(source), **about), source)
         self.name = name
-        self.settings = Settings(
-            out=Path("unused"), data=str(source), batch_size=16, schedule="linear",
-            **about | dict(model=os.path.expandvars(about["model"])),
-        )  # fmt: skip
-        s = self.settings
-        self.made = learner.load(s)
-        self.start = copy.deepcopy(self.made.model.state_dict())
-        loaded, self.task = self.made.loaded, get_task(s.task)
-        self.scorer = SCORERS[loaded.kind](
-            self.made.model, loaded.tokenizer, self.task, s.max_length
-        )
-        splits = data.load(self.task, str(source))
-        pool = data.by_words(splits.train, s.min_words, s.max_words)
-        held = set(random.Random(0).sample(range(len(pool)), HELD_OUT))
-        self.pool = [x for i, x in enumerate(pool) if i not in held]
-        chosen = [pool[i] for i in sorted(held)]
-        self.held_out = [self.scorer.collate(chosen[i : i + 50]) for i in range(0, HELD_OUT, 50)]
-        self.dev = data.part(splits.dev, 500)
-        self.before: tuple[Any, Any] | None = None
-
-    @torch.no_grad()
-    def losses(self) -> torch.Tensor:
-        """Of the held-out examples, at the weights as they are."""
-        return torch.cat([self.scorer.losses(batch) for batch in self.held_out])
+        self.dev = data.part(self.splits.dev, DEV)
+        self.before: tuple[torch.Tensor, Accuracy] | None = None
 
     def run(self, lr: float, seed: int, forwards: int) -> dict[str, Any]:
         """One training run from the model as it was published."""
-        self.made.model.load_state_dict(self.start)
+        self.begin()
         if self.before is None:
             self.before = self.losses(), evaluate.accuracy(self.scorer, self.dev)
-        s = self.settings
-        s.lr, s.seed = lr, seed
-        opt = optimizer_of(s, self.made.model)
-        by_backward = optimizers.key(s.optimizer) in optimizers.FIRST_ORDER
-        each = 3 if by_backward else forwards_of(s.estimator, s.num_queries)
-        s.steps = forwards // each
-        schedule = torch.optim.lr_scheduler.LambdaLR(opt, s.factor)
-        order = batches.batches(self.pool, s.batch_size, seed=seed, balanced=False)
-        started = time.perf_counter()
-        for _ in range(s.steps):
-            batch = self.scorer.collate(next(order))
-            opt.step(lambda batch=batch: self.scorer.loss(batch))
-            schedule.step()
-        seconds = time.perf_counter() - started
+        seconds = self.train(lr, seed, forwards)
         losses, dev = self.losses(), evaluate.accuracy(self.scorer, self.dev)
         # Of the difference: examples that are hard are so before and after.
         change = losses - self.before[0]
         return {
             **machine.about("cpu"),
-            "model": s.title,
-            "task": s.task,
-            "scheme": s.scheme,
-            "optimizer": s.optimizer,
-            "dist": "" if by_backward else s.dist,
-            "estimator": "" if by_backward else s.estimator,
-            "queries": "" if by_backward else s.num_queries,
-            "normalize": s.normalize or "",
-            "eps": "" if by_backward else s.eps,
+            **self.described,
             **dict(zip(KEYS, (self.name, f"{lr:g}", seed, forwards), strict=True)),
             "loss_before": f"{float(self.before[0].mean()):.4f}",
             "loss_after": f"{float(losses.mean()):.4f}",
@@ -200,6 +156,11 @@ class Trial:
             "dev_error": f"{dev.error:.4f}",
             "seconds": f"{seconds:.0f}",
         }
+
+
+def folder_of(name: str, data: Path) -> Path:
+    """Where the data of a cell's task is."""
+    return data / FOLDERS[MODELS[CELLS[name].model]["task"]]
 
 
 def missing(name: str, cell: Cell, forwards: int) -> tuple[float, int] | None:
@@ -236,7 +197,7 @@ def main(arguments: list[str] | None = None) -> int:
             if options.grid and seed:
                 break
             if trial is None:
-                trial = Trial(name, cell, options.data / FOLDERS[MODELS[cell.model]["task"]])
+                trial = CellTrial(name, folder_of(name, options.data))
             try:
                 row = trial.run(lr, seed, forwards)
             except FloatingPointError:

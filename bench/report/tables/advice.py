@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from bench.report import document
+from bench.report.tables.estimates import at_best
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
 
@@ -19,10 +19,10 @@ def table(advice: Sequence[Row], runs: Sequence[Row]) -> str:
         return "No rows yet."
     lines, agreed, told = [], 0, 0
     for row in advice:
-        first = [r for r in runs if r["cell"] == row["cell"] and r["seed"] == "0"]
-        if not first:
+        own = [r for r in runs if r["cell"] == row["cell"]]
+        if not own:
             continue
-        best = float(min(first, key=_loss)["lr"])
+        best = float(at_best(own)[0]["lr"])
         apart = "–"
         if row["advised"]:
             told += 1
@@ -44,11 +44,6 @@ def table(advice: Sequence[Row], runs: Sequence[Row]) -> str:
         f"loss; {len(lines) - told} were refused. {results.caption(advice)}."
     )
     return f"{caption}\n\n{document.table(head, lines, 'llrrrrrr')}"
-
-
-def _loss(row: Row) -> float:
-    loss = float(row["loss_after"])
-    return loss if math.isfinite(loss) else math.inf
 
 
 def _with_error(row: Row, name: str) -> str:

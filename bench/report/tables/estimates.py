@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from bench.report import document
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
+from zokernels.lab.tasks.history import Accuracy
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -20,14 +21,13 @@ def gain(rows: Sequence[Row]) -> str:
     """In a sentence, what a population learns beside MeZO's pairs from as many forwards."""
     cells = {name: own for (name,), own in results.grouped(rows, "cell").items()}
     pairs = at_best(cells["minilm pairs"])
-    name, best = min(
-        (
-            (name, at_best(own))
-            for name, own in cells.items()
-            if name.startswith("minilm") and "population" in name and own[0]["scheme"] == "full"
-        ),
-        key=lambda item: (-len(item[1]), _mean_of(item[1])),
-    )
+    populations = [
+        at_best(own)
+        for name, own in cells.items()
+        if name.startswith("minilm") and "population" in name and own[0]["scheme"] == "full"
+    ]
+    # Of those with all their seeds.
+    best = min(populations, key=lambda own: (-len(own), _mean_of(own)))
     before = float(pairs[0]["loss_before"])
     theirs, ours = _mean_of(pairs), _mean_of(best)
     along = f' along `dist="{best[0]["dist"]}"`'
@@ -54,20 +54,18 @@ def _table(rows: Sequence[Row]) -> str:
     head = ("cell", "by rate, one seed", "best rate", "held-out loss", "dev accuracy")
     lines = []
     for (name,), own in results.grouped(rows, "cell").items():
-        first = [row for row in own if row["seed"] == "0"]
         found = at_best(own)
-        grid = ", ".join(
-            f"{float(row['lr']):g}: {_loss(row):.3f}"
-            for row in sorted(first, key=lambda row: float(row["lr"]))
-        )
+        rates = sorted((r for r in own if r["seed"] == "0"), key=lambda row: float(row["lr"]))
+        grid = ", ".join(f"{float(row['lr']):g}: {_loss(row):.3f}" for row in rates)
         lines.append((name, grid, f"{float(found[0]['lr']):g}", _mean(found, "loss_after", 1, 3),
                       _mean(found, "dev_after", 100, 1)))  # fmt: skip
     first = rows[0]
+    before = Accuracy(float(first["dev_before"]), 500)
     caption = (
         f"**{first['model']}** on {first['task']}, {int(first['forwards']):,} forwards of 16 "
         "examples (a backward counts as two), linear decay. Loss of 400 held-out training "
         f"examples, {first['loss_before']} before; accuracy on 500 dev examples in %, "
-        f"{100 * float(first['dev_before']):.1f} ± {100 * _error(first):.1f} before. Mean ± sample "
+        f"{100 * before.value:.1f} ± {100 * before.error:.1f} before. Mean ± sample "
         f"standard deviation over three seeds, or as many as in brackets. {results.caption(rows)}."
     )
     return f"{caption}\n\n{document.table(head, lines, 'llrrr')}"
@@ -76,11 +74,6 @@ def _table(rows: Sequence[Row]) -> str:
 def _loss(row: Row) -> float:
     loss = float(row["loss_after"])
     return loss if math.isfinite(loss) else math.inf
-
-
-def _error(row: Row) -> float:
-    share = float(row["dev_before"])
-    return math.sqrt(share * (1 - share) / 500)
 
 
 def _mean(rows: Sequence[Row], name: str, unit: float, digits: int) -> str:
