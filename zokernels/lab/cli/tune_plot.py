@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_TOLERANCE = 0.1
 _POINTS = 81
 
 
@@ -92,7 +91,7 @@ def _ladder(axes: Axes, found: zk.Probe) -> None:
     axes.loglog([r.eps for r in shown], heights, "o-", color=style.BLUE, markersize=4)
     if found.eps_range is not None:
         axes.axvspan(*found.eps_range, color=style.GREEN, alpha=0.15, linewidth=0)
-    axes.axhline(_TOLERANCE, color=style.FAINT, linewidth=0.8, linestyle="--")
+    axes.axhline(found.tolerance, color=style.FAINT, linewidth=0.8, linestyle="--")
     axes.axvline(found.eps, color=style.VERMILION, linewidth=1, linestyle=":")
 
 

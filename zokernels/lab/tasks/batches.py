@@ -26,9 +26,7 @@ def batches(
     """
     if not examples:
         raise InputError("There is no training sentence left; widen --min-words and --max-words.")
-    pools: dict[int, list[Example]] = defaultdict(list)
-    for example in examples:
-        pools[example.label if balanced else 0].append(example)
+    pools = _pools(examples, balanced)
     missing = set(range(classes)) - set(pools) if balanced else set()
     if missing:
         raise InputError(
@@ -51,24 +49,28 @@ def independent(
         seed: Fixes the draws.
         balanced: Give every class the same share of each batch.
     """
-    source = random.Random(seed)
-    pools: dict[int, list[Example]] = defaultdict(list)
-    for example in examples:
-        pools[example.label if balanced else 0].append(example)
-
-    def afresh(pool: list[Example]) -> Iterator[Example]:
-        while True:
-            yield from source.sample(pool, min(size, len(pool)))
-
+    source, pools = random.Random(seed), _pools(examples, balanced)
     while True:
-        streams = [afresh(pool) for pool in pools.values()]
+        streams = [_endless(pool, source, size) for pool in pools.values()]
         source.shuffle(streams)
         yield next(_mix(streams, size, source))
 
 
-def _endless(pool: list[Example], source: random.Random) -> Iterator[Example]:
+def _pools(examples: Sequence[Example], balanced: bool) -> dict[int, list[Example]]:
+    """The examples by class, or all in one."""
+    pools: dict[int, list[Example]] = defaultdict(list)
+    for example in examples:
+        pools[example.label if balanced else 0].append(example)
+    return pools
+
+
+def _endless(
+    pool: list[Example], source: random.Random, most: int | None = None
+) -> Iterator[Example]:
+    """A pool's examples in one order after the other, of each order so many."""
+    count = len(pool) if most is None else min(most, len(pool))
     while True:
-        yield from source.sample(pool, len(pool))
+        yield from source.sample(pool, count)
 
 
 def _mix(

@@ -192,13 +192,10 @@ def candidate_scores(model: Any, batch: Batch, relative: bool = False) -> torch.
         Scores of shape (examples, candidates), float32.
     """
     width = batch["input_ids"].shape[1]
-    first = int(batch["places"].min())
     extra: dict[str, Any] = {}
     if "position_ids" in batch:
         extra["position_ids"] = batch["position_ids"]
     known = _arguments(model)
-    if "logits_to_keep" in known:
-        extra["logits_to_keep"] = width - first
     # Every layer's keys and values, which only generation needs; a prefix comes as such.
     if "use_cache" in known and not _has_soft_prompt(model):
         extra["use_cache"] = False
@@ -236,7 +233,7 @@ def _head_only_at(model: Any, spots: torch.Tensor, width: int) -> Iterator[None]
 
     def pick(_head: Any, given: tuple) -> tuple:
         hidden, *rest = given
-        # Counted from the end, where neither trimming nor a soft prompt changes anything.
+        # Counted from the end, where a soft prompt changes nothing.
         return (hidden[rows, places - (width - hidden.shape[1])][None], *rest)
 
     handle = model.get_output_embeddings().register_forward_pre_hook(pick)

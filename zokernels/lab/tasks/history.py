@@ -69,15 +69,12 @@ class History:
     def running(self, signal: dict[str, Any]) -> dict[str, float]:
         """The running means after a step with this signal: over some hundred steps."""
         before = self.signals[-1] if self.signals else {}
-        weight = _BETA * before.get("weight", 0.0) + 1 - _BETA
-        share = (1 - _BETA) / weight
+        # Without the pull of a start at 0.
+        share = (1 - _BETA) / (1 - _BETA ** (len(self.signals) + 1))
         return {
-            **{
-                f"running_{name}": before.get(f"running_{name}", 0.0) * (1 - share)
-                + share * signal[name]
-                for name in ("gradient", "noise")
-            },
-            "weight": weight,
+            f"running_{name}": before.get(f"running_{name}", 0.0) * (1 - share)
+            + share * signal[name]
+            for name in ("gradient", "noise")
         }
 
     def add(self, record: dict[str, Any]) -> None:
