@@ -22,7 +22,7 @@ import math
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # A seed, and the side of its direction: 1, −1, or 0 for none.
 Point = tuple[int, float]
@@ -119,8 +119,8 @@ def forwards_of(estimator: str, queries: int) -> int:
     return len(points_of(estimator, range(queries)))
 
 
-def differences(estimator: str, losses: Sequence[float]) -> list[float]:
-    """The ε · dₖ of the losses at the points of `points_of`."""
+def differences(estimator: str, losses: Sequence[Any]) -> list[Any]:
+    """The ε · dₖ of the losses at the points of `points_of`: floats, or tensors of as many each."""
     if estimator == "two_sided":
         return [(plus - minus) / 2 for plus, minus in zip(losses[::2], losses[1::2], strict=False)]
     if estimator == "one_sided":
@@ -200,13 +200,13 @@ def deviation(numbers: Sequence[float]) -> float:
     return math.sqrt(_sum(squares) / (len(numbers) - 1))
 
 
-def mean(numbers: Sequence[float]) -> float:
+def mean(numbers: Sequence[Any]) -> Any:
     """The mean, summed in order: `sum` of newer Pythons and a device have other last bits."""
     return _sum(numbers) / len(numbers)
 
 
-def _sum(numbers: Sequence[float]) -> float:
-    total = 0.0
+def _sum(numbers: Sequence[Any]) -> Any:
+    total: Any = 0.0
     for number in numbers:
         total = total + number
     return total

@@ -19,11 +19,11 @@ import torch
 from zokernels import ops
 from zokernels.backends import checks, deferred
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
-from zokernels.estimators import Moment, points_of
+from zokernels.estimators import points_of
 from zokernels.graphs.scale import Scaled, Scaler, total
 from zokernels.optim import ZOSGD
 from zokernels.optim.base import ZOOptimizer
-from zokernels.optim.groups import Chosen
+from zokernels.optim.groups import Chosen, moment_of
 from zokernels.perturb.deferred import words as words_of_move
 
 _ONE = bits32(1.0)
@@ -125,7 +125,7 @@ class StepNumbers:
             ("seeds",): [signed(s) for s in seeds],
             ("eps",): [_bits64(float(g["eps"])) for g, _ in self.groups],
             ("factors",): [_bits64(self._factor(g)) for g, _ in self.groups],
-            ("moments",): [_bits64(x) for g, _ in self.groups for x in moment_of(g)],
+            ("moments",): [_bits64(x) for g, _ in self.groups for x in moment_of(g, None)],
             ("told",): [int(told)],
         }
         for at in filter(None, self.points):
@@ -190,11 +190,6 @@ class StepNumbers:
     def _factor(self, group: dict) -> float:
         factor = -float(group["lr"]) if type(self.optimizer) is ZOSGD else 1.0
         return -factor if group["maximize"] else factor
-
-
-def moment_of(group: dict) -> Moment:
-    """The running mean of d² of a group without blocks."""
-    return Moment(*group["moments"].get(0, ()))
 
 
 def _word(x: float, name: str) -> int:

@@ -13,10 +13,10 @@ import torch
 
 from zokernels import ops
 from zokernels.backends import tracer
-from zokernels.estimators import Estimate, scale
+from zokernels.estimators import Estimate
 from zokernels.graphs import support
 from zokernels.graphs.batch import StaticBatch
-from zokernels.graphs.numbers import StepNumbers, moment_of
+from zokernels.graphs.numbers import StepNumbers
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.forward import StepTiming, same_randomness
 from zokernels.optim.groups import join_masks
@@ -339,16 +339,8 @@ class GraphedStep:
         opt.bad_steps, self._bad_losses = 0, None
         found = Estimate.of(numbers.estimator, range(numbers.queries), [losses])
         opt.projected_gradients = [d / done.eps[0] for d in found.differences]
-        for (group, _), eps in zip(numbers.groups, done.eps, strict=True):
-            gradients, moment = scale(
-                [d / eps for d in found.differences],
-                group["normalize"],
-                group["clip"],
-                moment_of(group),
-            )
-            found.gradients.append(gradients)
-            if moment.weight:
-                group["moments"] = {0: list(moment)}
+        opt._scale(found, numbers.groups, None, done.eps)
+        opt._keep_moments(found, numbers.groups, None)
         opt._count_flat([found])
         if recording:
             # The rule's passes as the host would make them, told to the trajectory and not run.

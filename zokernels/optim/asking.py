@@ -78,8 +78,6 @@ class Asking:
                 "and tell what was found."
             )
         own = numbers_of(losses, len(population))
-        if isinstance(fitness, str) and fitness != "centered_rank":
-            shaped(fitness, [[0.0]])
         self._refuse_inside()
         estimator, seeds = self.param_groups[0]["estimator"], self._seeds(None)
         with torch.no_grad():

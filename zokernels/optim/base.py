@@ -18,10 +18,10 @@ from zokernels.backends.tracer import untraced
 from zokernels.estimators import (
     ROUNDING,
     Estimate,
-    Moment,
     Point,
     derive_seed,
     losses_along,
+    mean,
     scale,
 )
 from zokernels.optim import signal, sparse
@@ -36,7 +36,7 @@ from zokernels.optim.forward import (
     check_closure,
     same_randomness,
 )
-from zokernels.optim.groups import Chosen, check_group, join_masks
+from zokernels.optim.groups import Chosen, check_group, join_masks, moment_of
 from zokernels.optim.world import World, check_states, take_over
 from zokernels.perturb import Direction, Move
 
@@ -193,7 +193,7 @@ class ZOOptimizer(Asking, Constructed):
                 f"{found[-1].losses}), so no weight was changed in them; lower lr or eps, or look "
                 "at the data."
             )
-        return sum(one.loss for one in found) / len(found)
+        return mean([one.loss for one in found])
 
     def _look(self) -> None:
         """Read the model and the param groups as they are: what the whole step goes by.
@@ -271,15 +271,28 @@ class ZOOptimizer(Asking, Constructed):
                 self._judge(found, loss_of, groups)
         return found
 
-    def _scale(self, found: Estimate, groups: Chosen, block: int | None) -> None:
+    def _scale(
+        self,
+        found: Estimate,
+        groups: Chosen,
+        block: int | None,
+        scales: Sequence[float] | None = None,
+    ) -> None:
         """What enters the update of each group, by its ε; nothing of losses that are not finite."""
-        for group, _ in groups:
-            slopes = [d / float(group["eps"]) for d in found.differences]
-            moment = Moment(*group["moments"].get(block or 0, ()))
-            if found.is_finite:
-                gradients, moment = scale(slopes, group["normalize"], group["clip"], moment)
-                found.gradients.append(gradients)
-                found.moments.append(moment)
+        scales = scales or [float(group["eps"]) for group, _ in groups]
+        for (group, _), eps in zip(groups, scales, strict=True) if found.is_finite else ():
+            slopes = [d / eps for d in found.differences]
+            before = moment_of(group, block)
+            gradients, moment = scale(slopes, group["normalize"], group["clip"], before)
+            found.gradients.append(gradients)
+            found.moments.append(moment)
+
+    def _keep_moments(self, found: Estimate, groups: Chosen, block: int | None) -> None:
+        """The step is made: the running means go on from here."""
+        for (group, _), moment in zip(groups, found.moments, strict=True):
+            if moment.weight:
+                # Anew each time: a state_dict taken before holds the old one.
+                group["moments"] = {**group["moments"], block or 0: list(moment)}
 
     def _seeds(self, block: int | None) -> list[int]:
         group = self.param_groups[0]
@@ -334,12 +347,8 @@ class ZOOptimizer(Asking, Constructed):
         groups = self._chosen(block)
         first = float(groups[0][0]["eps"])
         self.projected_gradients += [d / first for d in found.differences]
-        for (group, chosen), gradients, moment in zip(
-            groups, found.gradients, found.moments, strict=True
-        ):
-            if moment.weight:
-                # Anew each time: a state_dict taken before holds the old one.
-                group["moments"] = {**group["moments"], block or 0: list(moment)}
+        self._keep_moments(found, groups, block)
+        for (group, chosen), gradients in zip(groups, found.gradients, strict=True):
             if gradients is None or not found.side:
                 continue
             with self._listening():

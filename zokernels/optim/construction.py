@@ -20,7 +20,7 @@ from zokernels.optim.accumulation import Accumulating, Batches
 from zokernels.optim.arguments import check_points, check_trainable, module_of
 from zokernels.optim.buffers import Buffers
 from zokernels.optim.forward import StepTiming
-from zokernels.optim.groups import check_group, describe, join_run
+from zokernels.optim.groups import check_group, describe, join_run, rename
 from zokernels.optim.perturbers import Perturbers
 from zokernels.optim.recording import Recorded
 from zokernels.optim.signal import Signal
@@ -240,8 +240,7 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
         restore_states(self, state_dict, own)
         # What ZOSGD or an older version did not save, or saved by another name.
         for group in self.param_groups:
-            if "two_sided" in group:
-                group["estimator"] = "two_sided" if group.pop("two_sided") else "one_sided"
+            rename(group)
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
 

@@ -55,18 +55,17 @@ def shaped(fitness: Fitness, parts: list[list[float]]) -> list[list[float]]:
     Raises:
         ValueError: If ``fitness`` is unknown, or gives other than a number for each.
     """
-    numbers = [x for part in parts for x in part]
-    if fitness is None or not all(map(math.isfinite, numbers)):
-        return parts
     if fitness == "centered_rank":
-        found = centered_rank(numbers)
-    elif callable(fitness):
-        found = [float(x) for x in fitness(list(numbers))]
-    else:
+        fitness = centered_rank
+    if not (fitness is None or callable(fitness)):
         raise ValueError(
             f"fitness is {fitness!r}, but it must be None, 'centered_rank', or a function from all "
             "members' numbers to as many."
         )
+    numbers = [x for part in parts for x in part]
+    if fitness is None or not all(map(math.isfinite, numbers)):
+        return parts
+    found = [float(x) for x in fitness(list(numbers))]
     if len(found) != len(numbers):
         raise ValueError(
             f"fitness gave {len(found)} numbers for {len(numbers)} members; it must give one each."

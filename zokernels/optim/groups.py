@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from zokernels import masks, noise
-from zokernels.estimators import ESTIMATORS, NORMALIZE
+from zokernels.estimators import ESTIMATORS, NORMALIZE, Moment
 from zokernels.optim import blocks
 
 # Param groups, each with the positions of the parameters in it that a pass is for.
@@ -46,6 +46,17 @@ def mean_coefficients(group: dict, gradients: list[float]) -> list[float]:
     """The factors dₖ/q of the directions in ĝ; negated where the loss is maximized."""
     sign = -1.0 if group["maximize"] else 1.0
     return [sign * d / len(gradients) for d in gradients]
+
+
+def moment_of(group: dict, block: int | None) -> Moment:
+    """The running mean of d² of a group, or of a block of it."""
+    return Moment(*group["moments"].get(block or 0, ()))
+
+
+def rename(group: dict) -> None:
+    """Give what a version of before called by another name its name."""
+    if "two_sided" in group:
+        group["estimator"] = "two_sided" if group.pop("two_sided") else "one_sided"
 
 
 def trainable(group: dict) -> list[int]:

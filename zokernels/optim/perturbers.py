@@ -64,11 +64,12 @@ class Perturbers:
             self._prefix = Prefix(self.model, self.mode == "in_place" and self.ran_compiled)
         return self._prefix
 
-    def of(self, params: list[nn.Parameter]) -> InPlace | OnEntry:
-        """The perturber of these parameters."""
-        key = tuple(map(id, params))
+    def of(self, params: list[nn.Parameter], lazy_logits: bool | None = None) -> InPlace | OnEntry:
+        """The perturber of these parameters, with logits that wait or without."""
+        lazy = self.lazy_logits if lazy_logits is None else lazy_logits
+        key = (lazy, *map(id, params))
         if key not in self._known:
-            self._known[key] = self.make(params, self.lazy_logits)
+            self._known[key] = self.make(params, lazy)
         return self._known[key]
 
     def make(

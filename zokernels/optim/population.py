@@ -35,11 +35,12 @@ class Member:
     def __enter__(self) -> Member:
         population = self._population
         with contextlib.ExitStack() as stack:
-            perturber = population._begin(stack)
+            population._begin(stack)
             lane = population._lanes([(self.seed, self.side)])[0]
             if lane is not None:
-                stack.enter_context(perturber.at(lane))
-                self._perturber = perturber
+                perturbers = population._optimizer._perturbers
+                self._perturber = perturbers.of(population._params)
+                stack.enter_context(self._perturber.at(lane))
             self._open = stack.pop_all()
         return self
 
@@ -91,7 +92,7 @@ class Population:
         rows = Rows(len(self))
         with contextlib.ExitStack() as stack:
             self._begin(stack)
-            perturber = opt._perturbers.make(self._params, lazy_logits=False)
+            perturber = opt._perturbers.of(self._params, lazy_logits=False)
             lanes = self._lanes([(m.seed, m.side) for m in self.members])
             stack.enter_context(together(perturber, lanes, rows))
             self._open = stack.pop_all()
@@ -162,8 +163,8 @@ class Population:
             for seed, side in points
         ]
 
-    def _begin(self, stack: contextlib.ExitStack) -> InPlace | OnEntry:
-        """What every forward of a step has around it; gives what perturbs the model."""
+    def _begin(self, stack: contextlib.ExitStack) -> None:
+        """What every forward of a step has around it."""
         opt = self._optimizer
         if opt._population is not self:
             raise RuntimeError(
@@ -178,4 +179,3 @@ class Population:
         torch.clear_autocast_cache()
         self._random.restore()
         put_back()
-        return opt._perturbers.of(self._params)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from zokernels.distributed import Distributed
+from zokernels.optim.groups import rename
 from zokernels.trajectory import Recorder, Trajectory, TrajectoryError, match, play
 from zokernels.trajectory.format import Moments
 from zokernels.trajectory.reader import read
@@ -243,21 +244,14 @@ def _check_same_run(optimizer: Recordable, trajectory: Trajectory) -> None:
             f"{trajectory.path} was recorded with {len(header['groups'])} param groups, but the "
             f"optimizer has {len(now)}; make the same groups."
         )
-    for here, there in zip(now, map(_renamed, header["groups"]), strict=True):
+    for here, group in zip(now, header["groups"], strict=True):
+        rename(there := dict(group))
         for key in sorted({*here, *there}):
-            # A log of before says nothing of what was not there then.
-            if key in ("blocks", "normalize", "clip") and key not in there:
+            # A log of before says nothing of its blocks.
+            if key == "blocks" and key not in there:
                 continue
             if here.get(key) != there.get(key):
                 raise TrajectoryError(
                     f"{key} is {here.get(key)!r}, but it was {there.get(key)!r} when "
                     f"{trajectory.path} was begun; make the optimizer with the same settings."
                 )
-
-
-def _renamed(group: dict[str, Any]) -> dict[str, Any]:
-    """A group of a header with what a version of before called by another name."""
-    rest = {key: value for key, value in group.items() if key not in _CHANGING}
-    if "two_sided" in rest:
-        rest["estimator"] = "two_sided" if rest.pop("two_sided") else "one_sided"
-    return rest

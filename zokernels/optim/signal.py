@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from zokernels.estimators import Estimate, forwards_of
+from zokernels.estimators import Estimate, differences, forwards_of
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def read(
         sizes = {None if each is None else len(each) for each in losses}
         if None in sizes or len(sizes) != 1 or len(losses) < points or not one.is_finite:
             return None
-        slopes = _slopes(torch.stack([r for r in losses if r is not None]), estimator) / eps
+        slopes = torch.stack(differences(estimator, losses)) / eps
         examples = slopes.shape[1]
         by_chance = slopes.var(1) / examples
         # Around the mean of the others a member's slope has more of both.
@@ -65,12 +65,3 @@ def read(
         gradient += share * float((slopes.mean(1).square() - by_chance).mean())
         noise += share * float(by_chance.mean())
     return Signal(gradient, noise, examples)
-
-
-def _slopes(rows: torch.Tensor, estimator: str) -> torch.Tensor:
-    """ε times each example's slope along each direction: of shape (points, B), (q, B)."""
-    if estimator == "two_sided":
-        return (rows[::2] - rows[1::2]) / 2
-    if estimator == "one_sided":
-        return rows[1:] - rows[0]
-    return (rows - rows.mean(0)) * len(rows) / (len(rows) - 1)

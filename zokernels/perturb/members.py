@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from zokernels.perturb.filling import Lane
 from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.points import Points
+from zokernels.perturb.replaced import replaced_forward
 from zokernels.perturb.weight import Entry, Misused, Unshareable
 
 _MARK = "_zokernels_rows"
@@ -113,26 +114,21 @@ def together(perturber: OnEntry, lanes: Sequence[Lane], rows: Rows) -> Iterator[
     Raises:
         RuntimeError: If a parameter was not perturbed in the forwards.
     """
-    for holder in perturber.holders:
-        raise RuntimeError(_apart(f"{type(holder).__name__} takes weights where nobody can watch"))
     base = getattr(perturber.model, "get_base_model", lambda: perturber.model)()
     models = list({id(m): m for m in (perturber.model, base)}.values())
-    before = [vars(m).get("forward") for m in models]
-    ran = False
-    with perturber.standing(lanes) as entry, rows, _unwarned(perturber.model):
-        shared = [_Forward(m, entry, rows) for m in models]
-        for m, forward in zip(models, shared, strict=True):
-            vars(m)["forward"] = forward
-        try:
+    try:
+        perturber.check_watched()
+        with contextlib.ExitStack() as stack:
+            entry = stack.enter_context(perturber.standing(lanes))
+            stack.enter_context(rows)
+            stack.enter_context(_unwarned(perturber.model))
+            shared = [_Forward(m, entry, rows) for m in models]
+            for m, forward in zip(models, shared, strict=True):
+                stack.enter_context(replaced_forward(m, forward))
             yield
-            ran = any(forward.ran for forward in shared)
-        except Unshareable as error:
-            raise RuntimeError(_apart(str(error))) from error
-        finally:
-            for m, own in zip(models, before, strict=True):
-                vars(m).pop("forward", None)
-                if own is not None:
-                    vars(m)["forward"] = own
+    except Unshareable as error:
+        raise RuntimeError(_apart(str(error))) from error
+    ran = any(forward.ran for forward in shared)
     if ran and (missed := perturber.unperturbed()) is not None:
         raise RuntimeError(
             _apart(f"parameter {missed!r} was not perturbed, since no operation asked for it")
@@ -194,6 +190,7 @@ class _Forward:
             except Misused:
                 raise
             except Exception as error:
+                # A member by itself tells whether it is the model's own error.
                 raise RuntimeError(_apart(str(error).strip().partition("\n")[0])) from error
             finally:
                 entry.points, rows.is_watching = None, True

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn
 
 from torch import nn
@@ -19,7 +19,7 @@ from zokernels.perturb import losses, operations  # noqa: F401  (they fill table
 from zokernels.perturb.direction import Direction
 from zokernels.perturb.filling import Filler, Lane
 from zokernels.perturb.hooks import Hooks
-from zokernels.perturb.weight import Disguise, Entry, Misused
+from zokernels.perturb.weight import Disguise, Entry, Misused, Unshareable
 
 
 class OnEntry:
@@ -57,11 +57,6 @@ class OnEntry:
     def seconds(self) -> float:
         """Time spent on noise."""
         return self._filler.seconds
-
-    @property
-    def holders(self) -> Iterable[nn.Module]:
-        """The modules that take their weights where nobody can watch."""
-        return self._hooks.holders
 
     @property
     def matrices(self) -> int:
@@ -154,6 +149,12 @@ class OnEntry:
     def unperturbed(self) -> str | None:
         """The name of a parameter that the forwards so far neither used nor filled, if any."""
         return next((self._names[i] for i in self._untouched()), None)
+
+    def check_watched(self) -> None:
+        """Raise Unshareable if a module takes its weights where nobody can watch."""
+        for holder in self._hooks.holders:
+            kind = type(holder).__name__
+            raise Unshareable(f"{kind} takes its weights where nobody can watch")
 
     def check_perturbed(self) -> None:
         """Raise RuntimeError if forwards ran, and a parameter was not perturbed in them."""

@@ -23,6 +23,7 @@ from zokernels.perturb.logits import PerturbedLogits
 from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.points import Points, is_about_points
 from zokernels.perturb.randomness import RandomState
+from zokernels.perturb.replaced import replaced_forward
 from zokernels.perturb.weight import Entry, Misused, Unshareable
 
 
@@ -51,9 +52,7 @@ class Paired(OnEntry):
             k = next((k for k, lane in enumerate(lanes) if lane is not None), 0)
             known[k] = self._run_alone(lanes[k], forward)
         try:
-            for holder in self.holders:
-                kind = type(holder).__name__
-                raise Unshareable(f"{kind} takes its weights where nobody can watch")
+            self.check_watched()
             return [float(loss) for loss in self.run_shared(lanes, forward)]
         except RuntimeError as error:
             if not (isinstance(error, Unshareable) or is_about_points(error)):
@@ -91,17 +90,12 @@ class Paired(OnEntry):
     @contextlib.contextmanager
     def _shared_forward(self, entry: Entry) -> Iterator[_SharedForward]:
         """The model's own forward replaced by one that all lanes share, inside the block."""
-        before = vars(self.model).get("forward")
         shared = _SharedForward(self.model, entry)
-        vars(self.model)["forward"] = shared
-        try:
-            yield shared
-        finally:
-            shared.end()
-            if before is None:
-                vars(self.model).pop("forward", None)
-            else:
-                vars(self.model)["forward"] = before
+        with replaced_forward(self.model, shared):
+            try:
+                yield shared
+            finally:
+                shared.end()
 
     def _give_up(self, why: str) -> None:
         self.off = why.strip().partition("\n")[0].rstrip(".")

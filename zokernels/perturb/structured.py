@@ -163,9 +163,8 @@ def _add_convolution(
 def _bias(entry: Entry, bias: Any) -> torch.Tensor | None:
     """What all lanes have in common as it is, or each lane's, with three dimensions."""
     if is_perturbed(bias):
-        own = [b for (b,) in resolve(bias) if b is not None]
-        if len(own) == 1:
-            return own[0]
+        if entry.count == 1:
+            return resolve(bias)[0][0]
         each = together(bias)
     else:
         known = None if bias is None or entry.points is None else entry.points.whole(bias)

@@ -86,7 +86,7 @@ def probe(
         progress = _silent
     group = opt.param_groups[0]
     _check(opt)
-    labels = None if groups is None else label(opt.model, groups)
+    labels = {} if groups is None else label(opt.model, groups)
     total = 0
 
     def told(done: int) -> None:
@@ -102,7 +102,7 @@ def probe(
         weights = {"all": _size(site.groups)}
         parts = []
         for place, name in enumerate(names, 1):
-            chosen = site.part(lambda p, name=name: labels[id(p)] == name)  # type: ignore
+            chosen = site.part({i for i, own in labels.items() if own == name})
             weights[name] = _size(chosen)
             parts.append(Part.of(name, weights[name], run.rounds(chosen, of_each, place)))
         whole = Part.of("all", weights["all"], rounds)
@@ -212,9 +212,9 @@ def _check(opt: ZOOptimizer) -> None:
             )
 
 
-def _names(site: Site, labels: dict[int, str] | None) -> list[str]:
-    """The labels of what is trained, in the order of the parameters; none for a single one."""
-    if labels is None:
+def _names(site: Site, labels: dict[int, str]) -> list[str]:
+    """The labels of what is trained, in the order of the parameters; none without labels."""
+    if not labels:
         return []
     found = [labels[id(g["params"][i])] for g, chosen in site.groups for i in chosen]
     return list(dict.fromkeys(found))

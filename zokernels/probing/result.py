@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from zokernels.probing.advice import RULES, Rule
 from zokernels.probing.ladder import TOLERANCE, Rung
@@ -64,6 +64,7 @@ class Probe:
     ``docs/tune.md`` has the formulas, and what they assume.
 
     Attributes:
+        tolerance: By which share of itself a slope may differ from a neighbour's, to agree.
         eps: The optimizer's ε, at which all was measured.
         forwards: How many forwards it took, one a point.
         loss: The loss at the weights as they are.
@@ -86,6 +87,8 @@ class Probe:
         rule: What of the optimizer decides its rates.
         rounds: What each round of forwards gave.
     """
+
+    tolerance: ClassVar[float] = TOLERANCE
 
     eps: float
     forwards: int
@@ -116,11 +119,14 @@ class Probe:
         Raises:
             ValueError: If no rate is given and none was advised, or nothing follows for the rule.
         """
-        if lr is None and self.rate is None:
+        if lr is not None:
+            at = lr
+        elif self.rate is not None:
+            at = self.rate.value
+        else:
             raise ValueError(f"No rate was advised ({self.why}), so give one: probe.fall(100, lr).")
         if self.rule.why_not is not None:
             raise ValueError(f"There is no fall to tell of: {self.rule.why_not}.")
-        at = lr if lr is not None else self.rate.value  # type: ignore[union-attr]
         return number(self.rounds, lambda m: self.rule.fall(m, at)).times(steps)
 
     def __str__(self) -> str:

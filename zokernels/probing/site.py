@@ -72,9 +72,9 @@ class Site:
         finally:
             opt._is_stepping = False
 
-    def part(self, wanted: Callable[[torch.nn.Parameter], bool]) -> Chosen:
-        """The param groups with the positions of those trained parameters that are wanted."""
-        found = [(g, [i for i in c if wanted(g["params"][i])]) for g, c in self.groups]
+    def part(self, wanted: set[int]) -> Chosen:
+        """The param groups with the positions of those trained parameters that have these ids."""
+        found = [(g, [i for i in c if id(g["params"][i]) in wanted]) for g, c in self.groups]
         return [(g, chosen) for g, chosen in found if chosen]
 
     def perturber(self, groups: Chosen) -> InPlace | OnEntry:

@@ -146,11 +146,9 @@ class Trajectory:
             elif kind == form.MOMENTS:
                 self._moments = form.unpack_moments(payload)
             elif kind == form.STEP:
-                step, self._moments = (
-                    replace(form.unpack_step(payload, self.wide), moments=self._moments),
-                    (),
-                )
-                self._add(step)
+                step = form.unpack_step(payload, self.wide)
+                self._add(replace(step, moments=self._moments))
+                self._moments = ()
             elif kind == form.SKIP:
                 self._add(form.unpack_skip(payload))
             else:

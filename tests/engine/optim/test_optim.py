@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import bits
+from textbook import FORWARDS
 from torch import nn
 
 import zokernels as zk
@@ -169,17 +170,7 @@ def test_tied_weights_once_frozen_never_and_equal_shapes_apart(mode):
 
 
 @pytest.mark.parametrize("mode", APART)
-@pytest.mark.parametrize(
-    "estimator, queries, calls",
-    [
-        ("two_sided", 1, 2),
-        ("two_sided", 3, 6),
-        ("one_sided", 1, 2),
-        ("one_sided", 4, 5),
-        ("population", 2, 2),
-        ("population", 5, 5),
-    ],
-)
+@pytest.mark.parametrize("estimator, queries, calls", FORWARDS)
 def test_forwards_a_step(mode, estimator, queries, calls):
     model, (x, y) = Small(), batch()
     opt = zk.ZOSGD(model, num_queries=queries, estimator=estimator, perturb=mode)

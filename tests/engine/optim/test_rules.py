@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import bits
 from test_optim import Small, batch, state, unchanged
-from textbook import Conservative, Textbook, adam, momentum, sgd, sign
+from textbook import FORWARDS, Conservative, Textbook, adam, momentum, sgd, sign
 from torch import nn
 
 import zokernels as zk
@@ -106,18 +106,7 @@ def check(opt, model, book, twin, steps):
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize(
-    "estimator, queries, calls",
-    [
-        ("two_sided", 1, 2),
-        ("two_sided", 3, 6),
-        ("one_sided", 1, 2),
-        ("one_sided", 4, 5),
-        ("population", 2, 2),
-        ("population", 5, 5),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize("estimator, queries, calls", FORWARDS, ids=str)
 def test_forwards_a_step(name, estimator, queries, calls):
     model, seen = Odd(torch.float32), []
     opt = RULES[name][0](model, num_queries=queries, estimator=estimator)

@@ -9,6 +9,12 @@ import torch
 import zokernels as zk
 from zokernels.estimators import derive_seed
 
+# Estimator, directions, and how many forwards a step of them takes.
+FORWARDS = [
+    ("two_sided", 1, 2), ("two_sided", 3, 6), ("one_sided", 1, 2), ("one_sided", 4, 5),
+    ("population", 2, 2), ("population", 5, 5),
+]  # fmt: skip
+
 
 def fma(c, x, acc):
     if acc.dtype is torch.float64:
