@@ -81,7 +81,7 @@ CELLS: dict[str, Cell] = {
     "minilm pairs": Cell("minilm", _rates(3e-5), PAIRS),
     "minilm population 8": Cell("minilm", _rates(1e-4), population(8)),
     "minilm population 16": Cell("minilm", _rates(3e-4), population(16)),
-    "minilm population 16 std": Cell("minilm", _rates(1e-3), population(16, normalize="std")),
+    "minilm population 16 std": Cell("minilm", _rates(1e-3, 4), population(16, normalize="std")),
     "minilm pairs ema": Cell("minilm", _rates(1e-4), PAIRS | dict(normalize="ema")),
     "minilm fzoo": Cell(
         "minilm",
