@@ -21,6 +21,7 @@ import torch
 
 from bench.trial import Trial
 from zokernels.lab.benchmarks import machine, results
+from zokernels.lab.cli import quickstart
 from zokernels.lab.tasks import data, evaluate
 from zokernels.lab.tasks.history import Accuracy
 from zokernels.lab.tasks.models import quiet
@@ -29,8 +30,8 @@ from zokernels.lab.tasks.settings import Settings
 RESULTS = results.FOLDER / "estimates.csv"
 KEYS = ("cell", "lr", "seed", "forwards")
 COLUMNS = (
-    *machine.COLUMNS, "model", "task", "scheme", "optimizer", "dist", "estimator", "queries",
-    "normalize", "eps", *KEYS, "loss_before", "loss_after", "loss_error", "dev_before",
+    *machine.COLUMNS, "model", "task", "scheme", "train_only", "optimizer", "dist", "estimator",
+    "queries", "normalize", "eps", *KEYS, "loss_before", "loss_after", "loss_error", "dev_before",
     "dev_after", "dev_error", "seconds",
 )  # fmt: skip
 SEEDS = (0, 1, 2)
@@ -76,6 +77,8 @@ def _rates(first: float, count: int = 3) -> tuple[float, ...]:
 
 
 _LORA = dict(scheme="lora", eps=1e-2)
+# What the quickstart trains.
+_BIASES = {key: quickstart.SETTINGS[key] for key in ("train_only", "perturb", "dist")}
 CELLS: dict[str, Cell] = {
     # All weights, along normals.
     "minilm pairs": Cell("minilm", _rates(3e-5), PAIRS),
@@ -101,6 +104,15 @@ CELLS: dict[str, Cell] = {
     "minilm lora population 16 std": Cell(
         "minilm", _rates(1e-3), _LORA | population(16, normalize="std")
     ),
+    # A few biases.
+    "minilm biases pairs": Cell("minilm", _rates(1e-2), _BIASES | PAIRS),
+    "minilm biases one-sided 8": Cell(
+        "minilm", _rates(3e-2), _BIASES | dict(estimator="one_sided", num_queries=8)
+    ),
+    "minilm biases population 16": Cell("minilm", _rates(1e-1), _BIASES | population(16)),
+    "minilm biases population 16 std": Cell(
+        "minilm", _rates(3e-2, 4), _BIASES | population(16, normalize="std")
+    ),
     # Other rules, and the ceiling by backpropagation.
     "minilm zo-adam pairs": Cell("minilm", _rates(1e-4), PAIRS | dict(optimizer="zo-adam")),
     "minilm zo-adam population 16": Cell(
@@ -112,6 +124,9 @@ CELLS: dict[str, Cell] = {
     "stories population 16": Cell("stories", _rates(3e-4, 4), population(16)),
     "stories population 16 std": Cell("stories", _rates(1e-3, 4), population(16, normalize="std")),
     "stories fo-adam": Cell("stories", _rates(3e-4), dict(optimizer="fo-adam")),
+    "stories rank1 population 16": Cell(
+        "stories", _rates(3e-4, 4), population(16, dist="rank1")
+    ),
     "gemma pairs": Cell("gemma", _rates(1e-6), PAIRS | dict(dist="rank1")),
     "gemma population 8": Cell("gemma", _rates(3e-6), population(8, dist="rank1")),
     "gemma population 16": Cell("gemma", _rates(1e-5), population(16, dist="rank1")),

@@ -58,7 +58,8 @@ class Trial:
             "normalize": s.normalize or "", "eps": s.eps,
         }  # fmt: skip
         return {
-            "model": s.title, "task": s.task, "scheme": s.scheme, "optimizer": s.optimizer,
+            "model": s.title, "task": s.task, "scheme": s.scheme, "train_only": s.train_only or "",
+            "optimizer": s.optimizer,
             **(dict.fromkeys(own, "") if self.by_backward else own),
         }  # fmt: skip
 

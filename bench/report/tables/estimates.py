@@ -24,7 +24,7 @@ def gain(rows: Sequence[Row]) -> str:
     populations = [
         at_best(own)
         for name, own in cells.items()
-        if name.startswith("minilm") and "population" in name and own[0]["scheme"] == "full"
+        if name.startswith("minilm") and "population" in name and _of_all_weights(own[0])
     ]
     # Of those with all their seeds.
     best = min(populations, key=lambda own: (-len(own), _mean_of(own)))
@@ -44,6 +44,10 @@ def at_best(own: Sequence[Row]) -> list[Row]:
     """The runs of a cell at the best rate of its grid, by the first seed."""
     best = min((row for row in own if row["seed"] == "0"), key=_loss)["lr"]
     return [row for row in own if row["lr"] == best]
+
+
+def _of_all_weights(row: Row) -> bool:
+    return row["scheme"] == "full" and not row["train_only"]
 
 
 def _mean_of(rows: Sequence[Row]) -> float:
