@@ -24,9 +24,9 @@ RESULTS = results.FOLDER / "advice.csv"
 KEYS = ("cell", "forwards")
 COLUMNS = (
     *machine.COLUMNS, "model", "task", "scheme", "train_only", "optimizer", "dist", "estimator",
-    "queries", "normalize", "eps", *KEYS, "squared_gradient", "squared_gradient_error", "mean_square",
-    "mean_square_error", "curvature", "curvature_error", "largest", "best", "best_error",
-    "advised", "why",
+    "queries", "normalize", "eps", *KEYS, "squared_gradient", "squared_gradient_error",
+    "mean_square", "mean_square_error", "curvature", "curvature_error", "largest", "best",
+    "best_error", "advised", "why",
 )  # fmt: skip
 SEED = 1 << 40
 

@@ -124,9 +124,7 @@ CELLS: dict[str, Cell] = {
     "stories population 16": Cell("stories", _rates(3e-4, 4), population(16)),
     "stories population 16 std": Cell("stories", _rates(1e-3, 4), population(16, normalize="std")),
     "stories fo-adam": Cell("stories", _rates(3e-4), dict(optimizer="fo-adam")),
-    "stories rank1 population 16": Cell(
-        "stories", _rates(3e-4, 4), population(16, dist="rank1")
-    ),
+    "stories rank1 population 16": Cell("stories", _rates(3e-4, 4), population(16, dist="rank1")),
     "gemma pairs": Cell("gemma", _rates(1e-6), PAIRS | dict(dist="rank1")),
     "gemma population 8": Cell("gemma", _rates(3e-6), population(8, dist="rank1")),
     "gemma population 16": Cell("gemma", _rates(1e-5), population(16, dist="rank1")),
