@@ -1,7 +1,8 @@
 """What a model learns by each estimate from as many forwards: ``python -m bench.estimates NAME…``.
 
-A cell is a model, a task, what is trained and how its gradient is estimated. Each is run at the
-rates of its grid with one seed, and at the best of them by the held-out loss with two seeds more.
+A cell is a model, a task, what is trained and how its gradient is estimated. Each is run with one
+seed at rates half a decade apart, until the best by the held-out loss has a neighbour on either
+side, and at the best with two seeds more.
 The measure is the mean loss of 400 training examples that are never trained on, since accuracy on
 the dev examples moves by chance; that is there too, with its error. Rows go to
 `results/estimates.csv` as they come, and what is there already is not run again. A backward counts
@@ -11,6 +12,7 @@ as two forwards.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from dataclasses import dataclass, field
@@ -66,18 +68,15 @@ def population(count: int, **more: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell of the study: the name of its model, its rates, and its settings."""
+    """A cell of the study: the name of its model, the first rate of its grid, its settings."""
 
     model: str
-    rates: tuple[float, ...]
+    rate: float
     settings: dict[str, Any] = field(default_factory=dict)
 
 
-def _rates(first: float, count: int = 3) -> tuple[float, ...]:
-    """So many rates, half a decade apart."""
-    digits = [f"{m}e{e}" for e in range(-8, 2) for m in (1, 3)]
-    at = digits.index(f"{first:.0e}".replace("e-0", "e-").replace("e+00", "e0"))
-    return tuple(map(float, digits[at : at + count]))
+# Of every grid, half a decade apart.
+RATES = tuple(float(f"{m}e{e}") for e in range(-8, 2) for m in (1, 3))
 
 
 _LORA = dict(scheme="lora", eps=1e-2)
@@ -85,62 +84,56 @@ _LORA = dict(scheme="lora", eps=1e-2)
 _BIASES = {key: quickstart.SETTINGS[key] for key in ("train_only", "perturb", "dist")}
 CELLS: dict[str, Cell] = {
     # All weights, along normals.
-    "minilm pairs": Cell("minilm", _rates(3e-5), PAIRS),
-    "minilm population 8": Cell("minilm", _rates(1e-4), population(8)),
-    "minilm population 16": Cell("minilm", _rates(3e-4), population(16)),
-    "minilm population 16 std": Cell("minilm", _rates(1e-3, 4), population(16, normalize="std")),
-    "minilm pairs ema": Cell("minilm", _rates(1e-4), PAIRS | dict(normalize="ema")),
+    "minilm pairs": Cell("minilm", 1e-4, PAIRS),
+    "minilm population 8": Cell("minilm", 3e-4, population(8)),
+    "minilm population 16": Cell("minilm", 1e-3, population(16)),
+    "minilm population 16 std": Cell("minilm", 3e-3, population(16, normalize="std")),
+    "minilm pairs ema": Cell("minilm", 3e-4, PAIRS | dict(normalize="ema")),
     "minilm fzoo": Cell(
         "minilm",
-        _rates(3e-4),
+        1e-3,
         dict(estimator="one_sided", num_queries=8, normalize="std", dist="rademacher"),
     ),
     # Along directions of rank one.
-    "minilm rank1 pairs": Cell("minilm", _rates(3e-5), PAIRS | dict(dist="rank1")),
-    "minilm rank1 population 8": Cell("minilm", _rates(1e-4), population(8, dist="rank1")),
-    "minilm rank1 population 16": Cell("minilm", _rates(3e-4), population(16, dist="rank1")),
+    "minilm rank1 pairs": Cell("minilm", 1e-4, PAIRS | dict(dist="rank1")),
+    "minilm rank1 population 8": Cell("minilm", 3e-4, population(8, dist="rank1")),
+    "minilm rank1 population 16": Cell("minilm", 1e-3, population(16, dist="rank1")),
     "minilm rank1 population 16 std": Cell(
-        "minilm", _rates(1e-3), population(16, normalize="std", dist="rank1")
+        "minilm", 3e-3, population(16, normalize="std", dist="rank1")
     ),
     # Adapters.
-    "minilm lora pairs": Cell("minilm", _rates(1e-3), _LORA | PAIRS),
-    "minilm lora population 16": Cell("minilm", _rates(1e-2), _LORA | population(16)),
-    "minilm lora population 16 std": Cell(
-        "minilm", _rates(1e-3), _LORA | population(16, normalize="std")
-    ),
+    "minilm lora pairs": Cell("minilm", 3e-3, _LORA | PAIRS),
+    "minilm lora population 16": Cell("minilm", 3e-2, _LORA | population(16)),
+    "minilm lora population 16 std": Cell("minilm", 3e-3, _LORA | population(16, normalize="std")),
     # A few biases.
-    "minilm biases pairs": Cell("minilm", _rates(1e-2), _BIASES | PAIRS),
+    "minilm biases pairs": Cell("minilm", 3e-2, _BIASES | PAIRS),
     "minilm biases one-sided 8": Cell(
-        "minilm", _rates(3e-2), _BIASES | dict(estimator="one_sided", num_queries=8)
+        "minilm", 0.1, _BIASES | dict(estimator="one_sided", num_queries=8)
     ),
-    "minilm biases population 16": Cell("minilm", _rates(1e-1), _BIASES | population(16)),
+    "minilm biases population 16": Cell("minilm", 0.3, _BIASES | population(16)),
     "minilm biases population 16 std": Cell(
-        "minilm", _rates(3e-2, 4), _BIASES | population(16, normalize="std")
+        "minilm", 0.1, _BIASES | population(16, normalize="std")
     ),
     # Other rules, and the ceiling by backpropagation.
-    "minilm zo-adam pairs": Cell("minilm", _rates(1e-4), PAIRS | dict(optimizer="zo-adam")),
-    "minilm zo-adam population 16": Cell(
-        "minilm", _rates(1e-4), population(16, optimizer="zo-adam")
-    ),
-    "minilm fo-sgd": Cell("minilm", _rates(3e-3), dict(optimizer="fo-sgd")),
-    "minilm fo-adam": Cell("minilm", _rates(1e-5), dict(optimizer="fo-adam")),
-    "stories pairs": Cell("stories", _rates(3e-5, 4), PAIRS),
-    "stories population 16": Cell("stories", _rates(3e-4, 4), population(16)),
-    "stories population 16 std": Cell("stories", _rates(1e-3, 4), population(16, normalize="std")),
-    "stories fo-adam": Cell("stories", _rates(3e-4), dict(optimizer="fo-adam")),
-    "stories rank1 population 16": Cell("stories", _rates(3e-4, 4), population(16, dist="rank1")),
-    "gemma pairs": Cell("gemma", _rates(1e-6), PAIRS | dict(dist="rank1")),
-    "gemma population 8": Cell("gemma", _rates(3e-6), population(8, dist="rank1")),
-    "gemma population 16": Cell("gemma", _rates(1e-5), population(16, dist="rank1")),
-    "gemma population 16 std": Cell(
-        "gemma", _rates(3e-5), population(16, normalize="std", dist="rank1")
-    ),
-    "gemma lora population 16": Cell("gemma", _rates(1e-3), _LORA | population(16)),
-    "gemma lora pairs": Cell("gemma", _rates(1e-4), _LORA | PAIRS),
-    "gemma fo-adam": Cell("gemma", _rates(3e-6), dict(optimizer="fo-adam")),
-    "gemma trec pairs": Cell("gemma trec", _rates(1e-6), PAIRS | dict(dist="rank1")),
-    "gemma trec population 16": Cell("gemma trec", _rates(1e-5), population(16, dist="rank1")),
-    "gemma trec fo-adam": Cell("gemma trec", _rates(3e-6), dict(optimizer="fo-adam")),
+    "minilm zo-adam pairs": Cell("minilm", 3e-4, PAIRS | dict(optimizer="zo-adam")),
+    "minilm zo-adam population 16": Cell("minilm", 3e-4, population(16, optimizer="zo-adam")),
+    "minilm fo-sgd": Cell("minilm", 1e-2, dict(optimizer="fo-sgd")),
+    "minilm fo-adam": Cell("minilm", 3e-5, dict(optimizer="fo-adam")),
+    "stories pairs": Cell("stories", 1e-4, PAIRS),
+    "stories population 16": Cell("stories", 1e-3, population(16)),
+    "stories population 16 std": Cell("stories", 3e-3, population(16, normalize="std")),
+    "stories fo-adam": Cell("stories", 1e-3, dict(optimizer="fo-adam")),
+    "stories rank1 population 16": Cell("stories", 1e-3, population(16, dist="rank1")),
+    "gemma pairs": Cell("gemma", 3e-6, PAIRS | dict(dist="rank1")),
+    "gemma population 8": Cell("gemma", 1e-5, population(8, dist="rank1")),
+    "gemma population 16": Cell("gemma", 3e-5, population(16, dist="rank1")),
+    "gemma population 16 std": Cell("gemma", 1e-4, population(16, normalize="std", dist="rank1")),
+    "gemma lora population 16": Cell("gemma", 3e-3, _LORA | population(16)),
+    "gemma lora pairs": Cell("gemma", 3e-4, _LORA | PAIRS),
+    "gemma fo-adam": Cell("gemma", 1e-5, dict(optimizer="fo-adam")),
+    "gemma trec pairs": Cell("gemma trec", 3e-6, PAIRS | dict(dist="rank1")),
+    "gemma trec population 16": Cell("gemma trec", 3e-5, population(16, dist="rank1")),
+    "gemma trec fo-adam": Cell("gemma trec", 1e-5, dict(optimizer="fo-adam")),
 }
 
 
@@ -157,12 +150,16 @@ class CellTrial(Trial):
         self.before: tuple[torch.Tensor, Accuracy] | None = None
 
     def run(self, lr: float, seed: int, forwards: int) -> dict[str, Any]:
-        """One training run from the model as it was published."""
+        """One training run from the model as it was published; what destroys it has no loss."""
         self.begin()
         if self.before is None:
             self.before = self.losses(), evaluate.accuracy(self.scorer, self.dev)
-        seconds = self.train(lr, seed, forwards)
-        losses, dev = self.losses(), evaluate.accuracy(self.scorer, self.dev)
+        try:
+            seconds = self.train(lr, seed, forwards)
+            losses = self.losses()
+        except FloatingPointError:
+            seconds, losses = math.nan, torch.full_like(self.before[0], math.nan)
+        dev = evaluate.accuracy(self.scorer, self.dev)
         # Of the difference: examples that are hard are so before and after.
         change = losses - self.before[0]
         return {
@@ -186,18 +183,20 @@ def folder_of(name: str, data: Path) -> Path:
 
 def missing(name: str, cell: Cell, forwards: int) -> tuple[float, int] | None:
     """The rate and the seed of a cell's next run: its grid first, then more seeds of its best."""
-    rows = [
-        row
+    found = {
+        (float(row["lr"]), int(row["seed"])): float(row["loss_after"])
         for row in (results.read(RESULTS) if RESULTS.exists() else [])
         if row["cell"] == name and int(row["forwards"]) == forwards
-    ]
-    found = {(float(r["lr"]), int(r["seed"])): float(r["loss_after"]) for r in rows}
-    grid = [lr for lr in cell.rates if (lr, 0) not in found]
-    if grid:
-        return grid[0], 0
+    }
     # A run that was destroyed has a loss that is none.
-    finite = {lr: found[lr, 0] for lr in cell.rates if found[lr, 0] == found[lr, 0]}
-    best = min(finite, key=finite.__getitem__)
+    grid = {
+        lr: loss if math.isfinite(loss) else math.inf for (lr, s), loss in found.items() if not s
+    }
+    best = min(grid, key=grid.__getitem__, default=cell.rate)
+    at = RATES.index(best)
+    for lr in (best, *RATES[at - 1 : at + 2]):
+        if lr not in grid:
+            return lr, 0
     return next(((best, seed) for seed in SEEDS if (best, seed) not in found), None)
 
 
@@ -219,11 +218,7 @@ def main(arguments: list[str] | None = None) -> int:
                 break
             if trial is None:
                 trial = CellTrial(name, folder_of(name, options.data))
-            try:
-                row = trial.run(lr, seed, forwards)
-            except FloatingPointError:
-                print(f"{name} lr {lr:g} seed {seed}: no finite loss", flush=True)
-                return 1
+            row = trial.run(lr, seed, forwards)
             results.append(RESULTS, COLUMNS, [row])
             print(*(row[k] for k in (*KEYS, "loss_before", "loss_after", "dev_after", "seconds")))
             sys.stdout.flush()
