@@ -201,7 +201,14 @@ def deviation(numbers: Sequence[float]) -> float:
 
 
 def mean(numbers: Sequence[Any]) -> Any:
-    """The mean, summed in order: `sum` of newer Pythons and a device have other last bits."""
+    """The mean, summed in order: `sum` of newer Pythons and a device have other last bits.
+
+    That of equal numbers is that number. Their rounded sum over their count may be another one, and
+    what is left of rewards that are all the same would, over its own deviation, be a step.
+    """
+    first = numbers[0]
+    if isinstance(first, float) and all(x == first for x in numbers):
+        return first
     return _sum(numbers) / len(numbers)
 
 

@@ -20,7 +20,7 @@ from zokernels import ops
 from zokernels.backends import checks, deferred
 from zokernels.backends.plan import AddNoise, Pass, bits32, signed
 from zokernels.estimators import points_of
-from zokernels.graphs.scale import Scaled, Scaler, total
+from zokernels.graphs.scale import Scaled, Scaler, mean
 from zokernels.optim import ZOSGD
 from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import Chosen, moment_of
@@ -149,7 +149,7 @@ class StepNumbers:
         elif self.estimator == "one_sided":
             differences = wide[1:] - wide[0]
         else:
-            differences = (wide - total(wide) / self._losses) * self._count / (self._count - 1)
+            differences = (wide - mean(wide, self._losses)) * self._count / (self._count - 1)
         given = self._given.section("moments").view(torch.float64).reshape(-1, 2)
         moments = torch.where(self._given.section("told") != 0, given, self._moments)
         scaled = [self._scaled(g, differences, moments[g]) for g in range(len(self.groups))]
@@ -167,7 +167,7 @@ class StepNumbers:
         self._moments.copy_(torch.where(finite, after, moments))
         self.outcome.copy_(torch.cat([wide, finite.to(torch.float64).reshape(1)]))
         one_sided = self.estimator == "one_sided"
-        self.loss.copy_(wide[0] if one_sided else total(wide) / self._losses)
+        self.loss.copy_(wide[0] if one_sided else mean(wide, self._losses))
 
     def _scaled(self, g: int, differences: torch.Tensor, moment: torch.Tensor) -> Scaled:
         eps = self._given.section("eps").view(torch.float64)[g]

@@ -44,7 +44,7 @@ class Scaler:
     def __call__(self, gradients: torch.Tensor, moment: torch.Tensor) -> Scaled:
         """Of float64: the dₖ, shape (q,), and the running mean as it was, shape (2,)."""
         if self._most is not None or self.normalize == "ema":
-            square = total(gradients * gradients) / self._count
+            square = mean(gradients * gradients, self._count)
             grown = self._beta * moment[0] + self._rest * square
             moment = torch.stack([grown, self._beta * moment[1] + self._rest])
         if self._most is not None:
@@ -52,7 +52,7 @@ class Scaler:
             gradients = gradients.clamp(-most, most)
         divisor = self._one
         if self.normalize == "std":
-            apart = gradients - total(gradients) / self._count
+            apart = gradients - mean(gradients, self._count)
             divisor = (total(apart * apart) / self._fewer).sqrt()
         elif self.normalize == "ema":
             divisor = self._root(moment)
@@ -60,6 +60,12 @@ class Scaler:
 
     def _root(self, moment: torch.Tensor) -> torch.Tensor:
         return (moment[0] / moment[1]).sqrt()
+
+
+def mean(numbers: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+    """`zokernels.estimators.mean`, with the count on the device."""
+    same = (numbers == numbers[0]).all()
+    return torch.where(same, numbers[0], total(numbers) / count)
 
 
 def total(numbers: torch.Tensor) -> torch.Tensor:

@@ -203,6 +203,30 @@ def test_a_deviation_of_zero_makes_no_step_and_is_said_once(options, losses, mea
     assert not any(t.any() for s in opt.state.values() for t in s.values())
 
 
+# Of 1.0 every sum and quotient is exact, and so a test with it saw no fault; these are not.
+ALIKE = [(0.1, 8), (0.3, 3), (0.7, 32), (1 / 3, 7), (0.4328188896179199, 8)]
+
+
+@pytest.mark.parametrize("normalize", ["std", "ema"])
+@pytest.mark.parametrize("rule", [zk.ZOSGD, zk.ZOSGDSign, zk.ZOAdam])
+@pytest.mark.parametrize(("value", "count"), ALIKE)
+def test_members_with_the_same_reward_make_no_step_whatever_it_is(rule, value, count, normalize):
+    model = Line(torch.float32)
+    start = model.weight.detach().clone()
+    options = dict(lr=1e-3, perturb="in_place", normalize=normalize, num_queries=count)
+    opt = rule(model, eps=1e-2, estimator="population", **options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        opt.ask()
+        opt.tell([value] * count)
+        assert torch.equal(model.weight, start) and opt.flat_steps == 1
+        # They agree with each other and not with the base.
+        opt = rule(model, eps=3e-3, estimator="one_sided", **options | dict(normalize="std"))
+        opt.ask()
+        opt.tell([0.9859191179275513, *[value] * count])
+    assert torch.equal(model.weight, start) and opt.flat_steps == 1
+
+
 def test_a_flat_step_is_recorded_and_gone_on_from(tmp_path):
     model = Line(torch.float32)
     opt = zk.ZOSGD(
