@@ -11,7 +11,16 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from zokernels.estimators import Point
 from zokernels.optim.forward import same_randomness
-from zokernels.perturb import Direction, InPlace, Move, OnEntry, RandomState, Rows, together
+from zokernels.perturb import (
+    Direction,
+    InPlace,
+    Move,
+    OnEntry,
+    RandomState,
+    Rows,
+    is_plain_list,
+    together,
+)
 
 
 class Member:
@@ -69,6 +78,7 @@ class Population:
         self._params = [g["params"][i] for g, chosen in optimizer._chosen(None) for i in chosen]
         self.members = [Member(self, k, point) for k, point in enumerate(points)]
         self._random = RandomState(p.device for p in self._params)
+        self._asked = self._settings()
         self._rows: Rows | None = None
         self._open: contextlib.ExitStack | None = None
 
@@ -108,8 +118,8 @@ class Population:
         """The batch for all members: every tensor's rows, once for each member.
 
         Args:
-            batch: Tensors with one row an example, in dicts, lists and tuples; what a tokenizer
-                gives.
+            batch: Tensors with one row an example, and lists of as many texts or numbers, in dicts,
+                lists and tuples; what a tokenizer gives.
 
         Returns:
             The same with ``len(population)`` times as many rows, member by member. Of these, and of
@@ -129,29 +139,53 @@ class Population:
         """What belongs to each member.
 
         Args:
-            outputs: Tensors with the rows of all members, or one number a member, in dicts, lists,
-                tuples and outputs of transformers.
+            outputs: Tensors with the rows of all members, lists of as many texts or numbers, or one
+                number a member; in dicts, lists, tuples and outputs of transformers.
 
         Returns:
             One such a member.
 
         Raises:
-            ValueError: If a tensor's rows can't be shared out.
+            ValueError: If the rows can't be shared out, or are not those of one member after the
+                other.
         """
-        leaves, kind = tree_flatten(outputs)
+        leaves, kind = tree_flatten(outputs, is_leaf=is_plain_list)
         parts = [self._parts(leaf) for leaf in leaves]
         return [tree_unflatten([own[k] for own in parts], kind) for k in range(len(self))]
 
     def _parts(self, t: Any) -> list[Any]:
         count = len(self)
-        if not isinstance(t, torch.Tensor) or not t.dim():
+        if not isinstance(t, list) and (not isinstance(t, torch.Tensor) or not t.dim()):
             return [t] * count
         if len(t) % count:
             raise ValueError(
-                f"split() got a tensor of {len(t)} rows for {count} members; give what was made of "
-                "population.repeat(batch)."
+                f"split() got a {type(t).__name__.lower()} of {len(t)} rows for {count} members; "
+                "give what was made of population.repeat(batch)."
             )
-        return list(t.unflatten(0, (count, -1)).unbind())
+        if self._rows is not None and self._rows.is_out_of_order(t):
+            raise ValueError(
+                "split() got rows that were put in another order than population.repeat(batch) "
+                "has them in, member by member; put them back, or split first."
+            )
+        size = len(t) // count
+        return [t[k * size : (k + 1) * size] for k in range(count)]
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides about the points, as it is now."""
+        groups = self._optimizer.param_groups
+        names = ("seed", "step", "num_queries", "estimator", "dist")
+        return {name: groups[0][name] for name in names} | {"eps": [g["eps"] for g in groups]}
+
+    def check_asked(self) -> None:
+        """Raise RuntimeError where another step would be made of what these members say."""
+        now = self._settings()
+        if changed := [name for name, was in self._asked.items() if was != now[name]]:
+            first = changed[0]
+            raise RuntimeError(
+                f"{first} is {now[first]} and was {self._asked[first]} when these members were "
+                "asked for, so that their losses are of another step: change settings, and load a "
+                "state, before opt.ask() or after opt.tell(). Ask again."
+            )
 
     def _lanes(self, points: Sequence[Point]) -> list[Direction | None]:
         opt = self._optimizer
@@ -171,6 +205,7 @@ class Population:
                 "These members are of a step that was told or asked for again; take those of "
                 "opt.ask()."
             )
+        self.check_asked()
         opt._refuse_inside()
         stack.enter_context(torch.no_grad())
         stack.enter_context(opt._perturbers.forwards())

@@ -11,16 +11,17 @@ from zokernels.perturb.context import perturbed
 from zokernels.perturb.deferred import DeferredDirection
 from zokernels.perturb.direction import Direction, Move
 from zokernels.perturb.in_place import InPlace
-from zokernels.perturb.members import Rows, together
+from zokernels.perturb.members import together
 from zokernels.perturb.modes import MODES, choose_mode, is_compiled
 from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.paired import Paired
 from zokernels.perturb.randomness import RandomState
+from zokernels.perturb.rows import Rows, is_plain_list
 from zokernels.perturb.tangents import CarryingTangents, directions
 from zokernels.perturb.weight import Misused
 
 __all__ = [
     "MODES", "CarryingTangents", "DeferredDirection", "Direction", "InPlace", "Misused", "Move",
     "OnEntry", "Paired", "RandomState", "Rows", "choose_mode", "directions", "is_compiled",
-    "perturbed", "together",
+    "is_plain_list", "perturbed", "together",
 ]  # fmt: skip

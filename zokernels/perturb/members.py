@@ -2,109 +2,27 @@
 
 A batch that is repeated member by member has the rows of the k-th member in its k-th part. Outside
 of the model's forward they are rows like any others, so that a loop such as ``generate`` decides
-about each; inside they are points (`zokernels.perturb.points`), of which the model sees one. What
-is such rows is known by data flow: what an operation makes of some, of as many rows. A model's
-cache holds rows between forwards.
+about each; inside they are points (`zokernels.perturb.points`), of which the model sees one. A
+model's cache holds rows between forwards. What is such rows, `zokernels.perturb.rows` knows.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from zokernels.perturb.filling import Lane
 from zokernels.perturb.on_entry import OnEntry
 from zokernels.perturb.points import Points
 from zokernels.perturb.replaced import replaced_forward
+from zokernels.perturb.rows import Rows
 from zokernels.perturb.weight import Entry, Misused, Unshareable
-
-_MARK = "_zokernels_rows"
-
-
-class Rows(TorchFunctionMode):
-    """Knows the tensors whose rows are the members', one member after the other.
-
-    Args:
-        count: Number of members.
-    """
-
-    def __init__(self, count: int):
-        super().__init__()
-        self.count = count
-        self.is_watching = True
-
-    def mark(self, t: torch.Tensor) -> torch.Tensor:
-        """A tensor of rows, known as such from here on."""
-        setattr(t, _MARK, self)
-        return t
-
-    def has(self, t: Any) -> bool:
-        """Whether a tensor is such rows."""
-        return isinstance(t, torch.Tensor) and vars(t).get(_MARK) is self
-
-    def repeat(self, batch: Any) -> Any:
-        """The batch once for each member; see `zokernels.optim.asking.Population.repeat`."""
-        if isinstance(batch, Mapping):
-            # A tokenizer's batch is no dict, and a model takes it by its keys.
-            return {key: self.repeat(value) for key, value in batch.items()}
-        return tree_map(self._repeat, batch)
-
-    def _repeat(self, t: Any) -> Any:
-        if not isinstance(t, torch.Tensor) or not t.dim():
-            return t
-        return self.mark(t.detach().repeat(self.count, *[1] * (t.dim() - 1)))
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if self.is_watching:
-            lengths = {len(t) for t in tree_leaves((args, kwargs)) if self.has(t)}
-            for t in tree_leaves(found) if lengths else ():
-                if type(t) is torch.Tensor and t.dim() and len(t) in lengths:
-                    self.mark(t)
-        return found
-
-    def size(self, tensors: Sequence[Any]) -> int:
-        """How many rows a model got.
-
-        Raises:
-            Unshareable: If there are none of the members.
-        """
-        sizes = {len(t) for t in tensors if self.has(t)}
-        if len(sizes) != 1:
-            raise Unshareable(
-                "the model got a batch that is not population.repeat(batch), or not made of it row "
-                "by row"
-            )
-        return sizes.pop()
-
-    def enter(self, t: Any, size: int, points: Points) -> Any:
-        """What a model gets, as it is at one point."""
-        if not isinstance(t, torch.Tensor) or not t.dim() or len(t) != size:
-            return t
-        if not self.has(t) and t.dim() < 2:
-            # A position for each token, say, of as many tokens as there are rows.
-            return t
-        parts = t.unflatten(0, (self.count, -1))
-        # Alike for all members, as a prompt is, or a mask that was made by its shape.
-        if bool((parts == parts[:1]).all()):
-            return parts[0]
-        return points.wrap(parts) if self.has(t) else t
-
-    def leave(self, t: Any, points: Points) -> Any:
-        """What a model gave, as rows; of a number at each point, one a member."""
-        whole = points.whole(t) if isinstance(t, torch.Tensor) else None
-        if whole is None:
-            return t
-        return self.mark(whole.flatten(0, 1) if whole.dim() > 1 else whole)
 
 
 @contextlib.contextmanager

@@ -167,8 +167,78 @@ def test_a_vector_of_as_many_positions_as_rows_is_the_same_for_every_row():
         torch.testing.assert_close(one, other)
 
 
+WAYS = {
+    "beams": dict(num_beams=3),
+    "several answers": dict(num_beams=4, num_return_sequences=2),
+    "samples of one token": dict(num_return_sequences=3, do_sample=True, top_k=1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_way_of_generating_moves_rows_inside_of_a_member_only(way):
+    model, batch = make("llama"), prompts(True)
+    opt = zk.ZOSGD(model, **options("rank1"))
+    told = dict(max_new_tokens=6, min_new_tokens=6, **WAYS[way])
+    with opt.ask() as population:
+        found = model.generate(**population.repeat(batch), **told)
+    apart = alone(opt, lambda: model.generate(**batch, **told))
+    parts = population.split(found)
+    assert all(map(torch.equal, parts, apart))
+    assert len({str(part.tolist()) for part in parts}) == len(population)
+
+
+def test_rows_may_be_moved_and_multiplied_inside_of_a_member():
+    model, batch = make("llama"), prompts(False)
+    ids, opt = batch["input_ids"], zk.ZOSGD(model, **options("rank1"))
+    order = torch.tensor([2, 0, 3, 1])
+    with opt.ask() as population:
+        many = population.repeat(ids)
+        places = torch.cat([order + ROWS * k for k in range(len(population))])
+        found = model(many[places].repeat_interleave(2, 0)).logits
+    apart = alone(opt, lambda: model(ids[order].repeat_interleave(2, 0)).logits)
+    for one, other in zip(population.split(found), apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_texts_and_numbers_in_lists_are_rows():
+    opt = zk.ZOSGD(make("llama"), **options("rank1"))
+    batch = dict(prompts(False), answers=["a", "b", "c", "d"], spans=[[1], [2, 3], [4], [5]])
+    with opt.ask() as population:
+        many = population.repeat(batch)
+    assert many["answers"] == batch["answers"] * ROWS and len(many["spans"]) == ROWS * ROWS
+    texts = [str(k) for k in range(ROWS * ROWS)]
+    parts = population.split({"texts": texts, "one": [0.1, 0.2, 0.3, 0.4]})
+    assert parts[1] == {"texts": ["4", "5", "6", "7"], "one": [0.2]}
+    with pytest.raises(ValueError, match="a list of 15 rows for 4 members"):
+        population.split(texts[:15])
+
+
+MOVED = {
+    "an index": lambda t: t[torch.randperm(len(t), generator=torch.Generator().manual_seed(0))],
+    "a list": lambda t: t[[*range(1, len(t)), 0]],
+    "flipped": lambda t: t.flip(0),
+    "rolled": lambda t: t.roll(1, 0),
+    "interleaved": lambda t: t.view(ROWS, ROWS, -1).transpose(0, 1).reshape(ROWS * ROWS, -1),
+    "sorted": lambda t: t.sort(dim=0).values,
+    "and counted on": lambda t: t.flip(0) + 1 - 1,
+}
+
+
+@pytest.mark.parametrize("how", MOVED)
+def test_rows_that_got_another_members_place_are_refused(how):
+    model, batch = make("llama"), prompts(False)
+    opt = zk.ZOSGD(model, **options("rank1"))
+    with pytest.raises(RuntimeError, match="put in another order|not population.repeat"):
+        with opt.ask() as population:
+            model(MOVED[how](population.repeat(batch["input_ids"])))
+    with opt.ask() as population:
+        found = model(**population.repeat(batch)).logits.mean((1, 2))
+        assert len(population.split(found)) == ROWS
+        with pytest.raises(ValueError, match="put in another order"):
+            population.split(found.sort().values)
+
+
 REFUSED = {
-    "beams": (lambda m, b, p: m.generate(**p.repeat(b), num_beams=2), "not population.repeat"),
     "another batch": (lambda m, b, p: m(**b), "not population.repeat"),
     "a static cache": (
         lambda m, b, p: m.generate(**p.repeat(b), cache_implementation="static"), "can't share",
