@@ -67,7 +67,8 @@ class Asking:
             What `step` returns, of the numbers that were told.
 
         Raises:
-            RuntimeError: If nothing was asked for.
+            RuntimeError: If nothing was asked for, or ``eps`` or another setting of the points is
+                not what it was then.
             ValueError: If there is not one number a member.
             FloatingPointError: As in `step`.
         """
@@ -79,6 +80,7 @@ class Asking:
             )
         own = numbers_of(losses, len(population))
         self._refuse_inside()
+        population.check_asked()
         estimator, seeds = self.param_groups[0]["estimator"], self._seeds(None)
         with torch.no_grad():
             parts = self.parallel.join(lambda _: own, seeds, self)

@@ -191,7 +191,7 @@ class ZOOptimizer(Asking, Constructed):
             raise FloatingPointError(
                 f"The loss was not finite in {self.bad_steps} steps in a row (the last losses: "
                 f"{found[-1].losses}), so no weight was changed in them; lower lr or eps, or look "
-                "at the data."
+                "at the data, or at what makes the numbers that tell() gets."
             )
         return mean([one.loss for one in found])
 

@@ -30,13 +30,30 @@ def numbers_of(losses: Any, count: int) -> list[float]:
                 f"it takes one real number a member, {count} here."
             )
         losses = losses.detach().reshape(-1).tolist()
-    found = [float(x) for x in losses]
+    found = _floats("tell() got", losses)
     if len(found) != count:
         raise ValueError(
             f"tell() got {len(found)} numbers for {count} members; give one for each, in the order "
             "of opt.ask()."
         )
     return found
+
+
+def _floats(got: str, numbers: Any) -> list[float]:
+    """Python floats, of a sequence with one real number in each place."""
+    try:
+        return [float(x) for x in numbers]
+    except (TypeError, ValueError, RuntimeError):
+        pass
+    what = type(numbers).__name__
+    if isinstance(numbers, list | tuple) and numbers:
+        first = numbers[0]
+        shape = f" of shape {tuple(first.shape)}" if hasattr(first, "shape") else ""
+        what += f" of {type(first).__name__}{shape}"
+    raise ValueError(
+        f"{got} a {what}, but it must be a list or a tensor with one real number a member; of "
+        "several rows take their mean."
+    )
 
 
 def centered_rank(numbers: Sequence[float]) -> list[float]:
@@ -65,7 +82,7 @@ def shaped(fitness: Fitness, parts: list[list[float]]) -> list[list[float]]:
     numbers = [x for part in parts for x in part]
     if fitness is None or not all(map(math.isfinite, numbers)):
         return parts
-    found = [float(x) for x in fitness(list(numbers))]
+    found = _floats("fitness gave", fitness(list(numbers)))
     if len(found) != len(numbers):
         raise ValueError(
             f"fitness gave {len(found)} numbers for {len(numbers)} members; it must give one each."

@@ -23,6 +23,10 @@ class EpsSchedule:
             whose learning rates are here the scales ε.
         **options: For ``schedule``.
 
+    A run that is resumed needs its state, as it needs that of a schedule of the rate. Where ε is to
+    stay above rounding, give the schedule an end: many of torch's go to 0, and `step` refuses an ε
+    of 0.
+
     Raises:
         TypeError: If ``schedule`` makes no schedule of torch.
 
@@ -42,7 +46,7 @@ class EpsSchedule:
             raise TypeError(
                 f"schedule made a {type(self.schedule).__name__}, but it must be one of "
                 "torch.optim.lr_scheduler, or a function that makes one: "
-                "EpsSchedule(opt, CosineAnnealingLR, T_max=1000)."
+                "EpsSchedule(opt, CosineAnnealingLR, T_max=1000, eta_min=1e-4)."
             )
         self._hand_over()
 
@@ -86,7 +90,9 @@ class EpsSchedule:
             self.optimizer.param_groups, self._scales.param_groups, strict=True
         ):
             group["eps"] = float(scale["lr"])
-            group["initial_eps"] = float(scale["initial_lr"])
+            # Schedules that follow a metric have no place to begin at.
+            if "initial_lr" in scale:
+                group["initial_eps"] = float(scale["initial_lr"])
 
 
 class _Scales(torch.optim.Optimizer):

@@ -233,5 +233,6 @@ def _lock(fd: int, path: Path) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise TrajectoryError(
-            f"Another process is recording to {path}; wait for it, or end it."
+            f"Another process, or another optimizer of this one, is recording to {path}; wait for "
+            "it, or end it (opt.trajectory.close())."
         ) from None

@@ -5,7 +5,13 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, SequentialLR
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    LambdaLR,
+    LinearLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 import zokernels as zk
 
@@ -35,6 +41,19 @@ def test_it_moves_what_torchs_schedule_would_move():
             falling.step(), rates.step()
             assert scales(opt) == rates.get_last_lr() == falling.get_last_eps() != seen
     assert [g["lr"] for g in opt.param_groups] == [1e-3, 1e-3]
+
+
+def test_one_that_follows_a_metric():
+    _, opt = made()
+    falling = zk.EpsSchedule(opt, ReduceLROnPlateau, factor=0.5, patience=1)
+    for _ in range(3):
+        falling.step(1.0)
+    assert scales(opt) == falling.get_last_eps() == [2e-3, 5e-4]
+    _, other = made()
+    again = zk.EpsSchedule(other, ReduceLROnPlateau, factor=0.5, patience=1)
+    again.load_state_dict(falling.state_dict())
+    falling.step(1.0), falling.step(1.0), again.step(1.0), again.step(1.0)
+    assert scales(other) == scales(opt) == [1e-3, 2.5e-4]
 
 
 def test_a_function_may_make_it_and_it_begins_at_once():
