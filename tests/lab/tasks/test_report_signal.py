@@ -59,7 +59,20 @@ def test_the_share_of_the_fall_tells_of_the_rate(fall, words):
 
 
 def test_a_fall_inside_its_error_tells_nothing():
-    assert "train for longer" in told(gradient=1.0, lr=1e-6)
+    assert "a larger `--lr`, or more steps, would tell" in told(gradient=1.0, lr=1e-6)
+
+
+def test_of_weights_that_lose_updates_nothing_is_said_of_the_rate():
+    short = dict(dtype="bfloat16", rounding="nearest")
+    text = told(short, gradient=1.0, fall=0.3)
+    assert "`--rounding stochastic`" in text and "`--lr`" not in text
+    assert "best rate" in told(short | dict(rounding="stochastic"), gradient=1.0, fall=0.45)
+
+
+def test_a_gradient_below_zero_is_what_is_left_of_a_square():
+    text = told(dict(estimator="population", num_queries=8), gradient=-14.2, noise=123, spread=300)
+    assert ": 123 comes" in text and "what is left, -" in text
+    assert "`--num-queries`" in text and "--estimator population" not in text
 
 
 @pytest.mark.parametrize(
@@ -88,5 +101,5 @@ def test_a_run_logs_it_and_its_report_says_it(places, tmp_path):
     report = (out / "report.md").read_text()
     assert "comes from which 8 examples are in a batch" in report
     assert "ε 0.001 falling to 0.0001 (linear)" in report
-    assert "around their own mean, normalized by std" in report
+    assert "each compared with the mean of all, slopes over their deviation" in report
     assert [line["forwards"] for line in lines if "signal" in line][-1] == 30 * 4

@@ -85,7 +85,10 @@ def command(
         console.print(_parts(found))
     _say(console, verdict(found, settings.steps))
     if json is not None:
-        folder.write_answer(json, {"settings": settings.plain(), **found.plain()})
+        left_out = (*_NOT_HERE, "auto_lr", "tuned")
+        asked = {k: v for k, v in settings.plain().items() if k not in left_out}
+        said = {"verdict": verdict(found, settings.steps)}
+        folder.write_answer(json, {"settings": asked, **found.plain(), **said})
     if plot is not None:
         from zokernels.lab.cli import tune_plot
 
@@ -145,9 +148,11 @@ def _table(found: zk.Probe) -> Table:
             table.add_row(escape(name), str(number), str(number.directions), what)
     if found.eps_range is not None:
         low, high = found.eps_range
-        table.add_row(
-            "eps", f"{low:.0e} to {high:.0e}", "4", f"where slopes hold; here {found.eps:g}"
-        )
+        # Beyond the ladder nothing was tried.
+        less = " or less" if low == found.ladder[0].eps else ""
+        more = " or more" if high == found.ladder[-1].eps else ""
+        holds = f"{low:.0e}{less} to {high:.0e}{more}"
+        table.add_row("eps", holds, "4", f"where slopes hold; here {found.eps:g}")
     return table
 
 

@@ -8,7 +8,7 @@ from zokernels.lab.tasks.backprop import FIRST_ORDER
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.settings import Settings, option
 
-HYBRID = "hybridzo"
+HYBRID, DERIVATIVES = "hybridzo", "forwardgrad"
 _ZEROTH_ORDER = (
     zk.ZOSGD, zk.ZOAdam, zk.ZOSGDConservative, zk.ZOSGDMomentum, zk.ZOSGDSign, zk.ForwardGrad,
     zk.HybridZO,
@@ -24,6 +24,10 @@ _HYBRID_ONLY = {
     "hybrid_split": "the number of layers that go by zeroth order",
     "fo_lr": "the learning rate of the other layers",
 }
+# What a rule that takes derivatives has no use for.
+_DIFFERENCES_ONLY = ("estimator", "eps_schedule")
+# The rules of which a rate follows from what a probe measures.
+_PROBED = ("zosgd", "zosgdmomentum", "zosgdsign")
 _ZEROTH_ORDER_ONLY = (
     "num_queries estimator normalize clip dist sparsity resample_every blocks rounding perturb "
     "points backend eps_schedule".split()
@@ -73,6 +77,19 @@ def check(s: Settings) -> None:
         )
     if s.auto_lr:
         check_probed(s, "--lr auto")
+        if plain not in _PROBED or s.blocks:
+            what = "--blocks" if s.blocks else f"--optimizer {s.optimizer}"
+            raise InputError(
+                f"--lr auto: no rate follows from a probe with {what}; give --lr a number, or "
+                "leave that out."
+            )
+    if plain == DERIVATIVES:
+        for name in _DIFFERENCES_ONLY:
+            if getattr(s, name) != getattr(Settings, name):
+                raise InputError(
+                    f"{option(name)} is for optimizers that take differences, and --optimizer "
+                    f"{s.optimizer} takes derivatives; leave it out."
+                )
     if plain not in (*FIRST_ORDER, HYBRID):
         return
     if s.objective == "accuracy":
@@ -100,7 +117,7 @@ def check_probed(s: Settings, asked_by: str) -> None:
             f"{asked_by} is for zeroth-order optimizers, and --optimizer {s.optimizer} goes by "
             "backpropagation; give it a rate."
         )
-    if OPTIMIZERS[plain] is zk.ForwardGrad:
+    if plain == DERIVATIVES:
         raise InputError(
             f"{asked_by} measures differences at an eps, and --optimizer {s.optimizer} takes "
             "derivatives; zokernels tune --optimizer zosgd tells a rate that is right for it too."

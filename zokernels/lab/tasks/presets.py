@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.tasks.settings import AUTO
 
 MODELS = {
     "roberta-large": "FacebookAI/roberta-large",
@@ -35,7 +36,8 @@ OPTIMIZERS = (
     "fo-sgd", "fo-adam",
 )  # fmt: skip
 # The three enhancements, which the paper adds to ZO-SGD on all weights; and newer methods on all
-# weights, as docs/methods.md has them, with the grids of ZO-SGD where nothing is published.
+# weights, as docs/methods.md has them. The rate of a step that is divided by its own scale is in
+# another unit than ZO-SGD's, so that of its grids none is taken: what is not published is probed.
 _ENHANCED: dict[str, dict[str, Any]] = {
     "zo-sgd-blocks": {"blocks": "layer"},
     "zo-sgd-sparse": {"sparsity": 0.2},
@@ -49,12 +51,13 @@ _ENHANCED: dict[str, dict[str, Any]] = {
         "lr": 1e-5,
         "eps": 1e-3,
     },
-    "meazo": {"normalize": "ema"},
+    "meazo": {"normalize": "ema", "lr": AUTO},
     # The smallest population published; its members share their forwards.
     "eggroll": {
         "estimator": "population",
         "normalize": "std",
         "num_queries": 128,
+        "lr": AUTO,
         "dist": "rank1",
         "perturb": "paired",
         "points": 16,

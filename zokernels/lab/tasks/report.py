@@ -211,8 +211,9 @@ def _method(s: Settings) -> str:
     plain = optimizers.key(s.optimizer)
     if plain in optimizers.FIRST_ORDER:
         return ""
+    scale = "" if plain == optimizers.DERIVATIVES else f"ε {s.eps:g}{_moving(s)}, "
     own = (
-        f"ε {s.eps:g}{_falling(s)}, {s.num_queries} {s.dist} "
+        f"{scale}{s.num_queries} {s.dist} "
         f"direction{'s' * (s.num_queries > 1)} a step, {_estimate(s)}rounding to {s.rounding}, "
     )
     if plain == optimizers.HYBRID:
@@ -223,19 +224,26 @@ def _method(s: Settings) -> str:
     return own
 
 
-def _falling(s: Settings) -> str:
-    return "" if s.eps_end is None else f" falling to {s.eps_end:g} ({s.eps_schedule})"
+def _moving(s: Settings) -> str:
+    way = "falling" if (s.eps_end or 0.0) <= s.eps else "rising"
+    return "" if s.eps_end is None else f" {way} to {s.eps_end:g} ({s.eps_schedule})"
 
 
 def _estimate(s: Settings) -> str:
     """How a step's slopes are made, where that is not by plain differences of both sides."""
     parts = []
     if s.estimator != "two_sided":
-        parts.append({"one_sided": "one-sided", "population": "around their own mean"}[s.estimator])
+        parts.append(
+            {
+                "one_sided": "each compared with the loss at the weights themselves",
+                "population": "each compared with the mean of all",
+            }[s.estimator]
+        )
     if s.normalize:
-        parts.append(f"normalized by {s.normalize}")
+        by = {"std": "deviation", "ema": "running root mean square"}[s.normalize]
+        parts.append(f"slopes over their {by}")
     if s.clip:
-        parts.append(f"cut at {s.clip:g} roots")
+        parts.append(f"slopes cut at {s.clip:g} times their running root mean square")
     return "".join(f"{part}, " for part in parts)
 
 

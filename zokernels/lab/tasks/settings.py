@@ -139,7 +139,8 @@ class Settings:
     @property
     def title(self) -> str:
         """The model's name in reports: ``name``, or the end of where it came from."""
-        return self.name or Path(self.model).name
+        _, _, package = self.model.partition("package:")
+        return self.name or package.partition("/")[0] or Path(self.model).name
 
     def check(self) -> None:
         """Refuses what no run could use.

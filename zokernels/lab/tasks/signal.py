@@ -19,6 +19,10 @@ from zokernels.lab.tasks.settings import Settings
 FEWEST = 20
 
 
+# Types in which a small update may be lost.
+SHORT = ("bfloat16", "float16")
+
+
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error."""
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -32,16 +36,18 @@ def sentences(history: History, s: Settings) -> list[str]:
     gradient, error = mean_and_error([t["gradient"] for t in told])
     noise, _ = mean_and_error([t["noise"] for t in told])
     found = [
-        f"Of the square of a slope {gradient:.3g} ± {error:.2g} is ‖g‖², the gradient, and "
-        f"{noise:.3g} comes from which {told[0]['examples']} examples are in a batch "
-        f"(means over {len(told):,} steps)."
+        f"The slopes of single batches have a mean square of {_short(gradient + noise)}: "
+        f"{_short(noise)} comes from which {told[0]['examples']} examples are in a batch, and what "
+        f"is left, {_short(gradient)} ± {_short(error, 2)}, is ‖g‖², the squared gradient (means "
+        f"over {len(told):,} steps)."
     ]
     if gradient < 2 * error:
+        members = "" if s.estimator == "population" else ", `--estimator population`"
         found.append(
             "That is no gradient that stands out of its error: either the model has learned what "
             "it can at this rate, or its steps were by chance. More directions a step "
-            "(`--num-queries`, `--estimator population`) or more examples (`--batch-size`) tell "
-            "more; fewer weights (`--scheme lora`, `--train-only`) have less noise."
+            f"(`--num-queries`{members}) or more examples (`--batch-size`) tell more; fewer "
+            "weights (`--scheme lora`, `--train-only`) have less noise."
         )
         return found
     if noise > gradient:
@@ -57,6 +63,11 @@ def sentences(history: History, s: Settings) -> list[str]:
     return found + _of_the_rate(history, s, gradient)
 
 
+def _short(value: float, digits: int = 3) -> str:
+    """A number without an exponent that is longer than its digits."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
 def _of_the_rate(history: History, s: Settings, gradient: float) -> list[str]:
     """What the fall of the loss says of the rate, where the rule is plain and the fall is clear."""
     if optimizers.key(s.optimizer) != "zosgd" or s.normalize or s.clip or s.blocks:
@@ -70,11 +81,20 @@ def _of_the_rate(history: History, s: Settings, gradient: float) -> list[str]:
     rates = history.rates[tenth // 2 : -(tenth // 2)]
     expected, fall, error = sum(rates) * gradient, first - last, math.hypot(one, other)
     text = (
-        f"At this rate ‖g‖² stands for a fall of the loss by {expected:.3g}; it fell by "
-        f"{fall:.3g} ± {error:.2g}"
+        f"At this rate ‖g‖² stands for a fall of the loss by {_short(expected)}; it fell by "
+        f"{_short(fall)} ± {_short(error, 2)}"
     )
     if expected < 2 * error:
-        return [f"{text}, from which nothing can be said of the rate; train for longer."]
+        return [
+            f"{text}, from which nothing can be said of the rate: a larger `--lr`, or more steps, "
+            "would tell."
+        ]
+    if s.dtype in SHORT and s.rounding == "nearest" and fall < expected:
+        return [
+            f"{text}. {s.dtype} weights that round to nearest lose small updates, as curvature "
+            "takes its part of large ones, so nothing can be said of the rate; "
+            "`--rounding stochastic` loses none."
+        ]
     if fall + 2 * error < expected / 4:
         return [f"{text}: curvature takes most of it, so a smaller `--lr` would help."]
     if fall - 2 * error > expected * 3 / 4:

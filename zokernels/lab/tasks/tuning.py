@@ -69,9 +69,10 @@ def choose(run: Run) -> None:
     run.watcher.say(f"Probing for --lr auto, by up to {s.probe_forwards:,} forwards.")
     found = probe(run, s.probe_forwards, None, run.watcher.probing)
     if found.rate is None:
+        more = ", or more --probe-forwards" if found.more_forwards else ""
         raise InputError(
             f"--lr auto: no rate is advised after {found.forwards:,} forwards: "
-            f"{(found.why or '').removesuffix('.')}. Give --lr yourself, or more --probe-forwards."
+            f"{(found.why or '').removesuffix('.')}. Or give --lr a number{more}."
         )
     plain = found.plain()
     whole = {name: plain["whole"][name] for name in ("squared_gradient", "curvature")}
