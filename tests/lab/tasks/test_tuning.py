@@ -113,8 +113,8 @@ def test_a_sweeps_worker_that_resumes_takes_the_rate_of_the_folder(places, tmp_p
 
 def test_where_no_rate_is_told_nothing_begins(places, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(InputError, match="no rate is advised after 224 forwards.*Give --lr"):
-        Finetune(auto(places, out, scheme="full", optimizer="zo-adam", probe_forwards=224)).run()
+    with pytest.raises(InputError, match="no rate is advised after 224 forwards: .*give --lr a"):
+        Finetune(auto(places, out, scheme="full", eps=100.0, probe_forwards=224)).run()
     assert not out.exists()
 
 
@@ -123,6 +123,8 @@ def test_where_no_rate_is_told_nothing_begins(places, tmp_path):
     [
         (dict(optimizer="fo-adam"), "--lr auto is for zeroth-order optimizers"),
         (dict(optimizer="forward-grad"), "takes derivatives"),
+        (dict(optimizer="zo-adam"), "no rate follows from a probe with --optimizer zo-adam"),
+        (dict(blocks="layer"), "no rate follows from a probe with --blocks"),
         (dict(probe_forwards=100), "forwards is 100"),
         (dict(probe_forwards=0), "--probe-forwards must be at least 1"),
     ],
