@@ -24,12 +24,18 @@ COLUMNS = (
     "date", "commit", "machine", "threads", "python", "torch", "settings", "seed", "weights",
     "steps", "forwards", "dev_before", "dev_after", "seconds", "cpu_seconds",
 )  # fmt: skip
-# What the quickstart's settings replaced: all biases and norms, one two-sided direction a step.
+# What the quickstart's settings replaced: differences from a base loss; and before them, all biases
+# and norms, one two-sided direction a step.
+_ONE_SIDED = dict(num_queries=8, estimator="one_sided", steps=320, lr=5e-2)
 _BEFORE = dict(
     train_only="^(?!pooler).*(bias|LayerNorm)", steps=850, batch_size=24, lr=5e-3, eps=1e-3,
     num_queries=1, estimator="two_sided", dist="gaussian",
 )  # fmt: skip
-CASES: dict[str, dict[str, Any]] = {"quickstart": {}, "biases and norms": _BEFORE}
+CASES: dict[str, dict[str, Any]] = {
+    "quickstart": {},
+    "one-sided": _ONE_SIDED,
+    "biases and norms": _BEFORE,
+}
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,20 +23,20 @@ SETTINGS: dict[str, Any] = {
     "train_only": r"\d\.output\.LayerNorm\.bias",
     # Copying so few weights costs less than hooks on every layer.
     "perturb": "in_place",
-    # Eight directions from nine forwards, where two-sided ones would take sixteen.
-    "num_queries": 8,
-    "estimator": "one_sided",
+    # Sixteen directions from sixteen forwards, where pairs would take thirty-two.
+    "num_queries": 16,
+    "estimator": "population",
     "dist": "rademacher",
-    "steps": 320,
+    "steps": 180,
     "batch_size": 16,
     "balanced": True,
     "min_words": 3,
     "max_words": 8,
     "max_length": 48,
-    "lr": 5e-2,
+    "lr": 1e-1,
     "schedule": "linear",
     "eps": 1e-3,
-    "eval_every": 80,
+    "eval_every": 45,
     "eval_examples": 200,
 }
 
