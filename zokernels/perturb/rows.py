@@ -160,8 +160,7 @@ def _is_by_row(func: Callable[..., Any], args: tuple) -> bool:
     index = args[1] if func is torch.Tensor.__getitem__ else None
     return (
         isinstance(index, tuple)
-        and isinstance(index[0], slice)
-        and index[0] == slice(None)
+        and index[:1] == (slice(None),)
         and not any(isinstance(x, torch.Tensor | list) for x in index)
     )
 
