@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bench.report.figures import accuracy, roofline, step
+from bench.report.figures import estimates as learned
 from bench.report.figures import gpu as gpu_steps
 from bench.report.figures import ops as passes
 from bench.report.figures import reward as rewards
@@ -69,6 +70,7 @@ PARTS: tuple[Part, ...] = (
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
     Figure("memory", ("memory.csv",), peaks.draw, version=3),
     Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
+    Figure("estimates", ("estimates.csv",), learned.draw, version=1),
     Figure("reward", ("reward.csv",), rewards.draw, version=1),
     Figure("study", ("study.csv",), all_cells.draw, version=1),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from bench.report import document
-from bench.report.tables.estimates import at_best
+from bench.report.tables.estimates import at_best, name_of
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
 
@@ -32,18 +32,18 @@ def table(advice: Sequence[Row], runs: Sequence[Row]) -> str:
             apart = f"{ratio:.2g} ×" + ("" if is_near else " (off)")
         lines.append(
             (
-                row["model"], row["cell"].partition(" ")[2],
+                row["model"], row["task"], name_of(row),
                 _with_error(row, "squared_gradient"), _with_error(row, "mean_square"),
                 _with_error(row, "curvature"), row["advised"] or "refused", f"{best:g}", apart,
             )
         )  # fmt: skip
-    head = ("model", "cell", "‖g‖²", "E[d²]", "h", "advised", "best of the grid", "apart")
+    head = ("model", "task", "cell", "‖g‖²", "E[d²]", "h", "advised", "best of the grid", "apart")
     caption = (
         f"By {int(advice[0]['forwards']):,} forwards a cell. In {agreed} of {told} cells for which "
         f"a rate was advised it is within a factor of three of the best of the grid, by held-out "
         f"loss; {len(lines) - told} were refused. {results.caption(advice)}."
     )
-    return f"{caption}\n\n{document.table(head, lines, 'llrrrrrr')}"
+    return f"{caption}\n\n{document.table(head, lines, 'lllrrrrrr')}"
 
 
 def _with_error(row: Row, name: str) -> str:

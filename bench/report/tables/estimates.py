@@ -14,7 +14,7 @@ from zokernels.lab.tasks.history import Accuracy
 
 def table(rows: Sequence[Row]) -> str:
     """A table a model: cells down; held-out loss at each rate of the grid, and at the best."""
-    return "\n\n".join(_table(own) for own in results.grouped(rows, "model").values())
+    return "\n\n".join(_table(own) for own in results.grouped(rows, "model", "task").values())
 
 
 def gain(rows: Sequence[Row]) -> str:
@@ -61,6 +61,12 @@ def _seeds(rows: Sequence[Row]) -> str:
     return f"{len(rows)} seed{'s' * (len(rows) > 1)} along {along}"
 
 
+def name_of(row: Row) -> str:
+    """A cell's name without its model's and its task's."""
+    words = row["cell"].split()
+    return " ".join(words[2:] if words[1] == row["task"] else words[1:])
+
+
 def at_best(own: Sequence[Row]) -> list[Row]:
     """The runs of a cell at the best rate of its grid, by the first seed."""
     best = min((row for row in own if row["seed"] == "0"), key=_loss)["lr"]
@@ -74,12 +80,13 @@ def _mean_of(rows: Sequence[Row]) -> float:
 def _table(rows: Sequence[Row]) -> str:
     head = ("cell", "by rate, one seed", "best rate", "held-out loss", "dev accuracy")
     lines = []
-    for (name,), own in results.grouped(rows, "cell").items():
+    for own in results.grouped(rows, "cell").values():
         found = at_best(own)
         rates = sorted((r for r in own if r["seed"] == "0"), key=lambda row: float(row["lr"]))
         grid = ", ".join(f"{float(row['lr']):g}: {_loss(row):.3f}" for row in rates)
-        lines.append((name, grid, f"{float(found[0]['lr']):g}", _mean(found, "loss_after", 1, 3),
-                      _mean(found, "dev_after", 100, 1)))  # fmt: skip
+        best = f"{float(found[0]['lr']):g}"
+        loss, dev = _mean(found, "loss_after", 1, 3), _mean(found, "dev_after", 100, 1)
+        lines.append((name_of(own[0]), grid, best, loss, dev))
     first = rows[0]
     before = Accuracy(float(first["dev_before"]), 500)
     caption = (
