@@ -35,9 +35,11 @@ OPTIMIZERS = (
     "zo-sgd", "zo-sgd-sign", "zo-sgd-mmt", "zo-sgd-cons", "zo-adam", "forward-grad",
     "fo-sgd", "fo-adam",
 )  # fmt: skip
+# The rate of a step that is divided by its own scale is in another unit than ZO-SGD's, so that of its
+# grids none is taken: what is not published is probed, by a tenth of what a run has in forwards.
+_PROBED: dict[str, Any] = {"lr": AUTO, "probe_forwards": 4000}
 # The three enhancements, which the paper adds to ZO-SGD on all weights; and newer methods on all
-# weights, as docs/methods.md has them. The rate of a step that is divided by its own scale is in
-# another unit than ZO-SGD's, so that of its grids none is taken: what is not published is probed.
+# weights, as docs/methods.md has them.
 _ENHANCED: dict[str, dict[str, Any]] = {
     "zo-sgd-blocks": {"blocks": "layer"},
     "zo-sgd-sparse": {"sparsity": 0.2},
@@ -51,13 +53,13 @@ _ENHANCED: dict[str, dict[str, Any]] = {
         "lr": 1e-5,
         "eps": 1e-3,
     },
-    "meazo": {"normalize": "ema", "lr": AUTO},
+    "meazo": {"normalize": "ema", **_PROBED},
     # The smallest population published; its members share their forwards.
     "eggroll": {
         "estimator": "population",
         "normalize": "std",
         "num_queries": 128,
-        "lr": AUTO,
+        **_PROBED,
         "dist": "rank1",
         "perturb": "paired",
         "points": 16,
