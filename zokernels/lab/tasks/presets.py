@@ -35,8 +35,8 @@ OPTIMIZERS = (
     "zo-sgd", "zo-sgd-sign", "zo-sgd-mmt", "zo-sgd-cons", "zo-adam", "forward-grad",
     "fo-sgd", "fo-adam",
 )  # fmt: skip
-# The rate of a step that is divided by its own scale is in another unit than ZO-SGD's, so that of its
-# grids none is taken: what is not published is probed, by a tenth of what a run has in forwards.
+# The rate of a step that is divided by its own scale is in another unit than ZO-SGD's, so none of
+# its grids is taken: what is not published is probed, by a tenth of a run's forwards.
 _PROBED: dict[str, Any] = {"lr": AUTO, "probe_forwards": 4000}
 # The three enhancements, which the paper adds to ZO-SGD on all weights; and newer methods on all
 # weights, as docs/methods.md has them.
