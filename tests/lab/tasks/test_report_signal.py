@@ -66,7 +66,8 @@ def test_of_weights_that_lose_updates_nothing_is_said_of_the_rate():
     short = dict(dtype="bfloat16", rounding="nearest")
     text = told(short, gradient=1.0, fall=0.3)
     assert "`--rounding stochastic`" in text and "`--lr`" not in text
-    assert "best rate" in told(short | dict(rounding="stochastic"), gradient=1.0, fall=0.45)
+    for more in (dict(rounding="stochastic"), dict(scheme="lora")):
+        assert "best rate" in told(short | more, gradient=1.0, fall=0.45)
 
 
 def test_a_gradient_below_zero_is_what_is_left_of_a_square():

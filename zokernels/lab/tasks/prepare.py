@@ -60,6 +60,11 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     )
     for sentence in (*run.splits.notes, *run.learner.loaded.notes, overview):
         run.watcher.say(sentence)
+    if s.loses_updates and optimizers.key(s.optimizer) not in optimizers.FIRST_ORDER:
+        run.watcher.say(
+            f"{s.dtype} weights that round to nearest lose every update below half of their last "
+            "place; --rounding stochastic keeps them on average."
+        )
     if s.auto_lr and s.tuned is None:
         tuning.choose(run)
         run.optimizer = optimizer_of(s, run.learner.model)

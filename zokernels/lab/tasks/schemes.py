@@ -14,6 +14,8 @@ from zokernels.lab.tasks.probe import Probe
 # Names of biases and of normalisation layers in every family that transformers holds.
 _BITFIT = r"bias$|norm|\.ln_"
 _LORA_RANK, _LORA_ALPHA = 8, 16
+# Whose weights peft keeps in float32, whatever the model's are.
+ADAPTERS = ("lora", "prefix", "prompt")
 
 
 @dataclass(frozen=True)

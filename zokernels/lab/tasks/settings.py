@@ -9,7 +9,7 @@ from zokernels import noise
 from zokernels.estimators import ESTIMATORS, NORMALIZE
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import DTYPES
-from zokernels.lab.tasks.schemes import SCHEMES
+from zokernels.lab.tasks.schemes import ADAPTERS, SCHEMES
 from zokernels.lab.tasks.scoring import OBJECTIVES
 
 SCHEDULES = ("constant", "linear", "cosine")
@@ -141,6 +141,12 @@ class Settings:
         """The model's name in reports: ``name``, or the end of where it came from."""
         _, _, package = self.model.partition("package:")
         return self.name or package.partition("/")[0] or Path(self.model).name
+
+    @property
+    def loses_updates(self) -> bool:
+        """Whether trained weights round small updates away."""
+        short = self.dtype != "float32" and self.scheme not in ADAPTERS
+        return short and self.rounding == "nearest"
 
     def check(self) -> None:
         """Refuses what no run could use.

@@ -19,10 +19,6 @@ from zokernels.lab.tasks.settings import Settings
 FEWEST = 20
 
 
-# Types in which a small update may be lost.
-SHORT = ("bfloat16", "float16")
-
-
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """The mean and its standard error."""
     return statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
@@ -89,7 +85,7 @@ def _of_the_rate(history: History, s: Settings, gradient: float) -> list[str]:
             f"{text}, from which nothing can be said of the rate: a larger `--lr`, or more steps, "
             "would tell."
         ]
-    if s.dtype in SHORT and s.rounding == "nearest" and fall < expected:
+    if s.loses_updates and fall < expected:
         return [
             f"{text}. {s.dtype} weights that round to nearest lose small updates, as curvature "
             "takes its part of large ones, so nothing can be said of the rate; "
