@@ -153,6 +153,26 @@ def test_sixteen_bit_weights_train_and_save_as_they_are(places, tmp_path, dtype)
 
 
 @pytest.mark.parametrize(
+    ("own", "loses"),
+    [
+        (dict(dtype="bfloat16"), True),
+        (dict(dtype="bfloat16", rounding="stochastic"), False),
+        (dict(dtype="bfloat16", scheme="lora"), False),
+        (dict(dtype="bfloat16", optimizer="fo-sgd"), False),
+        (dict(), False),
+    ],
+    ids=str,
+)
+def test_a_run_says_where_rounding_loses_updates(places, tmp_path, own, loses):
+    run = Finetune(settings(places, tmp_path / "run", steps=1, **own))
+    run.watcher = told = Watcher()
+    said = []
+    told.say = said.append
+    run.run()
+    assert any("--rounding stochastic" in sentence for sentence in said) == loses
+
+
+@pytest.mark.parametrize(
     ("schedule", "expected"),
     [
         ("constant", [1, 1, 1, 1]),
