@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import zokernels as zk
-from bench.estimates import CELLS, MODELS, CellTrial, folder_of
+from bench.estimates import CELLS, FORWARDS, MODELS, CellTrial, folder_of
 from bench.trial import Trial
 from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.tasks import batches, optimizers
@@ -31,8 +31,8 @@ COLUMNS = (
 SEED = 1 << 40
 
 
-def probe(trial: Trial, forwards: int) -> dict[str, Any]:
-    """What a probe says of a cell."""
+def probe(trial: Trial, forwards: int, run: int) -> dict[str, Any]:
+    """What a probe says of a cell, whose runs have so many forwards."""
     trial.begin()
     s = trial.settings
     s.lr = 0.0
@@ -42,6 +42,7 @@ def probe(trial: Trial, forwards: int) -> dict[str, Any]:
         trial.scorer.loss,
         map(trial.scorer.collate, drawn),
         forwards=forwards,
+        steps=run // trial.forwards,
     )
     best, whole = found.best_rate, found.whole
     return {
@@ -77,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
         trial = CellTrial(name, folder_of(name, options.data))
         row = {
             **machine.about("cpu"), **trial.described, "cell": name, "forwards": options.forwards,
-            **probe(trial, options.forwards),
+            **probe(trial, options.forwards, FORWARDS[cell.model]),
         }  # fmt: skip
         results.append(RESULTS, COLUMNS, [row])
         shown = itertools.islice(row.items(), len(machine.COLUMNS) + 9, None)

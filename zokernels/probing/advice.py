@@ -30,6 +30,7 @@ import math
 from dataclasses import dataclass
 
 from zokernels.optim.base import ZOOptimizer
+from zokernels.probing.drift import Drift
 from zokernels.probing.numbers import Moments
 
 RULES = "ZOSGD, ZOSGDMomentum, and ZOSGDSign with one query"
@@ -100,6 +101,25 @@ class Rule:
             return self._sign * m.squared_gradient / (math.sqrt(square) * h)
         plain = self.num_queries * m.squared_gradient / (square * h)
         return plain * (1 - self.beta) * self._divisor(m)
+
+    def lasting(self, m: Moments, steps: int, drift: Drift) -> float:
+        """The best rate by the curvature to which the noise of so many steps of it leads."""
+        now, away = self.best(m), self._away(m, steps)
+        if not now > 0:
+            return now
+        low, high = 0.0, now
+        for _ in range(60):
+            middle = (low + high) / 2
+            is_less = middle * (m.curvature + drift.at(middle * away)) < now * m.curvature
+            low, high = (middle, high) if is_less else (low, middle)
+        return high
+
+    def _away(self, m: Moments, steps: int) -> float:
+        """How far a weight is from where it began after so many steps, over their rate."""
+        if self.name == "ZOSGDSign":
+            return math.sqrt(steps)
+        noise = math.sqrt(steps * self.mean_square(m) / self.num_queries)
+        return noise / ((1 - self.beta) * self._divisor(m))
 
     def fall(self, m: Moments, lr: float) -> float:
         """How much a step at a rate lowers the loss; NaN where that has no value."""

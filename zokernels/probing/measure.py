@@ -15,6 +15,7 @@ from zokernels.optim.base import ZOOptimizer
 from zokernels.optim.groups import Chosen
 from zokernels.probing import ladder, numbers
 from zokernels.probing.advice import Rule
+from zokernels.probing.drift import Drift
 from zokernels.probing.labels import Groups, label
 from zokernels.probing.numbers import Moments
 from zokernels.probing.result import Part, Probe, conclude
@@ -40,6 +41,7 @@ def probe(
     directions: int = 32,
     forwards: int | None = None,
     groups: Groups = None,
+    steps: int = 1000,
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> Probe:
@@ -69,6 +71,8 @@ def probe(
             layer, head), or a function from a parameter's name to its group's label. Each gets at
             least 8 directions of two batches, 10 forwards each; together about as many directions
             as the whole has.
+        steps: How many the run will have: what its noise does to the weights grows with their
+            number, and so the rate to take falls.
         seed: Of the probe's directions; None takes the optimizer's.
         progress: Called after each batch with the forwards so far and in all.
 
@@ -82,6 +86,8 @@ def probe(
         FloatingPointError: If a loss at θ or θ ± εz is not finite.
         RuntimeError: If it is called inside of a step's closure.
     """
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"steps is {steps!r}, but a run has a whole number of them, from 1 on.")
     if progress is None:
         progress = _silent
     group = opt.param_groups[0]
@@ -106,9 +112,17 @@ def probe(
             weights[name] = _size(chosen)
             parts.append(Part.of(name, weights[name], run.rounds(chosen, of_each, place)))
         whole = Part.of("all", weights["all"], rounds)
-        judged = ladder.judge(float(group["eps"]), run.slopes)
+    eps = float(group["eps"])
     return conclude(
-        Rule.of(opt), float(group["eps"]), site.forwards, rounds, whole, tuple(parts), judged
+        Rule.of(opt),
+        eps,
+        site.forwards,
+        rounds,
+        whole,
+        tuple(parts),
+        ladder.judge(eps, run.slopes),
+        Drift.of(eps, run.rises),
+        steps,
     )
 
 
@@ -117,12 +131,14 @@ class _Run:
 
     Attributes:
         slopes: The d of some directions at each rung of the ladder.
+        rises: By how much the mean of L± is above L there.
     """
 
     def __init__(self, site: Site, batches: Iterator[Any], seed: int):
         self.site, self.batches, self.seed = site, batches, seed
         self.drawn = 0
         self.slopes: list[list[float]] = []
+        self.rises: list[list[float]] = []
         first = site.opt.param_groups[0]
         self.eps = float(first["eps"])
         self.sign = -1.0 if first["maximize"] else 1.0
@@ -170,9 +186,9 @@ class _Run:
         return found
 
     def _climb(self, losses_at: Any, batch: Any, seeds: list[int], known: list[float]) -> None:
-        """The slopes of these directions at every rung."""
+        """The slopes and rises of these directions at every rung."""
         for k, seed in enumerate(seeds):
-            slopes = []
+            slopes, rises = [], []
             for place, factor in enumerate(ladder.FACTORS):
                 eps = self.eps * factor
                 if place == ladder.MIDDLE:
@@ -181,7 +197,9 @@ class _Run:
                     found = losses_at(batch, [(seed, eps), (seed, -eps)])
                     plus, minus = (self.sign * x for x in found)
                 slopes.append((plus - minus) / (2 * eps))
+                rises.append((plus + minus) / 2 - known[-1])
             self.slopes.append(slopes)
+            self.rises.append(rises)
 
 
 def _silent(done: int, total: int) -> None:

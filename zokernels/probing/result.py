@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from zokernels.probing.advice import RULES, Rule
+from zokernels.probing.drift import Drift
 from zokernels.probing.ladder import TOLERANCE, Rung
 from zokernels.probing.numbers import Moments, Number, brief, number
 
 # Beyond so many times the forwards that were run, how many would tell is not worth a number.
 _TOO_MANY = 50
+# Of the best rate: what is advised.
+SHARE = 0.7
 
 
 @dataclass(frozen=True)
@@ -78,14 +81,17 @@ class Probe:
         largest_rate: The rate above which a step raises the loss on average; None if no rate
             follows for this optimizer, ε is out of range, h does not stand out of its error, or
             ‖g‖² came out below 0.
-        best_rate: The rate at which a step lowers it most: half of the largest.
-        rate: The rate to take: half of the best, which gives three quarters of what that gives, and
-            lasts until ‖g‖² is a quarter of what it is now. None if it can't be told; see ``why``.
+        best_rate: The rate at which a step lowers it most, now: half of the largest.
+        steps: Of the run that is advised.
+        rate: The rate to take: seven tenths of the one that is best by the curvature where the
+            run's own noise carries the weights, which gives nine tenths of what that gives. None
+            if it can't be told; see ``why``.
         why: Why no rate is advised, a sentence; None if one is.
         more_forwards: How many more would tell, if the numbers are what they seem; None if that is
             not what is missing, or too many.
         rule: What of the optimizer decides its rates.
         rounds: What each round of forwards gave.
+        drift: How the curvature grows with the distance from the weights.
     """
 
     tolerance: ClassVar[float] = TOLERANCE
@@ -100,11 +106,13 @@ class Probe:
     eps_range: tuple[float, float] | None
     largest_rate: Number | None
     best_rate: Number | None
+    steps: int
     rate: Number | None
     why: str | None
     more_forwards: int | None
     rule: Rule = field(repr=False)
     rounds: tuple[Moments, ...] = field(repr=False)
+    drift: Drift = field(repr=False)
 
     def fall(self, steps: int = 1, lr: float | None = None) -> Number:
         """By how much steps lower the loss, if the numbers stay what they are.
@@ -133,8 +141,9 @@ class Probe:
         if self.rate is None or self.best_rate is None or self.largest_rate is None:
             return f"No rate is advised: {self.why}"
         return (
-            f"Take lr {self.rate.value:.2g}: half of {self.best_rate}, at which a step lowers the "
-            f"loss most; above {self.largest_rate.value:.2g} it rises. A step lowers the loss, "
+            f"Take lr {self.rate.value:.2g} for {self.steps:,} steps. Now a step lowers the loss "
+            f"most at {self.best_rate}, and above {self.largest_rate.value:.2g} it rises; their "
+            f"noise carries the weights to where less is best. A step lowers the loss, "
             f"{brief(self.loss.value)} now, by {self.fall()}."
         )
 
@@ -149,7 +158,12 @@ class Probe:
             "mean_square": _plain(self.mean_square),
             "largest_rate": _plain(self.largest_rate),
             "best_rate": _plain(self.best_rate),
+            "steps": self.steps,
             "rate": _plain(self.rate),
+            "drift": {
+                "distances": list(self.drift.distances),
+                "growth": [_finite(x) for x in self.drift.growth],
+            },
             "why": self.why,
             "more_forwards": self.more_forwards,
             "fall": _plain(self.fall()) if self.rate else None,
@@ -167,14 +181,17 @@ def conclude(
     whole: Part,
     parts: tuple[Part, ...],
     ladder: tuple[tuple[Rung, ...], tuple[float, float] | None],
+    drift: Drift,
+    steps: int,
 ) -> Probe:
     """The result of what was measured."""
     rungs, good = ladder
-    found = None
+    found = lasting = None
     holds = good is not None and good[0] <= eps <= good[1]
     follows = holds and rule.why_not is None and whole.curvature.stands_out
     if follows and whole.squared_gradient.value > 0:
         found = number(rounds, rule.best)
+        lasting = number(rounds, lambda m: rule.lasting(m, steps, drift))
     why, more = _why(rule, eps, good, rungs, whole), None
     if why is None:
         why, more = _hidden(whole, forwards)
@@ -189,11 +206,13 @@ def conclude(
         eps_range=good,
         largest_rate=found.times(2) if found else None,
         best_rate=found,
-        rate=found.times(0.5) if found and why is None else None,
+        steps=steps,
+        rate=lasting.times(SHARE) if lasting and why is None else None,
         why=why,
         more_forwards=more,
         rule=rule,
         rounds=rounds,
+        drift=drift,
     )
 
 

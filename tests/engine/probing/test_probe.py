@@ -41,7 +41,9 @@ def test_every_number_is_within_its_error(dist, seed):
     assert_near(found.loss, Bowl().expected())
     assert {n.directions for n in (found.loss, found.whole.curvature, found.best_rate)} == {32}
     assert found.forwards == 16 * 40 + 64
-    assert found.largest_rate.value == 2 * found.best_rate.value == 4 * found.rate.value
+    assert found.largest_rate.value == 2 * found.best_rate.value
+    # A bowl curves as much everywhere.
+    assert found.rate.value == pytest.approx(0.7 * found.best_rate.value, rel=1e-3)
     assert found.mean_square == found.whole.mean_square
     assert f"{found.rate.value:.2g}" in str(found)
 

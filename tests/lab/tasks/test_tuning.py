@@ -54,7 +54,8 @@ def test_the_rate_is_chosen_said_and_written(whole):
     config = json.loads((out / "config.json").read_text())
     found = config["tuned"]
     assert config["lr"] == float(f"{found['rate']['value']:.2g}") > 0
-    assert found["rate"]["value"] == pytest.approx(found["best_rate"]["value"] / 2)
+    assert 0 < found["rate"]["value"] <= 0.7 * found["best_rate"]["value"]
+    assert found["steps"] == config["steps"]
     assert found["forwards"] == 424 == watcher.probed[-1][0]
     assert metrics["probe"] == found
     said = next(s for s in watcher.said if s.startswith("lr "))

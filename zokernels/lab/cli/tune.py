@@ -181,8 +181,9 @@ def verdict(found: zk.Probe, steps: int) -> str:
     if all_of_them.value < found.loss.value:
         more = f", and {steps:,} by {all_of_them} were the numbers to stay what they are"
     return (
-        f"Take --lr {found.rate.value:.2g} with --eps {found.eps:g}: half of the rate that lowers "
-        f"the loss fastest, {found.best_rate}; above {found.largest_rate.value:.2g} it rises. A "
+        f"Take --lr {found.rate.value:.2g} with --eps {found.eps:g} for {found.steps:,} steps. Now "
+        f"the loss falls fastest at {found.best_rate}, and rises above "
+        f"{found.largest_rate.value:.2g}; their noise carries the weights to where less is best. A "
         f"step then lowers the loss, {found.loss.value:.3g} now, by {first}{more} ({took})."
     )
 

@@ -14,7 +14,9 @@ from zokernels.lab.tasks.state import Run
 _APART = 1 << 40
 _SYMBOLS = {"‖g‖²": "squared_gradient", "E[d²]": "mean_square", "h": "curvature"}
 # What a run keeps of a probe, besides ‖g‖² and h.
-_KEPT = ("forwards", "eps_range", "loss", "mean_square", "largest_rate", "best_rate", "rate")
+_KEPT = (
+    "forwards", "eps_range", "loss", "mean_square", "largest_rate", "best_rate", "steps", "rate",
+)  # fmt: skip
 
 
 def probe(run: Run, forwards: int, by: str | None, told: Callable[[int, int], None]) -> zk.Probe:
@@ -39,6 +41,7 @@ def probe(run: Run, forwards: int, by: str | None, told: Callable[[int, int], No
             map(run.scorer.collate, drawn),
             forwards=forwards,
             groups=by,
+            steps=s.steps,
             progress=told,
         )
     except FloatingPointError as error:
@@ -87,8 +90,9 @@ def sentence(s: Settings) -> str:
     best = s.tuned["best_rate"]
     numbers = ", ".join(f"{symbol} = {_number(s.tuned[name])}" for symbol, name in _SYMBOLS.items())
     return (
-        f"lr {s.lr:g} by a probe of {s.tuned['forwards']:,} forwards: half of the rate that lowers "
-        f"the loss fastest, {_number(best)}, with {numbers}"
+        f"lr {s.lr:g} by a probe of {s.tuned['forwards']:,} forwards: now {_number(best)} lowers "
+        f"the loss fastest, and less where the noise of {s.tuned['steps']:,} steps carries the "
+        f"weights, with {numbers}"
     )
 
 
