@@ -5,8 +5,8 @@ some s = η√(n·E[d²]/q) away from where it began. With R(s) = E[L(θ+sz)] �
 
     E[tr H(θ+sz)] = 2 dR/d(s²)
 
-there, for normal z (the heat equation). The ladder of ε has R at its rungs, and what is taken from it is
-by how much the curvature there is larger than at ε, along the same directions on the same batches.
+there, for normal z (the heat equation). The ladder of ε has R at its rungs, and what is taken from
+it is by how much the curvature there is larger than at ε, along the same directions and batches.
 """
 
 from __future__ import annotations
