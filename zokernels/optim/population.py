@@ -165,7 +165,7 @@ class Population:
         if self._rows is not None and self._rows.is_out_of_order(t):
             raise ValueError(
                 "split() got rows that were put in another order than population.repeat(batch) "
-                "has them in, member by member; put them back, or split first."
+                "has them in, member by member; split first, and order what each member has."
             )
         size = len(t) // count
         return [t[k * size : (k + 1) * size] for k in range(count)]

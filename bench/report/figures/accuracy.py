@@ -49,7 +49,9 @@ def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> Non
     used = [row for row in study if row["part"] in PARTS]
     if not used:
         raise ValueError(f"no row is of the parts {', '.join(PARTS)}")
-    panels = [*_study(used), *_quickstart(quickstart)]
+    # Not of what its settings replaced.
+    shown = [row for row in quickstart if row["settings"] == "quickstart"]
+    panels = [*_study(used), *_quickstart(shown)]
     groups = dict.fromkeys((panel.model, panel.task) for panel in panels)
     lines = [[p for p in panels if (p.model, p.task) == group] for group in groups]
     columns = max(map(len, lines))
@@ -72,7 +74,7 @@ def draw(figure: Figure, study: Sequence[Row], quickstart: Sequence[Row]) -> Non
         "seeds; open marker: one seed. Squares (FO) also take a backward a forward. Points of "
         "equal forwards stand side by side. Dashed: before training; dotted: always the most "
         f"frequent answer. Study: {results.caption(used)}. Quickstart: "
-        f"{results.caption(quickstart)}.",
+        f"{results.caption(shown)}.",
         _legend(panels), columns=4,
     )  # fmt: skip
 
@@ -90,12 +92,11 @@ def _study(rows: Sequence[Row]) -> list[Panel]:
 
 
 def _quickstart(rows: Sequence[Row]) -> list[Panel]:
-    here = [row for row in rows if row["settings"] == "quickstart"]
-    if not here:
+    if not rows:
         return []
-    after = [100 * float(row["dev_after"]) for row in here]
-    before = 100 * float(here[0]["dev_before"])
-    points = {"zo-sgd": (int(here[0]["forwards"]), after)}
+    after = [100 * float(row["dev_after"]) for row in rows]
+    before = 100 * float(rows[0]["dev_before"])
+    points = {"zo-sgd": (int(rows[0]["forwards"]), after)}
     return [Panel(QUICKSTART_MODEL, TASKS["sst2"], "quickstart", before, None, points)]
 
 

@@ -24,6 +24,16 @@ class Watcher:
         """After each step: its loss, its time, and the part of that outside the forwards."""
 
 
+def brief(value: float, digits: int = 3) -> str:
+    """A number without an exponent that is longer than its digits."""
+    return f"{float(f'{value:.{digits}g}'):g}"
+
+
+def with_error(value: float, error: float) -> str:
+    """A measured number and its standard error."""
+    return f"{brief(value)} ± {brief(error, 2)}"
+
+
 @dataclass(frozen=True)
 class Accuracy:
     """A share of right answers, or a mean F1, and the number of examples it is over.

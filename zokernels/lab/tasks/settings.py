@@ -7,6 +7,7 @@ from typing import Any
 
 from zokernels import noise
 from zokernels.estimators import ESTIMATORS, NORMALIZE
+from zokernels.lab.tasks import packages
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import DTYPES
 from zokernels.lab.tasks.schemes import ADAPTERS, SCHEMES
@@ -139,8 +140,10 @@ class Settings:
     @property
     def title(self) -> str:
         """The model's name in reports: ``name``, or the end of where it came from."""
-        _, _, package = self.model.partition("package:")
-        return self.name or package.partition("/")[0] or Path(self.model).name
+        if self.model.startswith(packages.PREFIX):
+            package, _, _ = self.model.removeprefix(packages.PREFIX).partition("/")
+            return self.name or package
+        return self.name or Path(self.model).name
 
     @property
     def loses_updates(self) -> bool:

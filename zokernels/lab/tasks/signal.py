@@ -12,7 +12,7 @@ import statistics
 from collections.abc import Sequence
 
 from zokernels.lab.tasks import optimizers
-from zokernels.lab.tasks.history import History
+from zokernels.lab.tasks.history import History, brief, with_error
 from zokernels.lab.tasks.settings import Settings
 
 # Of fewer steps a mean says nothing.
@@ -32,9 +32,9 @@ def sentences(history: History, s: Settings) -> list[str]:
     gradient, error = mean_and_error([t["gradient"] for t in told])
     noise, _ = mean_and_error([t["noise"] for t in told])
     found = [
-        f"The slopes of single batches have a mean square of {_short(gradient + noise)}: "
-        f"{_short(noise)} comes from which {told[0]['examples']} examples are in a batch, and what "
-        f"is left, {_short(gradient)} ± {_short(error, 2)}, is ‖g‖², the squared gradient (means "
+        f"The slopes of single batches have a mean square of {brief(gradient + noise)}: "
+        f"{brief(noise)} comes from which {told[0]['examples']} examples are in a batch, and what "
+        f"is left, {with_error(gradient, error)}, is ‖g‖², the squared gradient (means "
         f"over {len(told):,} steps)."
     ]
     if gradient < 2 * error:
@@ -59,11 +59,6 @@ def sentences(history: History, s: Settings) -> list[str]:
     return found + _of_the_rate(history, s, gradient)
 
 
-def _short(value: float, digits: int = 3) -> str:
-    """A number without an exponent that is longer than its digits."""
-    return f"{float(f'{value:.{digits}g}'):g}"
-
-
 def _of_the_rate(history: History, s: Settings, gradient: float) -> list[str]:
     """What the fall of the loss says of the rate, where the rule is plain and the fall is clear."""
     if optimizers.key(s.optimizer) != "zosgd" or s.normalize or s.clip or s.blocks:
@@ -77,8 +72,8 @@ def _of_the_rate(history: History, s: Settings, gradient: float) -> list[str]:
     rates = history.rates[tenth // 2 : -(tenth // 2)]
     expected, fall, error = sum(rates) * gradient, first - last, math.hypot(one, other)
     text = (
-        f"At this rate ‖g‖² stands for a fall of the loss by {_short(expected)}; it fell by "
-        f"{_short(fall)} ± {_short(error, 2)}"
+        f"At this rate ‖g‖² stands for a fall of the loss by {brief(expected)}; it fell by "
+        f"{with_error(fall, error)}"
     )
     if expected < 2 * error:
         return [

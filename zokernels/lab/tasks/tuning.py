@@ -7,6 +7,7 @@ from collections.abc import Callable
 import zokernels as zk
 from zokernels.lab.tasks import batches, folder, memory
 from zokernels.lab.tasks.errors import InputError, RunError
+from zokernels.lab.tasks.history import with_error
 from zokernels.lab.tasks.settings import Settings
 from zokernels.lab.tasks.state import Run
 
@@ -97,6 +98,4 @@ def sentence(s: Settings) -> str:
 
 
 def _number(plain: dict[str, float]) -> str:
-    """A number with its error, without an exponent that is longer than the digits."""
-    value, error = float(f"{plain['value']:.3g}"), float(f"{plain['error']:.2g}")
-    return f"{value:g} ± {error:g}"
+    return with_error(plain["value"], plain["error"])
