@@ -1,8 +1,7 @@
 """What a model learns by each estimate from as many forwards: ``python -m bench.estimates NAME…``.
 
-A cell is a model, a task, what is trained and how its gradient is estimated. Each is run with one
-seed at rates half a decade apart, until the best by the held-out loss has a neighbour on either
-side, and at the best with two seeds more.
+A cell is a model, a task, what is trained and how its gradient is estimated. Each is run at the
+rates of a grid (`bench.grid`).
 The measure is the mean loss of 400 training examples that are never trained on, since accuracy on
 the dev examples moves by chance; that is there too, with its error. Rows go to
 `results/estimates.csv` as they come, and what is there already is not run again. A backward counts
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 
+from bench import grid
 from bench.trial import Trial
 from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.cli import quickstart
@@ -36,7 +36,6 @@ COLUMNS = (
     "queries", "normalize", "eps", *KEYS, "loss_before", "loss_after", "loss_error", "dev_before",
     "dev_after", "dev_error", "seconds",
 )  # fmt: skip
-SEEDS = (0, 1, 2)
 DEV = 500
 
 _GEMMA: dict[str, Any] = dict(
@@ -70,10 +69,6 @@ class Cell:
     model: str
     rate: float
     settings: dict[str, Any] = field(default_factory=dict)
-
-
-# Of every grid, half a decade apart.
-RATES = tuple(float(f"{m}e{e}") for e in range(-8, 2) for m in (1, 3))
 
 
 _LORA = dict(scheme="lora", eps=1e-2)
@@ -178,23 +173,10 @@ def folder_of(name: str, data: Path) -> Path:
     return data / FOLDERS[MODELS[CELLS[name].model]["task"]]
 
 
-def missing(name: str, cell: Cell, forwards: int) -> tuple[float, int] | None:
-    """The rate and the seed of a cell's next run: its grid first, then more seeds of its best."""
-    found = {
-        (float(row["lr"]), int(row["seed"])): float(row["loss_after"])
-        for row in (results.read(RESULTS) if RESULTS.exists() else [])
-        if row["cell"] == name and int(row["forwards"]) == forwards
-    }
-    # A run that was destroyed has a loss that is none.
-    grid = {
-        lr: loss if math.isfinite(loss) else math.inf for (lr, s), loss in found.items() if not s
-    }
-    best = min(grid, key=grid.__getitem__, default=cell.rate)
-    at = RATES.index(best)
-    for lr in (best, *RATES[at - 1 : at + 2]):
-        if lr not in grid:
-            return lr, 0
-    return next(((best, seed) for seed in SEEDS if (best, seed) not in found), None)
+def runs_of(name: str, forwards: int) -> list[results.Row]:
+    """The rows of a cell."""
+    rows = results.read(RESULTS) if RESULTS.exists() else []
+    return [row for row in rows if (row["cell"], row["forwards"]) == (name, str(forwards))]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -209,7 +191,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.cells and not {name, cell.model} & set(options.cells):
             continue
         forwards, trial = FORWARDS[cell.model], None
-        while (wanted := missing(name, cell, forwards)) is not None:
+        while (wanted := grid.missing(runs_of(name, forwards), cell.rate)) is not None:
             lr, seed = wanted
             if options.grid and seed:
                 break

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 
+from bench.grid import at_best, loss_of
 from bench.report import document
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
@@ -67,12 +67,6 @@ def name_of(row: Row) -> str:
     return " ".join(words[2:] if words[1] == row["task"] else words[1:])
 
 
-def at_best(own: Sequence[Row]) -> list[Row]:
-    """The runs of a cell at the best rate of its grid, by the first seed."""
-    best = min((row for row in own if row["seed"] == "0"), key=_loss)["lr"]
-    return [row for row in own if row["lr"] == best]
-
-
 def _mean_of(rows: Sequence[Row]) -> float:
     return statistics.mean(float(row["loss_after"]) for row in rows)
 
@@ -83,7 +77,7 @@ def _table(rows: Sequence[Row]) -> str:
     for own in results.grouped(rows, "cell").values():
         found = at_best(own)
         rates = sorted((r for r in own if r["seed"] == "0"), key=lambda row: float(row["lr"]))
-        grid = ", ".join(f"{float(row['lr']):g}: {_loss(row):.3f}" for row in rates)
+        grid = ", ".join(f"{float(row['lr']):g}: {loss_of(row):.3f}" for row in rates)
         best = f"{float(found[0]['lr']):g}"
         loss, dev = _mean(found, "loss_after", 1, 3), _mean(found, "dev_after", 100, 1)
         lines.append((name_of(own[0]), grid, best, loss, dev))
@@ -97,11 +91,6 @@ def _table(rows: Sequence[Row]) -> str:
         f"standard deviation over three seeds, or as many as in brackets. {results.caption(rows)}."
     )
     return f"{caption}\n\n{document.table(head, lines, 'llrrr')}"
-
-
-def _loss(row: Row) -> float:
-    loss = float(row["loss_after"])
-    return loss if math.isfinite(loss) else math.inf
 
 
 def _mean(rows: Sequence[Row], name: str, unit: float, digits: int) -> str:
