@@ -91,8 +91,10 @@ BAD = [
     (["--plot", "a.jpg"], "--plot a.jpg must end in .png"),
     (["--plot", "gone/a.png"], "name a file in a folder that exists"),
     (["--json", "gone/a.json"], "does not exist"),
-    (["--lr", "1"], "--lr"),
-    (["--out", "runs"], "--out"),
+    (["--lr", "1"], "--lr is an option of finetune; tune finds the rate and runs no steps"),
+    (["--no-retry-oom"], "--no-retry-oom is an option of finetune"),
+    (["--out=runs"], "--out is an option of finetune"),
+    (["--colour", "red"], "--colour"),
 ]
 
 

@@ -37,7 +37,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("tune")(tune.command)
+app.command("tune", cls=tune.Command)(tune.command)
 app.command("finetune")(finetune.command)
 app.command("sweep")(sweep.command)
 app.command("replay")(replay.command)

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typer.core import TyperCommand
 
 import zokernels as zk
 from zokernels.lab.cli import finetune, presets
@@ -52,6 +53,23 @@ def _with_options_of(other: Callable[..., Any], but: list[str]) -> Callable[...,
         return whole
 
     return decorate
+
+
+class Command(TyperCommand):
+    """Says of an option that is finetune's only what that is, where a parser knows it not."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """As of any command; raises InputError for an option of finetune."""
+        own = {name for option in self.params for name in option.opts}
+        for given in args:
+            name = given.partition("=")[0]
+            plain = name.removeprefix("--").removeprefix("no-").replace("-", "_")
+            if name not in own and plain in _NOT_HERE:
+                raise InputError(
+                    f"{name} is an option of finetune; tune finds the rate and runs no steps, so "
+                    "leave it out."
+                )
+        return super().parse_args(ctx, args)
 
 
 @_with_options_of(finetune.command, _NOT_HERE)
