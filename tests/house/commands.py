@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from zokernels.lab.cli import app
-from zokernels.lab.tasks import get_task, optimizers
+from zokernels.lab.tasks import checks
 from zokernels.lab.tasks.presets import get
 from zokernels.lab.tasks.settings import Settings
 
@@ -90,9 +90,7 @@ def _settings(values, words):
     if preset:
         known |= {k: v for k, v in get(preset).settings.items() if f"--{k}" not in words}
     assert known["model"], "a model is missing: --model or --preset"
-    Settings(**{**known, "out": known.get("out") or Path("runs/x")}).check()
-    get_task(known["task"])
-    optimizers.find(known["optimizer"])
+    checks.check(Settings(**{**known, "out": known.get("out") or Path("runs/x")}))
 
 
 def _python(words):

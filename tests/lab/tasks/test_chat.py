@@ -63,6 +63,6 @@ def test_a_run_in_chat_form(loaded, tmp_path, monkeypatch, scheme):
     monkeypatch.delenv("ZOKERNELS_DATA", raising=False)
     monkeypatch.setitem(chat.FORMS, "vicuna", "the plot {prompt} of")
     options = dict(chat=True, scheme=scheme, steps=2, batch_size=4, max_words=5)
-    run = Finetune(Settings(loaded.model.name_or_path, tmp_path / "run", **options))
+    run = Finetune(Settings(model=loaded.model.name_or_path, out=tmp_path / "run", **options))
     assert run.run()["steps"] == 2
     assert "as a turn of a chat" in (tmp_path / "run/report.md").read_text()

@@ -184,8 +184,8 @@ def test_an_adapter_is_saved_and_loads_onto_the_file_again(place, tmp_path, monk
 def test_a_resumed_run_ends_with_the_bits_of_a_whole_one(place, tmp_path, optimizer):
     def settings(out):
         return Settings(
-            str(place / "tiny.gguf"), out, data=str(place), optimizer=optimizer, steps=5, lr=1e-2,
-            batch_size=4, eval_every=2, eval_examples=8, dtype="bfloat16",
+            model=str(place / "tiny.gguf"), out=out, data=str(place), optimizer=optimizer, steps=5,
+            lr=1e-2, batch_size=4, eval_every=2, eval_examples=8, dtype="bfloat16",
         )  # fmt: skip
 
     class Dies(Watcher):

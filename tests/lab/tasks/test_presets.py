@@ -7,7 +7,7 @@ import pytest
 from tiny import build
 
 from zokernels.lab.cli import main
-from zokernels.lab.tasks import InputError, get_task, optimizers, presets
+from zokernels.lab.tasks import InputError, checks, presets
 from zokernels.lab.tasks.settings import Settings
 
 CELL = "zo-bench/sst2/opt-1.3b/"
@@ -38,9 +38,7 @@ def test_every_preset_makes_a_run_and_lies_on_its_grid():
     for name in presets.names():
         preset = presets.get(name)
         settings = Settings(out=Path("unused"), **preset.settings)
-        settings.check()
-        get_task(settings.task)
-        optimizers.check(settings)
+        checks.check(settings)
         # What has a published value of its own is on no grid.
         assert set(preset.grid) <= {"lr", "eps"}
         assert all(preset.settings[key] in grid for key, grid in preset.grid.items()), name

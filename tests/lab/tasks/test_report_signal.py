@@ -30,7 +30,9 @@ def history(gradient=1.0, noise=1.0, spread=1.0, fall=0.0, lr=1e-3, steps=1000, 
 
 
 def told(more=None, **how):
-    return " ".join(signal.sentences(history(**how), Settings("m", Path("out"), **(more or {}))))
+    return " ".join(
+        signal.sentences(history(**how), Settings(model="m", out=Path("out"), **(more or {})))
+    )
 
 
 def test_it_says_what_a_slope_is_made_of():

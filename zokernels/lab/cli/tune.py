@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,9 +13,9 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 import zokernels as zk
-from zokernels.lab.cli import finetune, presets
+from zokernels.lab.cli import options, presets
 from zokernels.lab.cli.bench.output import check_choice, check_needs
-from zokernels.lab.tasks import InputError, folder, optimizers, tuning
+from zokernels.lab.tasks import InputError, checks, folder, tuning
 from zokernels.lab.tasks.history import Watcher
 from zokernels.lab.tasks.models import quiet
 from zokernels.lab.tasks.prepare import prepare
@@ -30,29 +28,6 @@ _NOT_HERE = (
     "out overwrite resume json eval_every eval_examples keep_best save_weights retry_oom calibrate "
     "lr schedule eps_schedule eps_end probe_forwards weight_decay".split()
 )
-
-
-def _with_options_of(other: Callable[..., Any], but: list[str]) -> Callable[..., Any]:
-    """Gives a command another's options, which it gets as ``options``, before its own."""
-
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        own = inspect.signature(command, eval_str=True).parameters
-        theirs = inspect.signature(other, eval_str=True).parameters
-        shared = {n: p for n, p in theirs.items() if n not in (*but, "context")}
-
-        def whole(**given: Any) -> int:
-            options = {name: given.pop(name) for name in shared}
-            return command(options=options, **given)
-
-        shown = [p for n, p in own.items() if n != "options"]
-        both = [p.replace(kind=p.KEYWORD_ONLY) for p in (*shown[:1], *shared.values(), *shown[1:])]
-        # typer reads it.
-        whole.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
-        whole.__annotations__ = {p.name: p.annotation for p in both}
-        whole.__doc__, whole.__name__ = command.__doc__, command.__name__
-        return whole
-
-    return decorate
 
 
 class Command(TyperCommand):
@@ -72,10 +47,11 @@ class Command(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@_with_options_of(finetune.command, _NOT_HERE)
+@options.with_settings(but=_NOT_HERE)
 def command(
     context: typer.Context,
-    options: dict[str, Any],
+    settings: dict[str, Any],
+    preset: options.Preset = None,
     forwards: Annotated[int, typer.Option(help="How many there may be.")] = 800,
     by: Annotated[
         str, typer.Option(help="Also probe parts of the weights: group, layer or none.")
@@ -87,30 +63,29 @@ def command(
     folder.check_json(json)
     _check_plot(plot)
     check_choice("--by", by, BY)
-    if options["preset"] == "list":
+    if preset == "list":
         return presets.show()
-    settings = Settings(**finetune.with_preset(context, options), out=Path("unused"))
-    settings.check()
-    optimizers.check(settings)
-    optimizers.check_probed(settings, "tune")
+    asked = Settings(**options.resolved(context, settings, preset), out=Path("unused"))
+    checks.check(asked)
+    checks.check_probed(asked, "tune")
     quiet()
     console = Console()
-    run = Run(settings, _Sayer(console))
+    run = Run(asked, _Sayer(console))
     prepare(run)
     found = _probe(run, forwards, None if by == "none" else by, console)
     console.print(_table(found))
     if found.parts:
         console.print(_parts(found))
-    _say(console, verdict(found, settings.steps))
+    _say(console, verdict(found, asked.steps))
     if json is not None:
         left_out = (*_NOT_HERE, "auto_lr", "tuned")
-        asked = {k: v for k, v in settings.plain().items() if k not in left_out}
-        said = {"verdict": verdict(found, settings.steps)}
-        folder.write_answer(json, {"settings": asked, **found.plain(), **said})
+        own = {k: v for k, v in asked.plain().items() if k not in left_out}
+        said = {"verdict": verdict(found, asked.steps)}
+        folder.write_answer(json, {"settings": own, **found.plain(), **said})
     if plot is not None:
         from zokernels.lab.cli import tune_plot
 
-        tune_plot.write(found, plot, f"{settings.title} on {settings.task}")
+        tune_plot.write(found, plot, f"{asked.title} on {asked.task}")
     return 0
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernels.lab.sweeps.file import PRESET, PUBLISHED, Part, SweepFile
-from zokernels.lab.tasks import get_task, optimizers, packages, presets
+from zokernels.lab.tasks import checks, packages, presets
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.settings import Settings
 
@@ -119,9 +119,7 @@ def _run(part: Part, cell: dict[str, Any], given: dict[str, Any], out: Path, pat
             raise InputError("there is no model; set one in base.")
         packages.located(given["model"])
         settings = Settings(out=out, **given)
-        settings.check()
-        get_task(settings.task)
-        optimizers.check(settings)
+        checks.check(settings)
     except InputError as error:
         raise InputError(f"{where}: {error}") from None
     settings.out = out / part.name / _folder(cell, settings)

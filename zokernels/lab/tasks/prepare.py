@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import zokernels as zk
-from zokernels.lab.tasks import chat, data, get_task, learner, optimizers, tuning
+from zokernels.lab.tasks import chat, checks, data, get_task, learner, optimizers, tuning
 from zokernels.lab.tasks.batches import batches
 from zokernels.lab.tasks.errors import InputError
 from zokernels.lab.tasks.models import KINDS
@@ -34,14 +34,13 @@ def prepare(run: Run) -> Iterator[list[Example]]:
         RunError: If memory runs out in the probe for it, or its losses are not finite.
     """
     s = run.settings
-    s.check()
+    checks.check(s)
     processes = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if processes > 1:
         raise InputError(
             f"torchrun started {processes} processes, but finetune runs in one; start it "
             "without torchrun, or train on several with ZOTrainer or a loop of your own."
         )
-    optimizers.check(s)
     run.task = get_task(s.task).with_template(s.template)
     run.splits = data.load(run.task, s.data)
     if s.shots:

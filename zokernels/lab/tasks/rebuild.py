@@ -127,7 +127,8 @@ def _settings(trajectory: zk.Trajectory, base: str, device: str) -> Settings:
         return settings
     # Recorded by an optimizer in someone's own script: a plain model, in the type it had.
     dtypes = {p["dtype"] for p in trajectory.header["parameters"]}
-    return Settings(base, nowhere, dtype=dtypes.pop() if len(dtypes) == 1 else "float32")
+    dtype = dtypes.pop() if len(dtypes) == 1 else "float32"
+    return Settings(model=base, out=nowhere, dtype=dtype, device=device)
 
 
 def _compare(made: Path, saved: Path, step: int) -> None:

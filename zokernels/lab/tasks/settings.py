@@ -1,117 +1,132 @@
-"""What a run is told, and which of it is refused."""
+"""What a run is told: its settings, each with what it means and what it may be."""
+
+from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from zokernels import noise
 from zokernels.estimators import ESTIMATORS, NORMALIZE
-from zokernels.lab.tasks import packages
+from zokernels.lab.tasks import TASKS, packages
 from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.tasks.limits import Count, CountOrAll, Limit, OneOf, Rate, Scale, Share
 from zokernels.lab.tasks.models import DTYPES
+from zokernels.lab.tasks.optimizers import OPTIMIZERS
 from zokernels.lab.tasks.schemes import ADAPTERS, SCHEMES
 from zokernels.lab.tasks.scoring import OBJECTIVES
 
-SCHEDULES = ("constant", "linear", "cosine")
-CHOICES = {
-    "schedule": SCHEDULES,
-    "eps_schedule": SCHEDULES,
-    "estimator": ESTIMATORS,
-    "normalize": NORMALIZE,
-    "dist": tuple(noise.KINDS),
-    "blocks": (None, "layer", "module"),
-    "block_order": ("sequential", "simultaneous"),
-    "scheme": SCHEMES,
-    "objective": (None, *OBJECTIVES),
-    "dtype": tuple(DTYPES),
-    "rounding": ("nearest", "stochastic"),
-    "perturb": (None, "on_entry", "paired", "in_place"),
-}
-_AT_LEAST = {
-    "steps": 1,
-    "batch_size": 1,
-    "num_queries": 1,
-    "resample_every": 1,
-    "max_length": 8,
-    "eval_every": 0,
-    "eval_examples": 1,
-    "hybrid_split": 0,
-    "seed": 0,
-    "shots": 1,
-    "demos": 0,
-    "min_words": 0,
-    "max_words": 1,
-    "probe_forwards": 1,
-}
 # In place of a learning rate: the one that a probe advises.
 AUTO = "auto"
-# What a counter of 64 bits holds, and a pass in binary32.
-_MOST, _LARGEST = 2**63 - 1, 3e38
+# A setting's metadata: what it means, the part of the help that it is in, and its `Limit` if any.
+HELP, PANEL, LIMIT = "help", "panel", "limit"
 
 
-@dataclass
+def _setting(panel: str, default: Any, text: str, limit: Limit | None = None) -> Any:
+    return field(default=default, metadata={HELP: text, PANEL: panel, LIMIT: limit})
+
+
+_data: Callable[..., Any] = partial(_setting, "Data")
+_model: Callable[..., Any] = partial(_setting, "Model")
+_method: Callable[..., Any] = partial(_setting, "Method")
+_run: Callable[..., Any] = partial(_setting, "Run")
+_SCHEDULE = OneOf(("constant", "linear", "cosine"))
+
+
+@dataclass(kw_only=True)
 class Settings:
-    """Everything that a run depends on; the command's options of the same names.
+    """Everything that a run depends on; those with a help are options of the same names.
 
     ``lr="auto"`` sets ``auto_lr``: before its first step the run probes, and puts the rate that it
     took into ``lr``, and into ``tuned`` what it went by.
     """
 
-    model: str
-    out: Path
-    task: str = "sst2"
-    template: bool = True
-    chat: bool = False
-    shots: int | None = None
-    demos: int = 0
-    calibrate: bool = False
-    objective: str | None = None
-    data: str | None = None
-    optimizer: str = "zosgd"
-    steps: int = 1000
-    batch_size: int = 16
-    lr: float = 1e-6
-    auto_lr: bool = False
-    probe_forwards: int = 800
-    tuned: dict[str, Any] | None = None
-    schedule: str = "constant"
-    eps: float = 1e-3
-    eps_schedule: str = "constant"
-    eps_end: float | None = None
-    num_queries: int = 1
-    estimator: str = "two_sided"
-    normalize: str | None = None
-    clip: float | None = None
-    dist: str = "gaussian"
-    sparsity: float | None = None
-    resample_every: int | None = None
-    blocks: str | None = None
-    block_order: str = "sequential"
-    hybrid_split: int | None = None
-    fo_lr: float | None = None
-    fo_optimizer: str = "fo-adam"
-    scheme: str = "full"
-    train_only: str | None = None
-    weight_decay: float = 0.0
-    rounding: str = "nearest"
-    seed: int = 0
-    eval_every: int = 0
-    eval_examples: int | None = None
-    keep_best: bool = False
-    save_weights: bool = True
-    dtype: str = "float32"
-    perturb: str | None = None
-    points: int | str = 2
-    backend: str | None = None
-    min_words: int | None = None
-    max_words: int | None = None
-    max_length: int = 256
-    balanced: bool = False
-    retry_oom: bool = False
-    overwrite: bool = False
-    device: str = "cpu"
+    model: str = _model(MISSING, "Folder made by save_pretrained, GGUF file, or hub name.")
+    scheme: str = _model("full", f"What is trained: {', '.join(SCHEMES)}.", OneOf(SCHEMES))
+    train_only: str | None = _model(None, "Regular expression over parameter names.")
+    dtype: str = _model("float32", "float32, bfloat16 or float16.", OneOf(tuple(DTYPES)))
     name: str | None = None
+
+    task: str = _data("sst2", f"Task: {', '.join(TASKS)}.")
+    data: str | None = _data(None, "Folder with the data; else ZOKERNELS_DATA, hub, shipped.")
+    template: bool = _data(True, "Words around the texts.")
+    chat: bool = _data(False, "Prompts as turns of a chat.")
+    shots: int | None = _data(None, "Training examples of each label.", Count(1))
+    demos: int = _data(0, "Solved examples before each prompt.", Count(0))
+    calibrate: bool = _data(False, "Judge against a prompt without content.")
+    min_words: int | None = _data(None, "Shortest training sentence.", Count(0))
+    max_words: int | None = _data(None, "Longest training sentence.", Count(1))
+    max_length: int = _data(256, "Longest row in tokens.", Count(8))
+    balanced: bool = _data(False, "Batches with equal class counts.")
+
+    optimizer: str = _method("zosgd", f"Optimizer: {', '.join(OPTIMIZERS)}.")
+    objective: str | None = _method(
+        None, f"What is lowered: {', '.join(OBJECTIVES)}.", OneOf((None, *OBJECTIVES))
+    )
+    steps: int = _method(1000, "Optimizer steps.", Count(1))
+    batch_size: int = _method(16, "Sentences a step.", Count(1))
+    lr: float = _method(1e-6, f"Learning rate, or {AUTO}: by a probe.", Rate())
+    auto_lr: bool = False
+    probe_forwards: int = _method(800, "Forwards of the probe of --lr auto, at most.", Count(1))
+    tuned: dict[str, Any] | None = None
+    schedule: str = _method("constant", "constant, linear or cosine, to 0.", _SCHEDULE)
+    weight_decay: float = _method(0.0, "Decoupled weight decay.", Rate())
+    eps: float = _method(1e-3, "Scale of the perturbation.", Scale())
+    eps_schedule: str = _method("constant", "constant, linear or cosine, to --eps-end.", _SCHEDULE)
+    eps_end: float | None = _method(None, "Scale of the last step.", Scale())
+    num_queries: int = _method(1, "Directions a step.", Count(1))
+    estimator: str = _method(
+        "two_sided",
+        f"What a direction is compared with: {', '.join(ESTIMATORS)}.",
+        OneOf(ESTIMATORS),
+    )
+    normalize: str | None = _method(
+        None,
+        "Divide a step by the deviation of its slopes, std, or their root, ema.",
+        OneOf(NORMALIZE),
+    )
+    clip: float | None = _method(None, "Cut slopes at so many of their root.", Scale())
+    dist: str = _method("gaussian", "gaussian, rademacher or rank1.", OneOf(tuple(noise.KINDS)))
+    sparsity: float | None = _method(None, "Share of the weights left alone.", Share())
+    resample_every: int | None = _method(None, "Steps between draws of the sparse mask.", Count(1))
+    blocks: str | None = _method(
+        None, "Perturb block by block: layer or module.", OneOf((None, "layer", "module"))
+    )
+    block_order: str = _method(
+        "sequential",
+        "sequential (update at once) or simultaneous.",
+        OneOf(("sequential", "simultaneous")),
+    )
+    hybrid_split: int | None = _method(
+        None, "Layers by zeroth order, with --optimizer hybrid.", Count(0)
+    )
+    fo_lr: float | None = _method(None, "Learning rate of the other layers of hybrid.", Rate())
+    fo_optimizer: str = _method(
+        "fo-adam", "Optimizer of the other layers of hybrid: fo-sgd, fo-adam."
+    )
+    rounding: str = _method("nearest", "nearest or stochastic.", OneOf(("nearest", "stochastic")))
+    seed: int = _method(0, "Fixes data order and directions.", Count(0))
+    perturb: str | None = _method(
+        None,
+        "on_entry, paired or in_place.",
+        OneOf((None, "on_entry", "paired", "in_place")),
+    )
+    points: int | str = _method(
+        2, "Points of a forward with --perturb paired: a number, or all.", CountOrAll(2)
+    )
+    backend: str | None = _method(None, "Kernels to use; see zokernels env.")
+
+    out: Path = _run(MISSING, "Run folder; without it runs/TASK-TIME.")
+    overwrite: bool = _run(False, "Replace an earlier run in --out.")
+    eval_every: int = _run(0, "Steps between evaluations; 0: none.", Count(0))
+    eval_examples: int | None = _run(None, "Sentences of an evaluation during training.", Count(1))
+    keep_best: bool = _run(False, "Keep the step best on held-out training sentences.")
+    save_weights: bool = _run(True, "Keep the weights, or only the log that makes them again.")
+    retry_oom: bool = _run(False, "Run a batch that memory does not hold in two halves.")
+    device: str = _run("cpu", "Where to run.")
 
     def __post_init__(self) -> None:
         if isinstance(self.points, str) and self.points.isdecimal():
@@ -120,7 +135,7 @@ class Settings:
             self.lr, self.auto_lr = 0.0, True
 
     @classmethod
-    def of(cls, plain: dict[str, Any], source: Path, out: Path) -> "Settings":
+    def of(cls, plain: dict[str, Any], source: Path, out: Path) -> Settings:
         """Settings from the plain values that a run keeps, with another ``out``.
 
         Raises:
@@ -151,70 +166,6 @@ class Settings:
         short = self.dtype != "float32" and self.scheme not in ADAPTERS
         return short and self.rounding == "nearest"
 
-    def check(self) -> None:
-        """Refuses what no run could use.
-
-        Raises:
-            InputError: Naming the option, what it got and what it allows.
-        """
-        for name, least in _AT_LEAST.items():
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{option(name)} must be at least {least}, got {value}.")
-            if value is not None and value > _MOST:
-                raise InputError(f"{option(name)} must be at most {_MOST}, got {value}.")
-        for name, allowed in CHOICES.items():
-            value = getattr(self, name)
-            if value not in allowed:
-                known = ", ".join(a for a in allowed if a is not None)
-                raise InputError(f"{option(name)} must be one of {known}, got '{value}'.")
-        for name in ("lr", "fo_lr", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= _LARGEST:
-                raise InputError(
-                    f"{option(name)} must be a number from 0 up to {_LARGEST:g}, got {value}."
-                )
-        for name in ("eps", "eps_end", "clip"):
-            value = getattr(self, name)
-            if value is not None and not 1 / _LARGEST <= value <= _LARGEST:
-                raise InputError(
-                    f"{option(name)} must be a number above 0, from {1 / _LARGEST:.0e} to "
-                    f"{_LARGEST:g}, got {value}."
-                )
-        self._check_estimate()
-        if self.sparsity is not None and not 0 < self.sparsity < 1:
-            raise InputError(f"--sparsity must lie between 0 and 1, got {self.sparsity}.")
-        if self.resample_every and self.sparsity is None:
-            raise InputError(
-                "--resample-every needs --sparsity, whose mask it draws again; add it."
-            )
-        if self.min_words and self.max_words and self.min_words > self.max_words:
-            raise InputError(
-                f"--min-words {self.min_words} is above --max-words {self.max_words}; swap them."
-            )
-        if self.points != "all" and not (type(self.points) is int and self.points >= 2):
-            raise InputError(f"--points must be a number from 2 on, or all, got '{self.points}'.")
-        if self.points != 2 and self.perturb != "paired":
-            raise InputError(
-                f"--points {self.points} needs --perturb paired, which runs points in one forward."
-            )
-        if self.keep_best and not self.eval_every:
-            raise InputError("--keep-best needs --eval-every, which says how often to look.")
-
-    def _check_estimate(self) -> None:
-        for name in ("estimator", "normalize"):
-            value = getattr(self, name)
-            if value in ("population", "std") and self.num_queries < 2:
-                raise InputError(
-                    f"{option(name)} {value} compares the directions of a step, and --num-queries "
-                    f"is {self.num_queries}; make it at least 2."
-                )
-        if (self.eps_end is None) != (self.eps_schedule == "constant"):
-            raise InputError(
-                "--eps-schedule linear or cosine and --eps-end, the scale that it ends with, go "
-                f"together; got --eps-schedule {self.eps_schedule} and --eps-end {self.eps_end}."
-            )
-
     def evaluates_after(self, step: int) -> bool:
         """Whether a step during training is followed by an evaluation."""
         return self.eval_every > 0 and step % self.eval_every == 0 and step < self.steps
@@ -235,6 +186,11 @@ class Settings:
         if schedule == "cosine":
             return 0.5 * (1 + math.cos(math.pi * step / self.steps))
         return 1.0
+
+
+def described() -> list[Field[Any]]:
+    """The settings that are options of a command."""
+    return [f for f in fields(Settings) if HELP in f.metadata]
 
 
 def option(name: str) -> str:
