@@ -16,9 +16,10 @@ import zokernels as zk
 from bench.estimates import CELLS, FORWARDS, MODELS, CellTrial, folder_of
 from bench.trial import Trial
 from zokernels.lab.benchmarks import machine, results
-from zokernels.lab.tasks import batches, optimizers
-from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.prepare import optimizer_of
+from zokernels.lab.models.loading import quiet
+from zokernels.lab.runs import optimizers
+from zokernels.lab.runs.prepare import optimizer_of
+from zokernels.lab.tasks import batches
 
 RESULTS = results.FOLDER / "advice.csv"
 KEYS = ("cell", "forwards")

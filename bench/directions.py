@@ -17,8 +17,8 @@ from typing import Any
 from bench.trial import Trial
 from zokernels import noise
 from zokernels.lab.benchmarks import machine, results
-from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.models.loading import quiet
+from zokernels.lab.runs.settings import Settings
 
 RESULTS = results.FOLDER / "directions.csv"
 KEYS = ("dist", "lr", "seed", "forwards")

@@ -24,10 +24,11 @@ from bench import grid
 from bench.trial import Trial
 from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.cli import quickstart
-from zokernels.lab.tasks import data, evaluate
-from zokernels.lab.tasks.history import Accuracy
-from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.models.loading import quiet
+from zokernels.lab.runs import evaluate
+from zokernels.lab.runs.history import Accuracy
+from zokernels.lab.runs.settings import Settings
+from zokernels.lab.tasks import data
 
 RESULTS = results.FOLDER / "estimates.csv"
 KEYS = ("cell", "lr", "seed", "forwards")

@@ -16,10 +16,11 @@ import torch
 
 import zokernels as zk
 from zokernels.lab.benchmarks import results
-from zokernels.lab.tasks import batches, data, get_task, learner
-from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.scoring import SCORERS
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.models.loading import quiet
+from zokernels.lab.runs import learner
+from zokernels.lab.runs.settings import Settings
+from zokernels.lab.scoring import SCORERS
+from zokernels.lab.tasks import batches, data, get_task
 
 COLUMNS = ("model", "scheme", "trained_weights", "rule", "eps", "lr", "gain", "error", "slope_rms")
 RATES = {

@@ -8,7 +8,7 @@ import torch
 transformers = pytest.importorskip("transformers", reason="needs transformers: the extra hf")
 
 from zokernels.lab.benchmarks import models  # noqa: E402
-from zokernels.lab.tasks import optimizers  # noqa: E402
+from zokernels.lab.runs import optimizers  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from zokernels.estimators import forwards_of
-from zokernels.lab.tasks import batches, data, get_task, learner, optimizers
-from zokernels.lab.tasks.prepare import optimizer_of
-from zokernels.lab.tasks.scoring import SCORERS
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.runs import learner, optimizers
+from zokernels.lab.runs.prepare import optimizer_of
+from zokernels.lab.runs.settings import Settings
+from zokernels.lab.scoring import SCORERS
+from zokernels.lab.tasks import batches, data, get_task
 
 HELD_OUT, PART = 400, 50
 

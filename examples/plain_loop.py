@@ -6,16 +6,17 @@ python examples/plain_loop.py facebook/opt-125m
 import sys
 
 import zokernels as zk
-from zokernels.lab.tasks import batches, data, get_task, models
-from zokernels.lab.tasks.evaluate import accuracy
-from zokernels.lab.tasks.scoring import SCORERS
+from zokernels.lab.models import loading
+from zokernels.lab.runs.evaluate import accuracy
+from zokernels.lab.scoring import SCORERS
+from zokernels.lab.tasks import batches, data, get_task
 
 
 def main(name: str, steps: int = 2000) -> float:
     """Trains and returns the accuracy on dev."""
     task = get_task("sst2")
     splits = data.load(task)
-    loaded = models.load(name)
+    loaded = loading.load(name)
     scorer = SCORERS[loaded.kind](loaded.model, loaded.tokenizer, task, max_length=64)
     opt = zk.ZOSGD(loaded.model, lr=1e-6, eps=1e-3, seed=7)
     order = batches.batches(splits.train, 16, seed=7, balanced=False)

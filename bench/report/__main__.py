@@ -15,8 +15,8 @@ from pathlib import Path
 
 from bench.report import renewal
 from bench.report.catalog import PARTS
-from zokernels.lab.tasks import folder
-from zokernels.lab.tasks.errors import InputError, RunError
+from zokernels.lab import files
+from zokernels.lab.errors import InputError, RunError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +40,7 @@ def report(root: Path | None, check: bool, json: Path | None) -> int:
         InputError: If there is no checkout, or the outcome has nowhere to be.
         RunError: If the outcome can't be written; the parts are.
     """
-    folder.check_json(json)
+    files.check_json(json)
     place = renewal.checkout(root or Path.cwd())
     if place is None or (root is not None and place != root):
         raise InputError(
@@ -53,7 +53,7 @@ def report(root: Path | None, check: bool, json: Path | None) -> int:
     counts = Counter(outcome.state for outcome in outcomes)
     print(f"{len(outcomes)} parts: " + ", ".join(f"{n} {state}" for state, n in counts.items()))
     if json is not None:
-        folder.write_answer(json, {"report": [asdict(outcome) for outcome in outcomes]})
+        files.write_answer(json, {"report": [asdict(outcome) for outcome in outcomes]})
     if counts[renewal.REFUSED]:
         return 2
     return 1 if counts[renewal.STALE] else 0

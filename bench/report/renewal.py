@@ -8,8 +8,8 @@ from pathlib import Path
 
 from bench.report import document, png
 from bench.report.parts import Figure, Part, Table
+from zokernels.lab import files
 from zokernels.lab.benchmarks import results, style
-from zokernels.lab.tasks import folder
 
 CURRENT, WRITTEN, STALE, REFUSED = "current", "written", "stale", "refused"
 
@@ -67,7 +67,7 @@ def renew(root: Path, parts: Sequence[Part], check: bool = False) -> list[Outcom
     failed = {}
     for name in dict.fromkeys(o.file for o in found if o.state == WRITTEN and o.file in pages):
         try:
-            folder.write_text(root / name, pages[name])
+            files.write_text(root / name, pages[name])
         except OSError as error:
             failed[name] = f"{name} can't be written: {error.strerror}."
     return [
@@ -135,7 +135,7 @@ def _figure(root: Path, part: Figure, rows: list[list[results.Row]], check: bool
         raise _unfit(part, error) from None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        folder.write_bytes(path, data)
+        files.write_bytes(path, data)
     except OSError as error:
         raise Refusal(f"{part.page} can't be written: {error.strerror}.") from None
     return True

@@ -363,7 +363,7 @@ def test_a_full_disk_is_told_and_the_page_stays(checkout, monkeypatch, capsys):
 
     change(checkout, "replay.csv", "replay_ns", "0.5")
     before = contents(checkout)
-    monkeypatch.setattr(renewal.folder, "write_text", full)
+    monkeypatch.setattr(renewal.files, "write_text", full)
     assert report() == 2
     told = capsys.readouterr().err
     assert told == (

@@ -8,9 +8,9 @@ from pathlib import Path
 import typer
 
 from zokernels.lab.cli import app
-from zokernels.lab.tasks import checks
-from zokernels.lab.tasks.presets import get
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.runs import checks
+from zokernels.lab.runs.presets import get
+from zokernels.lab.runs.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the system or another package has; the names after them are not ours to check.

@@ -14,6 +14,11 @@ FLOORS = (
     {"noise", "masks"}, {"backends"}, {"ops"}, {"passes"}, {"estimators"}, {"trajectory"},
     {"perturb", "distributed"}, {"optim"}, {"graphs", "hf", "probing"}, {""}, {"lab"},
 )  # fmt: skip
+# The same within the lab.
+LAB_FLOORS = (
+    {"errors", "files", "hub"}, {"tasks"}, {"models"}, {"scoring"}, {"runs"},
+    {"sweeps", "benchmarks", "verification"}, {"cli"},
+)  # fmt: skip
 # Public without being in `zokernels.__all__`: what a user imports by its module.
 MODULES = {
     "zokernels.noise",
@@ -53,8 +58,11 @@ def imports():
 
 
 def floor(module):
-    room = [*module.split("."), ""][1]
-    return next(n for n, rooms in enumerate(FLOORS) if room in rooms)
+    _, room, inner, *_ = [*module.split("."), "", ""]
+    above = next(n for n, rooms in enumerate(FLOORS) if room in rooms)
+    if room != "lab" or not inner:
+        return above, 0
+    return above, next(n for n, rooms in enumerate(LAB_FLOORS) if inner in rooms)
 
 
 @pytest.mark.parametrize("module", sorted(names()))

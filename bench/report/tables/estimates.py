@@ -9,7 +9,7 @@ from bench.grid import at_best, loss_of
 from bench.report import document
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
-from zokernels.lab.tasks.history import Accuracy
+from zokernels.lab.runs.history import Accuracy
 
 
 def table(rows: Sequence[Row]) -> str:

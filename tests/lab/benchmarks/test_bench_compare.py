@@ -13,7 +13,7 @@ from conftest import needs_native
 from zokernels.lab.benchmarks import compare, machine, tested
 from zokernels.lab.benchmarks.ops import Plan
 from zokernels.lab.cli import main
-from zokernels.lab.tasks.errors import InputError, RunError
+from zokernels.lab.errors import InputError, RunError
 
 LIBRARY = "zokernels/backends/_native.so"
 BUILD = """

@@ -13,7 +13,7 @@ from zokernels.lab.benchmarks import memory, models
 from zokernels.lab.benchmarks.instruments import footprint
 from zokernels.lab.benchmarks.instruments.footprint import Cell
 from zokernels.lab.cli import main
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 pytestmark = pytest.mark.hf
 VOCABULARY, WIDTH, INNER, LAYERS, PLACES = 200_000, 32, 64, 3, 64

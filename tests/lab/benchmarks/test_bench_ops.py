@@ -11,7 +11,7 @@ from conftest import needs_native
 from zokernels.lab.benchmarks import machine, ops, passes, results, timing
 from zokernels.lab.cli import main
 from zokernels.lab.cli.bench import output
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 TINY = ["bench", "ops", "--device", "cpu", "--numel", "3001", "--repeats", "2"]
 

@@ -5,7 +5,7 @@ import pytest
 from bench.gpu import ops
 from zokernels.lab.benchmarks import shapes
 from zokernels.lab.cli import main
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from tiny import build
 
 from zokernels.lab.cli import main
 from zokernels.lab.cli import sweep as command
+from zokernels.lab.errors import InputError
 from zokernels.lab.sweeps import file, plan, pool
 from zokernels.lab.sweeps.folder import SweepFolder
-from zokernels.lab.tasks import InputError
 
 pytestmark = pytest.mark.hf
 

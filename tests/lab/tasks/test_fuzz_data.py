@@ -8,7 +8,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from test_task_table import CASES
 
-from zokernels.lab.tasks import TASKS, InputError, rows
+from zokernels.lab.errors import InputError
+from zokernels.lab.tasks import TASKS, rows
 
 NAMES = sorted(TASKS)
 VALID = {name: [row for known, row, *_ in CASES if known == name] for name in NAMES}

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from zokernels.lab.tasks import SST2, TASKS, InputError, data, get_task, hub, rows
-from zokernels.lab.tasks.generation import f1
+from zokernels.lab import hub
+from zokernels.lab.errors import InputError
+from zokernels.lab.scoring.generation import f1
+from zokernels.lab.tasks import SST2, TASKS, data, get_task, rows
 
 NLI = {"premise": "It rained all day.", "hypothesis": "it was wet"}
 # Task, a row in its data set's own form, the prompt's end, the candidates, and the right one.

@@ -10,21 +10,13 @@ import torch
 import torch.nn.functional as F
 from tiny import build, environment
 
-from zokernels.lab.tasks import (
-    SST2,
-    Example,
-    InputError,
-    data,
-    folder,
-    get_task,
-    hub,
-    models,
-    rows,
-    schemes,
-)
+from zokernels.lab import files, hub
+from zokernels.lab.errors import InputError
+from zokernels.lab.models import loading, schemes
+from zokernels.lab.runs.evaluate import accuracy
+from zokernels.lab.scoring import SCORERS
+from zokernels.lab.tasks import SST2, Example, data, get_task, rows
 from zokernels.lab.tasks.batches import batches
-from zokernels.lab.tasks.evaluate import accuracy
-from zokernels.lab.tasks.scoring import SCORERS
 
 EXAMPLES = [
     Example("a fine film with a good heart", 1),
@@ -45,7 +37,7 @@ def sst2_folder(tmp_path):
 
 
 def scorer_of(kind, tmp_path, max_length=64):
-    loaded = models.load(str(build(kind, tmp_path / kind)))
+    loaded = loading.load(str(build(kind, tmp_path / kind)))
     return SCORERS[loaded.kind](loaded.model, loaded.tokenizer, SST2, max_length)
 
 
@@ -194,7 +186,7 @@ def test_an_unknown_task_names_the_known_ones():
     [("opt", "causal"), ("bert", "encoder"), ("roberta", "masked"), ("llama", "causal")],
 )
 def test_the_checkpoint_decides_how_it_is_scored(tmp_path, kind, expected):
-    assert models.load(str(build(kind, tmp_path / kind))).kind == expected
+    assert loading.load(str(build(kind, tmp_path / kind))).kind == expected
 
 
 @pytest.mark.hf
@@ -213,7 +205,7 @@ def test_scores_do_not_depend_on_the_rest_of_the_batch(tmp_path, kind):
 @pytest.mark.hf
 @pytest.mark.parametrize("words", [("terrible", "great"), ("very bad", "good")])
 def test_causal_scores_are_mean_log_probabilities_of_the_candidates(tmp_path, words):
-    loaded = models.load(str(build("opt", tmp_path / "opt")))
+    loaded = loading.load(str(build("opt", tmp_path / "opt")))
     task = replace(SST2, words=words)
     scorer = SCORERS["causal"](loaded.model, loaded.tokenizer, task, 64)
     with torch.no_grad():
@@ -271,7 +263,7 @@ def test_a_long_sentence_loses_words_and_keeps_the_prompt(tmp_path, kind):
 
 @pytest.mark.hf
 def test_a_label_word_that_is_no_single_token_is_refused(tmp_path):
-    loaded = models.load(str(build("roberta", tmp_path / "m")))
+    loaded = loading.load(str(build("roberta", tmp_path / "m")))
     task = replace(SST2, words=("very bad", "great"))
     with pytest.raises(InputError, match="'very bad' must be one known token"):
         SCORERS["masked"](loaded.model, loaded.tokenizer, task, 64)
@@ -288,7 +280,7 @@ def test_accuracy_counts_every_example_once_whatever_the_batch(tmp_path):
 
 @pytest.mark.hf
 def test_bitfit_trains_biases_and_norms_only(tmp_path):
-    loaded = models.load(str(build("opt", tmp_path / "m")))
+    loaded = loading.load(str(build("opt", tmp_path / "m")))
     model, trained = schemes.apply(loaded.model, "bitfit")
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     assert names
@@ -299,7 +291,7 @@ def test_bitfit_trains_biases_and_norms_only(tmp_path):
 @pytest.mark.hf
 def test_lora_trains_adapters_on_q_and_v_and_starts_as_the_model(tmp_path):
     path = str(build("opt", tmp_path / "m"))
-    plain, loaded = models.load(path), models.load(path)
+    plain, loaded = loading.load(path), loading.load(path)
     state = torch.random.get_rng_state()
     model, _ = schemes.apply(loaded.model, "lora", seed=4)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -314,15 +306,15 @@ def test_lora_trains_adapters_on_q_and_v_and_starts_as_the_model(tmp_path):
     ("pattern", "sentence"), [("nothing_like_it", "matches none"), ("(", "not a regular")]
 )
 def test_a_pattern_that_leaves_nothing_to_train_is_refused(tmp_path, pattern, sentence):
-    loaded = models.load(str(build("bert", tmp_path / "m")))
+    loaded = loading.load(str(build("bert", tmp_path / "m")))
     with pytest.raises(InputError, match=sentence):
         schemes.apply(loaded.model, "full", pattern)
 
 
 def test_json_is_replaced_whole_or_not_at_all(tmp_path):
     path = tmp_path / "m.json"
-    folder.write_json(path, {"a": 1})
+    files.write_json(path, {"a": 1})
     with pytest.raises(ValueError, match="JSON"):
-        folder.write_json(path, {"a": math.nan})
+        files.write_json(path, {"a": math.nan})
     assert path.read_text().strip() == '{\n  "a": 1\n}'
     assert [p.name for p in tmp_path.iterdir()] == ["m.json"]

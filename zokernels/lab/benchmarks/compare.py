@@ -20,7 +20,7 @@ from pathlib import Path
 
 from zokernels.lab.benchmarks import tested, timing
 from zokernels.lab.benchmarks.ops import Plan
-from zokernels.lab.tasks.errors import InputError, RunError
+from zokernels.lab.errors import InputError, RunError
 
 LEAST = 0.02  # a smaller difference is not called one
 FEWEST = 4  # runs of a side, below which nothing is called a difference

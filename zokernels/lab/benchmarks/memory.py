@@ -26,8 +26,8 @@ import torch
 from zokernels.lab.benchmarks import high_water, machine, models, timing
 from zokernels.lab.benchmarks.instruments import footprint
 from zokernels.lab.benchmarks.instruments.footprint import Cell, Footprint
-from zokernels.lab.tasks import optimizers
-from zokernels.lab.tasks.memory import says_out
+from zokernels.lab.runs import optimizers
+from zokernels.lab.runs.out_of_memory import says_out
 
 COLUMNS = (
     *machine.COLUMNS, "model", "optimizer", "perturb", "dtype", "rows", "length", "source",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zokernels.lab.benchmarks import machine
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 _OPT = {
     # hidden, layers, heads, feed-forward

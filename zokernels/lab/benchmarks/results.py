@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from zokernels.lab import files
 from zokernels.lab.benchmarks import machine
-from zokernels.lab.tasks import folder
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 Row = dict[str, str]
 R = TypeVar("R", bound=Mapping[str, Any])
@@ -30,7 +30,7 @@ def write(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]])
 def replace(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
     """Replace a file by these rows, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder.write_text(path, _text(columns, rows, head=True))
+    files.write_text(path, _text(columns, rows, head=True))
 
 
 def check(path: Path, columns: Sequence[str], later: Sequence[str] = ()) -> None:
@@ -66,7 +66,7 @@ def append(path: Path, columns: Sequence[str], rows: Sequence[Mapping[str, Any]]
     """
     head, earlier = given("--csv", path) if path.exists() else ([], [])
     if head != list(columns):
-        folder.write_text(path, _text(columns, [*earlier, *rows], head=True))
+        files.write_text(path, _text(columns, [*earlier, *rows], head=True))
         return
     with path.open("r+", newline="", encoding="utf-8") as file:
         ended = file.read().endswith("\n")

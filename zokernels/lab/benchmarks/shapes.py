@@ -11,7 +11,7 @@ from pathlib import Path
 
 from zokernels import noise
 from zokernels.lab.benchmarks import results
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 COLUMNS = ("op", "dist", "rows", "warps", "registers")
 OPS = ("add_noise_", "add_noise", "sign", "momentum", "adam", "amsgrad")

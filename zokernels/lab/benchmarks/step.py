@@ -19,8 +19,9 @@ import torch
 
 import zokernels as zk
 from zokernels.lab.benchmarks import high_water, machine, models, peers, timing
-from zokernels.lab.tasks import optimizers, schemes
-from zokernels.lab.tasks.scoring import candidate_scores
+from zokernels.lab.models import schemes
+from zokernels.lab.runs import optimizers
+from zokernels.lab.scoring import candidate_scores
 
 Run = Callable[[], Any]
 

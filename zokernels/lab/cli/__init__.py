@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from zokernels.lab.cli import bench, env, finetune, replay, sweep, tune, verify
-from zokernels.lab.tasks.errors import InputError, RunError
+from zokernels.lab.errors import InputError, RunError
 
 __all__ = ["app", "main"]
 

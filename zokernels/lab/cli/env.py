@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 import zokernels as zk
-from zokernels.lab.tasks import folder, report
+from zokernels.lab import files
+from zokernels.lab.runs import report
 
 _PACKAGES = ("accelerate", "datasets", "safetensors", "tokenizers", "trl", "matplotlib")
 # What changes speed or which code runs; no variable that names a place of the user's.
@@ -27,10 +28,10 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write it to this file.")] = None,
 ) -> None:
     """Show what a bug report needs: versions, the machine, and each backend, or why not."""
-    folder.check_json(json)
+    files.check_json(json)
     found = collect()
     if json is not None:
-        folder.write_answer(json, found)
+        files.write_answer(json, found)
     console = Console()
     machine = Table("what", "value", title="Environment", title_justify="left")
     for name, value in found["versions"].items():

@@ -8,12 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
+from zokernels.lab import files
 from zokernels.lab.cli import options, presets
-from zokernels.lab.tasks import InputError, checks, folder
-from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.resume import settings_of
-from zokernels.lab.tasks.run import Finetune
-from zokernels.lab.tasks.settings import Settings, option
+from zokernels.lab.errors import InputError
+from zokernels.lab.models.loading import quiet
+from zokernels.lab.runs import checks, folder
+from zokernels.lab.runs.resume import settings_of
+from zokernels.lab.runs.run import Finetune
+from zokernels.lab.runs.settings import Settings, option
 
 
 @options.with_settings()
@@ -33,7 +35,7 @@ def command(
     ] = None,
 ) -> int:
     """Fine-tune a model on a task by forward passes and write a run folder."""
-    folder.check_json(json)
+    files.check_json(json)
     if resume is not None:
         _check_alone(context)
         return _report(train(settings_of(resume), _words(), resume=True), json)
@@ -50,7 +52,7 @@ def _folder_of(task: str) -> Path:
 
 def _report(metrics: dict[str, Any], path: Path | None) -> int:
     if path is not None:
-        folder.write_answer(path, metrics)
+        files.write_answer(path, metrics)
     return 130 if metrics["interrupted"] else 0
 
 

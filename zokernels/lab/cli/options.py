@@ -10,9 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from zokernels.lab.tasks import InputError
-from zokernels.lab.tasks.presets import get
-from zokernels.lab.tasks.settings import AUTO, HELP, PANEL, Settings, described
+from zokernels.lab.errors import InputError
+from zokernels.lab.runs.presets import get
+from zokernels.lab.runs.settings import AUTO, HELP, PANEL, Settings, described
 
 Preset = Annotated[
     str | None,

@@ -3,7 +3,7 @@
 from rich.console import Console
 from rich.table import Table
 
-from zokernels.lab.tasks import presets
+from zokernels.lab.runs import presets
 
 
 def show(console: Console | None = None) -> int:

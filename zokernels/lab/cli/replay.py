@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from zokernels.lab import files
 from zokernels.lab.cli.finetune import quiet
-from zokernels.lab.tasks import folder
 
 
 def command(
@@ -26,15 +26,15 @@ def command(
 ) -> None:
     """Make the fine-tuned model, at any of its steps, from the base model and the run's log."""
     # transformers takes seconds to load, and --help needs none of it.
-    from zokernels.lab.tasks.rebuild import rebuild
+    from zokernels.lab.runs.rebuild import rebuild
 
-    folder.check_json(json)
+    files.check_json(json)
     quiet()
     found = rebuild(
         base, run, out, until=until, verify=verify, device=device, backend=backend
     )  # fmt: skip
     if json is not None:
-        folder.write_answer(json, found)
+        files.write_answer(json, found)
     parts = [
         f"Replayed {found['steps']:,} of {found['recorded_steps']:,} steps "
         f"({found['bytes']:,} bytes) in {found['seconds']:.1f} s"

@@ -9,12 +9,12 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from zokernels.lab.errors import InputError, RunError
+from zokernels.lab.files import check_json, write_answer, write_text
 from zokernels.lab.sweeps import file, plots, table
 from zokernels.lab.sweeps.folder import SweepFolder
 from zokernels.lab.sweeps.plan import Run, plan
 from zokernels.lab.sweeps.pool import Outcome, Pool, threads_each
-from zokernels.lab.tasks import InputError, RunError
-from zokernels.lab.tasks.folder import check_json, write_answer, write_text
 
 _BAD = ("failed", "refused", "died")
 

@@ -13,14 +13,16 @@ from rich.table import Table
 from typer.core import TyperCommand
 
 import zokernels as zk
+from zokernels.lab import files
 from zokernels.lab.cli import options, presets
 from zokernels.lab.cli.bench.output import check_choice, check_needs
-from zokernels.lab.tasks import InputError, checks, folder, tuning
-from zokernels.lab.tasks.history import Watcher
-from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.prepare import prepare
-from zokernels.lab.tasks.settings import Settings
-from zokernels.lab.tasks.state import Run
+from zokernels.lab.errors import InputError
+from zokernels.lab.models.loading import quiet
+from zokernels.lab.runs import checks, tuning
+from zokernels.lab.runs.history import Watcher
+from zokernels.lab.runs.prepare import prepare
+from zokernels.lab.runs.settings import Settings
+from zokernels.lab.runs.state import Run
 
 BY = ("none", "group", "layer")
 # Of finetune's options, what is about a run and not about its steps, or what is found here.
@@ -60,7 +62,7 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write all numbers here.")] = None,
 ) -> int:
     """Measure which learning rate and eps a run of finetune with these options wants."""
-    folder.check_json(json)
+    files.check_json(json)
     _check_plot(plot)
     check_choice("--by", by, BY)
     if preset == "list":
@@ -81,7 +83,7 @@ def command(
         left_out = (*_NOT_HERE, "auto_lr", "tuned")
         own = {k: v for k, v in asked.plain().items() if k not in left_out}
         said = {"verdict": verdict(found, asked.steps)}
-        folder.write_answer(json, {"settings": own, **found.plain(), **said})
+        files.write_answer(json, {"settings": own, **found.plain(), **said})
     if plot is not None:
         from zokernels.lab.cli import tune_plot
 

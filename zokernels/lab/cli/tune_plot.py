@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import zokernels as zk
 from zokernels.lab.benchmarks import style
-from zokernels.lab.tasks.errors import RunError
-from zokernels.lab.tasks.folder import write_bytes
+from zokernels.lab.errors import RunError
+from zokernels.lab.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from zokernels.lab.tasks import folder
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab import files
+from zokernels.lab.errors import InputError
 
 if TYPE_CHECKING:
     from zokernels.lab.verification import Case, Outcome, Plan
@@ -38,7 +38,7 @@ def command(
     ] = None,
 ) -> int:
     """Verify every backend, the noise, and whole runs on this machine; 1 if something differs."""
-    folder.check_json(json)
+    files.check_json(json)
     # The models and the noise's file need not be loaded for --help.
     from zokernels.lab import verification
 
@@ -64,7 +64,7 @@ def command(
     what = f"{len(failed)} of {len(outcomes)} cases FAILED" if failed else f"{len(outcomes)} passed"
     _say(console, f"{what} in {seconds:.0f} s.")
     if json is not None:
-        folder.write_json(json, _as_json(plan, outcomes, deep, seconds))
+        files.write_json(json, _as_json(plan, outcomes, deep, seconds))
     return 1 if failed else 0
 
 

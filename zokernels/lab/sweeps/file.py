@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from zokernels.lab.tasks.errors import InputError
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.errors import InputError
+from zokernels.lab.runs.settings import Settings
 
 # What a sweep decides itself.
 _OWN = ("out", "overwrite", "seed", "tuned")

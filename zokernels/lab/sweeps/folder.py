@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from zokernels.lab.tasks import lock
-from zokernels.lab.tasks.errors import InputError
-from zokernels.lab.tasks.folder import is_empty, write_text
+from zokernels.lab.errors import InputError
+from zokernels.lab.files import write_text
+from zokernels.lab.runs import lock
+from zokernels.lab.runs.folder import is_empty
 
 COPY = "sweep.yaml"
 

@@ -11,10 +11,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from zokernels.lab.errors import InputError
+from zokernels.lab.models import packages
+from zokernels.lab.runs import checks, presets
+from zokernels.lab.runs.settings import Settings
 from zokernels.lab.sweeps.file import PRESET, PUBLISHED, Part, SweepFile
-from zokernels.lab.tasks import checks, packages, presets
-from zokernels.lab.tasks.errors import InputError
-from zokernels.lab.tasks.settings import Settings
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from zokernels.lab import files
+from zokernels.lab.runs import folder
 from zokernels.lab.sweeps.plan import Run, Skipped, text
 from zokernels.lab.sweeps.pool import Outcome
-from zokernels.lab.tasks import folder
 
 _SETTINGS = (
     "task scheme optimizer template shots lr eps fo_lr hybrid_split num_queries steps batch_size "
@@ -60,7 +61,7 @@ class Cell:
 
 def metrics_of(run: Run) -> dict[str, Any] | None:
     """The metrics of a run that came to its end; None of any other."""
-    found = folder.read_json(run.settings.out / folder.METRICS)
+    found = files.read_json(run.settings.out / folder.METRICS)
     return None if found is None or found.get("interrupted") else found
 
 

@@ -17,11 +17,12 @@ import time
 from pathlib import Path
 from typing import IO, Any
 
-from zokernels.lab.tasks import InputError, RunError, folder
-from zokernels.lab.tasks.history import Watcher
-from zokernels.lab.tasks.models import quiet
-from zokernels.lab.tasks.run import Finetune
-from zokernels.lab.tasks.settings import Settings
+from zokernels.lab.errors import InputError, RunError
+from zokernels.lab.models.loading import quiet
+from zokernels.lab.runs import folder
+from zokernels.lab.runs.history import Watcher
+from zokernels.lab.runs.run import Finetune
+from zokernels.lab.runs.settings import Settings
 
 _EVERY = 0.2
 

@@ -1,11 +1,8 @@
-"""Fine-tuning tasks: data, prompts, scoring, and the run that joins them.
+"""Tasks: their data, their prompts and what counts as an answer."""
 
-Importing this package imports no transformers; a model is loaded only when a run asks for one.
-"""
-
+from zokernels.lab.errors import InputError
 from zokernels.lab.tasks.answers import DROP, SQUAD
 from zokernels.lab.tasks.choices import COPA, RECORD, WINOGRANDE
-from zokernels.lab.tasks.errors import InputError, RunError
 from zokernels.lab.tasks.pairs import BOOLQ, CB, MNLI, MULTIRC, RTE, SNLI, WIC, WSC
 from zokernels.lab.tasks.sentences import SST2, SST5, TREC
 from zokernels.lab.tasks.task import Example, Task
@@ -14,7 +11,7 @@ _ROWS = [SST2, SST5, TREC, RTE, CB, BOOLQ, WIC, WSC, MULTIRC, COPA, WINOGRANDE, 
 _ROWS += [SNLI, MNLI, SQUAD, DROP]
 TASKS: dict[str, Task] = {task.name: task for task in _ROWS}
 
-__all__ = ["SST2", "TASKS", "Example", "InputError", "RunError", "Task", "get_task"]
+__all__ = ["SST2", "TASKS", "Example", "Task", "get_task"]
 
 
 def get_task(name: str) -> Task:

@@ -4,7 +4,7 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 from zokernels.lab.tasks.task import Example
 
 

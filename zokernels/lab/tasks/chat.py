@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 # Vicuna 1.1 to 1.5: the form that the model was trained on, as its makers publish it.
 FORMS = {

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from zokernels.lab.tasks import hub, rows
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab import hub
+from zokernels.lab.errors import InputError
+from zokernels.lab.tasks import rows
 from zokernels.lab.tasks.task import Example, Task
 
 VARIABLE = "ZOKERNELS_DATA"

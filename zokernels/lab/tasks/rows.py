@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 from zokernels.lab.tasks.task import Example, Row, Task, column_name
 
 Located = tuple[str, Row]

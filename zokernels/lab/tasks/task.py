@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 Row = Mapping[str, Any]
 

@@ -12,10 +12,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zokernels.lab import files
 from zokernels.lab.benchmarks import machine, suite
 from zokernels.lab.cli.bench import output
-from zokernels.lab.tasks import folder
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 SUMMARY = "summary.json"
 
@@ -26,7 +26,7 @@ def command(
     json: output.JSON = None,
 ) -> int:
     """Run ops, step, memory and codegen one after the other; 1 if one of them failed."""
-    folder.check_json(json)
+    files.check_json(json)
     _check_folder(out)
     runs = suite.runs(full)
     total, most = sum(r.minutes for r in runs), sum(r.limit for r in runs) / 60
@@ -48,9 +48,9 @@ def command(
         output.say("Interrupted; what was done before is kept.")
         code = 130
     found = {"environment": about, "runs": results}
-    folder.write_answer(out / SUMMARY, found)
+    files.write_answer(out / SUMMARY, found)
     if json is not None:
-        folder.write_answer(json, found)
+        files.write_answer(json, found)
     Console().print(_table(results, out))
     failed = any(r["outcome"] in ("failed", "stopped") for r in results)
     return code or int(failed)

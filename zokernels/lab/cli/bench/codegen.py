@@ -10,7 +10,7 @@ from rich.table import Table
 from zokernels import noise
 from zokernels.lab.benchmarks import machine, plots
 from zokernels.lab.cli.bench import output
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 # The compiler's output does not depend on the machine.
 _ABOUT = ("date", "commit", "tests")

@@ -9,9 +9,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from zokernels.lab import files
 from zokernels.lab.benchmarks import compare, machine, ops, passes
 from zokernels.lab.cli.bench import output
-from zokernels.lab.tasks import folder
 
 
 def command(
@@ -25,7 +25,7 @@ def command(
     json: output.JSON = None,
 ) -> int:
     """Compare the passes of a commit with the working tree's, on this CPU, in alternation."""
-    folder.check_json(json)
+    files.check_json(json)
     dtypes = tuple(dict.fromkeys(dtype or ("float32", "bfloat16")))
     for name in dtypes:
         output.check_choice("--dtype", name, passes.DTYPES)
@@ -45,7 +45,7 @@ def command(
     if json is not None:
         about = machine.about() | {"base": commit, "runs": runs, "numel": numel}
         rows = [asdict(f) | {"key": list(f.key)} for f in found]
-        folder.write_answer(json, {"environment": about, "compare": rows})
+        files.write_answer(json, {"environment": about, "compare": rows})
     return 0
 
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from zokernels import noise
 from zokernels.lab.benchmarks import passes, plots
 from zokernels.lab.cli.bench import output
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 _OPTIMIZERS = [
     "inference", "zo-sgd", "zo-sgd-sign", "zo-sgd-mmt", "zo-sgd-cons", "zo-adam", "forward-grad",

@@ -11,7 +11,7 @@ from rich.table import Table
 from zokernels.lab.benchmarks import machine, ops, passes, plots, results
 from zokernels.lab.benchmarks.shapes import read as read_shapes
 from zokernels.lab.cli.bench import output
-from zokernels.lab.tasks.errors import InputError
+from zokernels.lab.errors import InputError
 
 
 def command(

@@ -12,9 +12,9 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from zokernels.lab import files
 from zokernels.lab.benchmarks import machine, results, tested
-from zokernels.lab.tasks import folder
-from zokernels.lab.tasks.errors import InputError, RunError
+from zokernels.lab.errors import InputError, RunError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +51,7 @@ class Output:
     later: Sequence[str] = machine.LATER
 
     def __post_init__(self) -> None:
-        folder.check_json(self.json)
+        files.check_json(self.json)
         if self.csv is not None:
             results.check(self.csv, self.columns, self.later)
         if self.plot is not None:
@@ -72,7 +72,7 @@ class Output:
         """
         jobs: list[tuple[str, Path | None, Callable[[Path], None]]] = [
             ("--csv", self.csv, lambda path: results.append(path, self.columns, found)),
-            ("--json", self.json, lambda path: folder.write_json(path, {name: list(found)})),
+            ("--json", self.json, lambda path: files.write_json(path, {name: list(found)})),
             ("--plot", self.plot, lambda path: _save(draw(), path)),
         ]
         failed = []

@@ -12,7 +12,7 @@ from zokernels import noise
 from zokernels.lab.benchmarks import passes, plots
 from zokernels.lab.benchmarks import peers as others
 from zokernels.lab.cli.bench import output
-from zokernels.lab.tasks import InputError
+from zokernels.lab.errors import InputError
 
 
 def command(

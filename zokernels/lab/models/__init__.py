@@ -1,0 +1,1 @@
+"""Models: how they are loaded, from what, and what of them is trained."""

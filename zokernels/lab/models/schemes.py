@@ -1,0 +1,134 @@
+"""What is trained: everything, an adapter, the head, or the parameters that a pattern names."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from zokernels.lab.errors import InputError
+from zokernels.lab.models import families, soft
+from zokernels.lab.models.probe import Probe
+
+# Names of biases and of normalisation layers in every family that transformers holds.
+_BITFIT = r"bias$|norm|\.ln_"
+_LORA_RANK, _LORA_ALPHA = 8, 16
+# Whose weights peft keeps in float32, whatever the model's are.
+ADAPTERS = ("lora", "prefix", "prompt")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How many weights a scheme trains, and of how many."""
+
+    weights: int
+    of: int
+
+
+def apply(
+    model: Any,
+    scheme: str = "full",
+    train_only: str | None = None,
+    seed: int = 0,
+    classes: int = 0,
+) -> tuple[Any, Trained]:
+    """Freezes what the scheme does not train.
+
+    Args:
+        model: A transformers model, changed in place.
+        scheme: One of `SCHEMES`.
+        train_only: Regular expression; of what the scheme trains, only parameters whose names
+            it matches somewhere stay trainable.
+        seed: Fixes an adapter's starting values; the global generator is left as it was.
+        classes: Number of label words, for "probe".
+
+    Returns:
+        The model to train, which an adapter or a probe wraps, and the counts.
+
+    Raises:
+        InputError: If the scheme is unknown or does not fit the model, or nothing is left to
+            train.
+    """
+    if scheme not in SCHEMES:
+        raise InputError(f"--scheme must be one of {', '.join(SCHEMES)}, got '{scheme}'.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Probe(model, classes) if scheme == "probe" else _SCHEMES[scheme](model)
+    if train_only is not None:
+        try:
+            pattern = re.compile(train_only)
+        except re.error as error:
+            raise InputError(
+                f"--train-only '{train_only}' is not a regular expression: {error}."
+            ) from None
+        _keep(model, pattern)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if not trained:
+        names = [name for name, _ in model.named_parameters()]
+        raise InputError(
+            f"--train-only '{train_only}' matches none of the parameters that the scheme "
+            f"'{scheme}' trains; their names look like {names[len(names) // 2]}."
+        )
+    count = sum(p.numel() for p in trained)
+    return model, Trained(count, sum(p.numel() for p in model.parameters()))
+
+
+def _keep(model: torch.nn.Module, pattern: re.Pattern[str]) -> None:
+    for name, parameter in model.named_parameters():
+        if not pattern.search(name):
+            parameter.requires_grad_(False)
+
+
+def _bitfit(model: Any) -> Any:
+    _keep(model, re.compile(_BITFIT, re.IGNORECASE))
+    return model
+
+
+def _lora(model: Any) -> Any:
+    peft = soft.import_peft("lora")
+    known = model.config.model_type in families.FAMILIES
+    config = peft.LoraConfig(
+        r=_LORA_RANK,
+        lora_alpha=_LORA_ALPHA,
+        lora_dropout=0.0,
+        # For a family that the table lacks, peft has defaults of its own.
+        target_modules=families.of(model).queries_and_values if known else None,
+        # GPT-2 keeps its projections transposed.
+        fan_in_fan_out=model.config.model_type == "gpt2",
+    )
+    try:
+        return peft.get_peft_model(model, config).eval()
+    except ValueError as error:
+        raise InputError(f"peft cannot place LoRA in this model: {error}") from None
+
+
+def _head(model: Any) -> Any:
+    """The output layer alone, with weights of its own where it shares them with the embedding."""
+    name = families.of(model).head
+    outer = model.get_output_embeddings()
+    if outer is None or not hasattr(model, name):
+        raise InputError(
+            "--scheme head trains the output layer of a language model, and this model has none; "
+            "use probe, which adds one."
+        )
+    if outer.weight is model.get_input_embeddings().weight:
+        outer.weight = torch.nn.Parameter(outer.weight.detach().clone())
+        if outer.bias is not None:
+            # The masked models hold it twice; of an untied pair only this one is used and saved.
+            outer.bias.requires_grad_(False)
+            outer.bias = torch.nn.Parameter(outer.bias.detach().clone())
+        model.config.tie_word_embeddings = False
+    _keep(model, re.compile(rf"^{re.escape(name)}\."))
+    return model
+
+
+_SCHEMES: dict[str, Callable[[Any], Any]] = {
+    "full": lambda model: model,
+    "lora": _lora,
+    "bitfit": _bitfit,
+    "prefix": soft.prefix,
+    "prompt": soft.prompt,
+    "head": _head,
+}
+SCHEMES = (*_SCHEMES, "probe")

@@ -1,0 +1,109 @@
+"""Accuracy on a split, in batches of texts of like length, and when a run measures it."""
+
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+
+from zokernels.lab.runs import out_of_memory
+from zokernels.lab.runs.history import Accuracy
+from zokernels.lab.runs.state import Run
+from zokernels.lab.scoring import Scorer, generation
+from zokernels.lab.tasks import data
+from zokernels.lab.tasks.task import Example, Task
+
+
+class Interrupted(Exception):
+    """An evaluation was asked to stop before it had seen every example."""
+
+
+def evaluate(run: Run, whole: bool) -> None:
+    """Measures dev, and on the way also valid if a checkpoint will be picked by it.
+
+    Args:
+        run: The run, at any of its steps.
+        whole: All of dev, at a run's beginning and end, and not the part that the settings name.
+    """
+    s = run.settings
+    count = None if whole else s.eval_examples
+    try:
+        _measure(run, "dev", data.part(run.splits.dev, count))
+        if s.keep_best and not whole:
+            found = _measure(run, "valid", data.part(run.splits.valid, count))
+            if run.best is None or found.value > run.best[0]:
+                run.best = (found.value, run.done, run.learner.copy())
+    except Interrupted:
+        return
+
+
+def _measure(run: Run, split: str, examples: list[Example]) -> Accuracy:
+    s, began = run.settings, time.perf_counter()
+    found = accuracy(
+        run.scorer,
+        examples,
+        stop=run.stopped.is_set,
+        calibrate=s.calibrate,
+        retry_oom=s.retry_oom,
+    )
+    getattr(run.history, split).append((run.done, found))
+    record = {
+        "step": run.done,
+        "split": split,
+        "accuracy": found.value,
+        "standard_error": found.error,
+        "examples": found.examples,
+        "seconds": round(time.perf_counter() - began, 3),
+    }
+    run.out.log(record)
+    run.watcher.say(
+        f"Step {run.done}: {split} {run.task.metric} {found.value:.1%} ± {found.error:.1%} "
+        f"({found.examples:,} {run.examples}, {record['seconds']:.1f} s)."
+    )
+    return found
+
+
+@torch.no_grad()
+def accuracy(
+    scorer: Scorer,
+    examples: Sequence[Example],
+    batch_size: int = 64,
+    stop: Callable[[], bool] = lambda: False,
+    calibrate: bool = False,
+    retry_oom: bool = False,
+) -> Accuracy:
+    """The share of examples judged right, or the mean F1 of what is written.
+
+    Args:
+        scorer: The model and its way of scoring.
+        examples: At least one.
+        batch_size: Examples a forward.
+        stop: Asked before each batch.
+        calibrate: As for `Scorer.predict`.
+        retry_oom: Halve a batch that does not fit in memory, until it does.
+
+    Raises:
+        Interrupted: If ``stop`` answered true.
+    """
+    ordered = sorted(examples, key=lambda e: len(e.sentence))
+    found: list[float] = []
+
+    def judge(batch: Sequence[Example]) -> list[float]:
+        if scorer.task.generates:
+            written = generation.answers(scorer, batch)
+            return [generation.f1(w, e.answers) for w, e in zip(written, batch, strict=True)]
+        places = scorer.predict(batch, calibrate)
+        return [float(_is_right(scorer.task, e, i)) for e, i in zip(batch, places, strict=True)]
+
+    for start in range(0, len(ordered), batch_size):
+        if stop():
+            raise Interrupted
+        batch = ordered[start : start + batch_size]
+        found += out_of_memory.in_parts(judge, batch) if retry_oom else judge(batch)
+    squares = sum(v * v for v in found) / len(found) if scorer.task.generates else None
+    return Accuracy(sum(found) / len(found), len(found), squares)
+
+
+def _is_right(task: Task, example: Example, place: int) -> bool:
+    if not example.answers or task.choices is None:
+        return place == example.label
+    return task.choices(example.fields)[place] in example.answers

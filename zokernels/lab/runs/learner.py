@@ -1,0 +1,71 @@
+"""The model as a run trains it: loaded, on its device, with what the scheme freezes frozen."""
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from zokernels.lab.errors import InputError
+from zokernels.lab.models import loading, schemes
+from zokernels.lab.runs.settings import Settings
+from zokernels.lab.tasks import get_task
+
+
+@dataclass(frozen=True)
+class Learner:
+    """A model in training, and what belongs to it.
+
+    Attributes:
+        model: The model, which an adapter or a probe may wrap.
+        loaded: What it was made of: tokenizer, kind and notes.
+        trained: How much of it the run changes.
+    """
+
+    model: Any
+    loaded: loading.Loaded
+    trained: schemes.Trained
+
+    def parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The parameters that the run changes, by their names."""
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def copy(self) -> list[torch.Tensor]:
+        """Their values now."""
+        return [p.detach().clone() for p in self.parameters().values()]
+
+    @torch.no_grad()
+    def put(self, values: list[torch.Tensor]) -> None:
+        """Gives them the values of a copy."""
+        for parameter, value in zip(self.parameters().values(), values, strict=True):
+            parameter.copy_(value)
+
+    def save(self, path: Path) -> None:
+        """Writes the model, or its adapter, and the tokenizer into a folder."""
+        with warnings.catch_warnings():
+            # peft looks beside the base for the size of its vocabulary, which a file in GGUF form
+            # has inside; no scheme changes it.
+            warnings.filterwarnings("ignore", "Could not find a config file")
+            self.model.save_pretrained(path)
+        self.loaded.tokenizer.save_pretrained(path)
+
+
+def load(s: Settings) -> Learner:
+    """The model as every run of these settings begins with it.
+
+    Raises:
+        InputError: If it cannot be had, or the device or the scheme do not fit it.
+    """
+    # Tensors that a checkpoint lacks start random, and must start the same on a resume.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(s.seed)
+        loaded = loading.load(s.model, s.dtype)
+    try:
+        model = loaded.model.to(s.device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {s.device} cannot hold the model: {reason}") from None
+    classes = len(get_task(s.task).words)
+    model, trained = schemes.apply(model, s.scheme, s.train_only, s.seed, classes)
+    return Learner(model, loaded, trained)

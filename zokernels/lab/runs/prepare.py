@@ -1,0 +1,99 @@
+"""What a run works with, made by its settings; whatever can be refused is refused here."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import zokernels as zk
+from zokernels.lab.errors import InputError
+from zokernels.lab.models.loading import KINDS
+from zokernels.lab.runs import checks, learner, optimizers, tuning
+from zokernels.lab.runs.settings import Settings
+from zokernels.lab.runs.state import Run
+from zokernels.lab.scoring import SCORERS, Scorer
+from zokernels.lab.scoring.probe import ProbeScorer
+from zokernels.lab.tasks import chat, data, get_task
+from zokernels.lab.tasks.batches import batches
+from zokernels.lab.tasks.task import Example
+
+_MAX_BAD_STEPS = 10
+_OPTIMIZER_OPTIONS = (
+    "lr eps num_queries estimator normalize clip dist sparsity resample_every blocks block_order "
+    "rounding weight_decay seed perturb points backend hybrid_split fo_lr fo_optimizer".split()
+)
+
+
+def prepare(run: Run) -> Iterator[list[Example]]:
+    """Fills in what the settings decide; nothing is written.
+
+    Returns:
+        The training examples in batches, without end.
+
+    Raises:
+        InputError: If the settings, the data or the model cannot be used, or ``lr`` is to be found
+            and can't be told.
+        RunError: If memory runs out in the probe for it, or its losses are not finite.
+    """
+    s = run.settings
+    checks.check(s)
+    processes = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
+    if processes > 1:
+        raise InputError(
+            f"torchrun started {processes} processes, but finetune runs in one; start it "
+            "without torchrun, or train on several with ZOTrainer or a loop of your own."
+        )
+    run.task = get_task(s.task).with_template(s.template)
+    run.splits = data.load(run.task, s.data)
+    if s.shots:
+        run.splits = data.few(run.splits, s.shots, s.seed)
+    run.pool = data.by_words(run.splits.train, s.min_words, s.max_words)
+    classes = len(run.task.words) or 2
+    order = batches(run.pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=classes)
+    run.learner = learner.load(s)
+    run.scorer = _scorer(run)
+    run.optimizer = optimizer_of(s, run.learner.model)
+    kind, trained = KINDS[run.learner.loaded.kind], run.learner.trained
+    overview = (
+        f"Data: {run.splits.source}, {len(run.pool):,} training {run.examples} and "
+        f"{len(run.splits.dev):,} dev. Model: {s.title} as {kind}, "
+        f"training {trained.weights:,} of {trained.of:,} weights."
+    )
+    for sentence in (*run.splits.notes, *run.learner.loaded.notes, overview):
+        run.watcher.say(sentence)
+    if s.loses_updates and optimizers.key(s.optimizer) not in optimizers.FIRST_ORDER:
+        run.watcher.say(
+            f"{s.dtype} weights that round to nearest lose every update below half of their last "
+            "place; --rounding stochastic keeps them on average."
+        )
+    if s.auto_lr and s.tuned is None:
+        tuning.choose(run)
+        run.optimizer = optimizer_of(s, run.learner.model)
+    return order
+
+
+def _scorer(run: Run) -> Scorer:
+    s, loaded = run.settings, run.learner.loaded
+    demos = data.part(run.splits.train, s.demos) if s.demos else []
+    common = (run.learner.model, loaded.tokenizer, run.task, s.max_length, s.objective, demos)
+    if s.scheme == "probe":
+        scorer: Scorer = ProbeScorer(*common, kind=loaded.kind)
+    else:
+        scorer = SCORERS[loaded.kind](*common)
+    if s.chat:
+        scorer.chat = chat.form(loaded.tokenizer, s.model, loaded.kind)
+    return scorer
+
+
+def optimizer_of(s: Settings, model: Any) -> Any:
+    """The optimizer that the settings name, over a model.
+
+    Raises:
+        InputError: If it, or its backend, can't be had.
+    """
+    states = zk.backends()
+    if s.backend is not None and s.backend not in states:
+        raise InputError(f"--backend must be one of {', '.join(states)}, got '{s.backend}'.")
+    if s.backend is not None and not states[s.backend].available:
+        raise InputError(f"--backend {s.backend} is not there: {states[s.backend].reason}")
+    options = {name: getattr(s, name) for name in _OPTIMIZER_OPTIONS}
+    return optimizers.build(s.optimizer, model, {**options, "max_bad_steps": _MAX_BAD_STEPS})

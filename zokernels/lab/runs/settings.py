@@ -1,0 +1,199 @@
+"""What a run is told: its settings, each with what it means and what it may be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from zokernels import noise
+from zokernels.estimators import ESTIMATORS, NORMALIZE
+from zokernels.lab.errors import InputError
+from zokernels.lab.models import packages
+from zokernels.lab.models.loading import DTYPES
+from zokernels.lab.models.schemes import ADAPTERS, SCHEMES
+from zokernels.lab.runs.limits import Count, CountOrAll, Limit, OneOf, Rate, Scale, Share
+from zokernels.lab.runs.optimizers import OPTIMIZERS
+from zokernels.lab.scoring import OBJECTIVES
+from zokernels.lab.tasks import TASKS
+
+# In place of a learning rate: the one that a probe advises.
+AUTO = "auto"
+# A setting's metadata: what it means, the part of the help that it is in, and its `Limit` if any.
+HELP, PANEL, LIMIT = "help", "panel", "limit"
+
+
+def _setting(panel: str, default: Any, text: str, limit: Limit | None = None) -> Any:
+    return field(default=default, metadata={HELP: text, PANEL: panel, LIMIT: limit})
+
+
+_data: Callable[..., Any] = partial(_setting, "Data")
+_model: Callable[..., Any] = partial(_setting, "Model")
+_method: Callable[..., Any] = partial(_setting, "Method")
+_run: Callable[..., Any] = partial(_setting, "Run")
+_SCHEDULE = OneOf(("constant", "linear", "cosine"))
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Everything that a run depends on; those with a help are options of the same names.
+
+    ``lr="auto"`` sets ``auto_lr``: before its first step the run probes, and puts the rate that it
+    took into ``lr``, and into ``tuned`` what it went by.
+    """
+
+    model: str = _model(MISSING, "Folder made by save_pretrained, GGUF file, or hub name.")
+    scheme: str = _model("full", f"What is trained: {', '.join(SCHEMES)}.", OneOf(SCHEMES))
+    train_only: str | None = _model(None, "Regular expression over parameter names.")
+    dtype: str = _model("float32", "float32, bfloat16 or float16.", OneOf(tuple(DTYPES)))
+    name: str | None = None
+
+    task: str = _data("sst2", f"Task: {', '.join(TASKS)}.")
+    data: str | None = _data(None, "Folder with the data; else ZOKERNELS_DATA, hub, shipped.")
+    template: bool = _data(True, "Words around the texts.")
+    chat: bool = _data(False, "Prompts as turns of a chat.")
+    shots: int | None = _data(None, "Training examples of each label.", Count(1))
+    demos: int = _data(0, "Solved examples before each prompt.", Count(0))
+    calibrate: bool = _data(False, "Judge against a prompt without content.")
+    min_words: int | None = _data(None, "Shortest training sentence.", Count(0))
+    max_words: int | None = _data(None, "Longest training sentence.", Count(1))
+    max_length: int = _data(256, "Longest row in tokens.", Count(8))
+    balanced: bool = _data(False, "Batches with equal class counts.")
+
+    optimizer: str = _method("zosgd", f"Optimizer: {', '.join(OPTIMIZERS)}.")
+    objective: str | None = _method(
+        None, f"What is lowered: {', '.join(OBJECTIVES)}.", OneOf((None, *OBJECTIVES))
+    )
+    steps: int = _method(1000, "Optimizer steps.", Count(1))
+    batch_size: int = _method(16, "Sentences a step.", Count(1))
+    lr: float = _method(1e-6, f"Learning rate, or {AUTO}: by a probe.", Rate())
+    auto_lr: bool = False
+    probe_forwards: int = _method(800, "Forwards of the probe of --lr auto, at most.", Count(1))
+    tuned: dict[str, Any] | None = None
+    schedule: str = _method("constant", "constant, linear or cosine, to 0.", _SCHEDULE)
+    weight_decay: float = _method(0.0, "Decoupled weight decay.", Rate())
+    eps: float = _method(1e-3, "Scale of the perturbation.", Scale())
+    eps_schedule: str = _method("constant", "constant, linear or cosine, to --eps-end.", _SCHEDULE)
+    eps_end: float | None = _method(None, "Scale of the last step.", Scale())
+    num_queries: int = _method(1, "Directions a step.", Count(1))
+    estimator: str = _method(
+        "two_sided",
+        f"What a direction is compared with: {', '.join(ESTIMATORS)}.",
+        OneOf(ESTIMATORS),
+    )
+    normalize: str | None = _method(
+        None,
+        "Divide a step by the deviation of its slopes, std, or their root, ema.",
+        OneOf(NORMALIZE),
+    )
+    clip: float | None = _method(None, "Cut slopes at so many of their root.", Scale())
+    dist: str = _method("gaussian", "gaussian, rademacher or rank1.", OneOf(tuple(noise.KINDS)))
+    sparsity: float | None = _method(None, "Share of the weights left alone.", Share())
+    resample_every: int | None = _method(None, "Steps between draws of the sparse mask.", Count(1))
+    blocks: str | None = _method(
+        None, "Perturb block by block: layer or module.", OneOf((None, "layer", "module"))
+    )
+    block_order: str = _method(
+        "sequential",
+        "sequential (update at once) or simultaneous.",
+        OneOf(("sequential", "simultaneous")),
+    )
+    hybrid_split: int | None = _method(
+        None, "Layers by zeroth order, with --optimizer hybrid.", Count(0)
+    )
+    fo_lr: float | None = _method(None, "Learning rate of the other layers of hybrid.", Rate())
+    fo_optimizer: str = _method(
+        "fo-adam", "Optimizer of the other layers of hybrid: fo-sgd, fo-adam."
+    )
+    rounding: str = _method("nearest", "nearest or stochastic.", OneOf(("nearest", "stochastic")))
+    seed: int = _method(0, "Fixes data order and directions.", Count(0))
+    perturb: str | None = _method(
+        None,
+        "on_entry, paired or in_place.",
+        OneOf((None, "on_entry", "paired", "in_place")),
+    )
+    points: int | str = _method(
+        2, "Points of a forward with --perturb paired: a number, or all.", CountOrAll(2)
+    )
+    backend: str | None = _method(None, "Kernels to use; see zokernels env.")
+
+    out: Path = _run(MISSING, "Run folder; without it runs/TASK-TIME.")
+    overwrite: bool = _run(False, "Replace an earlier run in --out.")
+    eval_every: int = _run(0, "Steps between evaluations; 0: none.", Count(0))
+    eval_examples: int | None = _run(None, "Sentences of an evaluation during training.", Count(1))
+    keep_best: bool = _run(False, "Keep the step best on held-out training sentences.")
+    save_weights: bool = _run(True, "Keep the weights, or only the log that makes them again.")
+    retry_oom: bool = _run(False, "Run a batch that memory does not hold in two halves.")
+    device: str = _run("cpu", "Where to run.")
+
+    def __post_init__(self) -> None:
+        if isinstance(self.points, str) and self.points.isdecimal():
+            self.points = int(self.points)
+        if self.lr == AUTO:
+            self.lr, self.auto_lr = 0.0, True
+
+    @classmethod
+    def of(cls, plain: dict[str, Any], source: Path, out: Path) -> Settings:
+        """Settings from the plain values that a run keeps, with another ``out``.
+
+        Raises:
+            InputError: If they are of another version of this package.
+        """
+        if unknown := set(plain) - {f.name for f in fields(cls)}:
+            raise InputError(
+                f"{source} has a setting {min(unknown)!r} that this version of zokernels does not "
+                "have; use the version that began the run."
+            )
+        return cls(**{**plain, "out": out})
+
+    def plain(self) -> dict[str, Any]:
+        """All of them as JSON can hold them."""
+        return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    @property
+    def title(self) -> str:
+        """The model's name in reports: ``name``, or the end of where it came from."""
+        if self.model.startswith(packages.PREFIX):
+            package, _, _ = self.model.removeprefix(packages.PREFIX).partition("/")
+            return self.name or package
+        return self.name or Path(self.model).name
+
+    @property
+    def loses_updates(self) -> bool:
+        """Whether trained weights round small updates away."""
+        short = self.dtype != "float32" and self.scheme not in ADAPTERS
+        return short and self.rounding == "nearest"
+
+    def evaluates_after(self, step: int) -> bool:
+        """Whether a step during training is followed by an evaluation."""
+        return self.eval_every > 0 and step % self.eval_every == 0 and step < self.steps
+
+    def factor(self, step: int) -> float:
+        """The share of the learning rate in use at a step, counted from 0."""
+        return self._left(self.schedule, step)
+
+    def eps_factor(self, step: int) -> float:
+        """The share of ε in use at a step, counted from 0."""
+        last = 1.0 if self.eps_end is None else self.eps_end / self.eps
+        return last + (1 - last) * self._left(self.eps_schedule, step)
+
+    def _left(self, schedule: str, step: int) -> float:
+        """How much of its way a schedule has before it."""
+        if schedule == "linear":
+            return 1 - step / self.steps
+        if schedule == "cosine":
+            return 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        return 1.0
+
+
+def described() -> list[Field[Any]]:
+    """The settings that are options of a command."""
+    return [f for f in fields(Settings) if HELP in f.metadata]
+
+
+def option(name: str) -> str:
+    """The command's option for a setting."""
+    return f"--{name.replace('_', '-')}"
