@@ -9,7 +9,7 @@ import torch
 from conftest import needs_native
 
 from zokernels.lab.benchmarks import machine, ops, passes, results, timing
-from zokernels.lab.cli import main
+from zokernels.lab.cli import inputs, main
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -153,7 +153,7 @@ def test_without_kernels_there_is_nothing_to_measure(monkeypatch, capsys):
 
 
 def test_without_matplotlib_a_plot_is_refused_by_a_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(output.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(inputs.importlib.util, "find_spec", lambda name: None)
     assert main([*TINY, "--plot", str(tmp_path / "a.png")]) == 2
     assert "--plot needs matplotlib: pip install" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import contextlib
 import io
 import textwrap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -124,3 +125,17 @@ def frame(figure: Figure, title: str, caption: str, handles: Any = (), columns: 
         )  # fmt: skip
     room = (0, below / height, 1, 1 - (above + below) / height)
     figure.set_layout_engine("constrained", rect=room, h_pad=0.08, w_pad=0.06)
+
+
+def save(figure: Figure, path: Path) -> None:
+    """Writes a figure whole or not at all, in the form that its name ends with.
+
+    Raises:
+        OSError: If it cannot be written; what was there before is there still.
+    """
+    draft = path.with_name(f".draft.{path.name}")
+    try:
+        figure.savefig(draft, dpi=150)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)

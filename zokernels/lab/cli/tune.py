@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 import zokernels as zk
 from zokernels.lab import files
 from zokernels.lab.cli import options, presets
-from zokernels.lab.cli.bench.output import check_choice, check_needs
+from zokernels.lab.cli.inputs import check_choice, check_plot
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import checks, tuning
@@ -58,12 +58,15 @@ def command(
     by: Annotated[
         str, typer.Option(help="Also probe parts of the weights: group, layer or none.")
     ] = "none",
-    plot: Annotated[Path | None, typer.Option(help="Also draw what was found, as PNG.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="Also draw what was found: a .png, .svg or .pdf file.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Also write all numbers here.")] = None,
 ) -> int:
     """Measure which learning rate and eps a run of finetune with these options wants."""
     files.check_json(json)
-    _check_plot(plot)
+    if plot is not None:
+        check_plot(plot)
     check_choice("--by", by, BY)
     if preset == "list":
         return presets.show()
@@ -99,17 +102,6 @@ class _Sayer(Watcher):
 
     def say(self, sentence: str) -> None:
         _say(self.console, sentence)
-
-
-def _check_plot(path: Path | None) -> None:
-    """Refuses, before anything is measured, a ``--plot`` that could not be written."""
-    if path is None:
-        return
-    check_needs("--plot", "matplotlib")
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--plot {path} must end in .png.")
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"--plot {path}: name a file in a folder that exists.")
 
 
 def _probe(run: Run, forwards: int, by: str | None, console: Console) -> zk.Probe:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,7 +9,6 @@ from typing import TYPE_CHECKING
 import zokernels as zk
 from zokernels.lab.benchmarks import style
 from zokernels.lab.errors import RunError
-from zokernels.lab.files import write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,16 +18,14 @@ _POINTS = 81
 
 
 def write(found: zk.Probe, path: Path, title: str) -> None:
-    """Draws it into a PNG.
+    """Draws it into a file.
 
     Raises:
         RunError: If it cannot be written; what was there before is there still.
     """
-    with style.drawn(_draw, (found, title)) as figure:
-        file = io.BytesIO()
-        figure.savefig(file, format="png", dpi=style.DPI)
     try:
-        write_bytes(path, file.getvalue())
+        with style.drawn(_draw, (found, title)) as figure:
+            style.save(figure, path)
     except OSError as error:
         raise RunError(
             f"--plot {path} could not be written: {error.strerror}. All else is done."

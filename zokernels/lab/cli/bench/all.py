@@ -14,6 +14,7 @@ from rich.table import Table
 
 from zokernels.lab import files
 from zokernels.lab.benchmarks import machine, suite
+from zokernels.lab.cli import inputs
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -35,7 +36,7 @@ def command(
         f"{most:.0f}, into {out}. Let nothing else run."
     )
     output.say_tests()
-    if how := output.lacks("matplotlib"):
+    if how := inputs.lacks("matplotlib"):
         output.say(f"No pictures: they need matplotlib, {how}.")
     out.mkdir(parents=True, exist_ok=True)
     about = machine.about("cuda" if torch.cuda.is_available() else "cpu")
@@ -66,10 +67,10 @@ def _check_folder(out: Path) -> None:
 def _run(run: suite.Run, out: Path) -> dict[str, Any]:
     """One command in a process of its own, so that none finds the memory of another."""
     result: dict[str, Any] = {"name": run.name, "outcome": "left out", "seconds": 0.0}
-    if run.needs and (how := output.lacks(run.needs)):
+    if run.needs and (how := inputs.lacks(run.needs)):
         return result | {"why": f"it needs {run.needs}: {how}"}
     files = {"--csv": f"{run.command}.csv", "--json": f"{run.name}.json"}
-    if not output.lacks("matplotlib"):
+    if not inputs.lacks("matplotlib"):
         files["--plot"] = f"{run.name}.png"
     named = [part for option, name in files.items() for part in (option, str(out / name))]
     program = [sys.executable, "-m", "zokernels.lab.cli", "bench"]

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from zokernels import noise
 from zokernels.lab.benchmarks import machine, plots
+from zokernels.lab.cli import inputs
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -30,7 +31,7 @@ def command(
 ) -> None:
     """Compile the Triton kernels, without a GPU, and count their machine instructions."""
     out = output.Output(csv_file, json, plot, COLUMNS, _ABOUT)
-    output.check_needs("bench codegen", "triton")
+    inputs.check_needs("bench codegen", "triton")
     import triton
 
     from zokernels.lab.benchmarks.instruments import codegen as compiler

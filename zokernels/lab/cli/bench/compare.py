@@ -11,6 +11,7 @@ from rich.table import Table
 
 from zokernels.lab import files
 from zokernels.lab.benchmarks import compare, machine, ops, passes
+from zokernels.lab.cli import inputs
 from zokernels.lab.cli.bench import output
 
 
@@ -28,7 +29,7 @@ def command(
     files.check_json(json)
     dtypes = tuple(dict.fromkeys(dtype or ("float32", "bfloat16")))
     for name in dtypes:
-        output.check_choice("--dtype", name, passes.DTYPES)
+        inputs.check_choice("--dtype", name, passes.DTYPES)
     commit = compare.resolve(base)
     plan = ops.Plan(numel=numel, dtypes=dtypes, peers=False, repeats=repeats)
     try:

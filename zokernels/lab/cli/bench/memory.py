@@ -9,6 +9,7 @@ from rich.table import Table
 
 from zokernels import noise
 from zokernels.lab.benchmarks import passes, plots
+from zokernels.lab.cli import inputs
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -46,20 +47,20 @@ def command(
 
     What this machine does not hold is by arithmetic alone, and marked so.
     """
-    output.check_needs("bench memory", "transformers")
+    inputs.check_needs("bench memory", "transformers")
     from zokernels.lab.benchmarks import memory, models
     from zokernels.lab.benchmarks.instruments import footprint
 
     out = output.Output(csv_file, json, plot, memory.COLUMNS, memory.LATER)
-    output.check_choice("--model", model, models.NAMES)
-    output.check_choice("--dtype", dtype, passes.DTYPES)
-    output.check_choice("--perturb", perturb, ("on_entry", "paired", "in_place"))
-    output.check_choice("--dist", dist, noise.KINDS)
+    inputs.check_choice("--model", model, models.NAMES)
+    inputs.check_choice("--dtype", dtype, passes.DTYPES)
+    inputs.check_choice("--perturb", perturb, ("on_entry", "paired", "in_place"))
+    inputs.check_choice("--dist", dist, noise.KINDS)
     if points != 2 and perturb != "paired":
         raise InputError(f"--points {points} needs --perturb paired; got --perturb {perturb}.")
     wanted = optimizer or _OPTIMIZERS
     for name in wanted:
-        output.check_choice("--optimizer", name, footprint.KINDS)
+        inputs.check_choice("--optimizer", name, footprint.KINDS)
     batches, lengths = rows or [4], length or [64, 256, 1024]
     for option, values in (("--rows", batches), ("--length", lengths)):
         if min(values) < 1:

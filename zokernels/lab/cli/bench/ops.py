@@ -10,6 +10,7 @@ from rich.table import Table
 
 from zokernels.lab.benchmarks import machine, ops, passes, plots, results
 from zokernels.lab.benchmarks.shapes import read as read_shapes
+from zokernels.lab.cli import inputs
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -52,7 +53,7 @@ def command(
     """Time the passes over the weights in alternation with their memory floors and peers."""
     out = output.Output(csv_file, json, plot, ops.COLUMNS, ops.LATER)
     for name in dtype or ():
-        output.check_choice("--dtype", name, passes.DTYPES)
+        inputs.check_choice("--dtype", name, passes.DTYPES)
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     _check_device(device)

@@ -11,6 +11,7 @@ from rich.table import Table
 from zokernels import noise
 from zokernels.lab.benchmarks import passes, plots
 from zokernels.lab.benchmarks import peers as others
+from zokernels.lab.cli import inputs
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -48,17 +49,17 @@ def command(
     plot: output.PLOT = None,
 ) -> None:
     """Time a step against the forwards it is made of, with random weights and tokens."""
-    output.check_needs("bench step", "transformers")
+    inputs.check_needs("bench step", "transformers")
     from zokernels.lab.benchmarks import models, step
 
     out = output.Output(csv_file, json, plot, step.COLUMNS, step.LATER)
     modes = perturb or ["on_entry", "paired"]
-    output.check_choice("--model", model, models.NAMES)
-    output.check_choice("--dtype", dtype, passes.DTYPES)
-    output.check_choice("--dist", dist, noise.KINDS)
-    output.check_choice("--loss", loss, step.LOSSES)
+    inputs.check_choice("--model", model, models.NAMES)
+    inputs.check_choice("--dtype", dtype, passes.DTYPES)
+    inputs.check_choice("--dist", dist, noise.KINDS)
+    inputs.check_choice("--loss", loss, step.LOSSES)
     for mode in modes:
-        output.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
+        inputs.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
         _check_graphed(mode, device, loss, mode in step.GRAPHED)
     models.check(model, rows, length, dtype, device)
     # The peers are timed once, beside the first mode that is no graph.
