@@ -16,6 +16,10 @@ E[d²] is that of the run's estimator. For a population of q it is q/(q − 1) t
 L(θ+εz)/ε over directions on one batch, since what the members share cancels; that each d has a
 share of the other members' noise adds terms of order 1/q² only.
 
+Over n steps the second term adds up to n·η²·E[d²]·h/2q, while the first ends with what there is to
+lower: where the loss cannot fall below 0, a rate at which that sum is the whole loss can gain
+nothing, however steep the beginning is.
+
 What divides every d by a number σ has σ times these rates: ``normalize="std"`` by the deviation of
 a step's d, ``"ema"`` by √E[d²]. Momentum β has 1 − β times. `ZOSGDSign` with one query moves by
 s = sign(d)·sign(z): E[sᵀHs] = h exactly, and d being near to normal E[g·s] = c‖g‖²/√E[d²] with
@@ -103,16 +107,29 @@ class Rule:
         return plain * (1 - self.beta) * self._divisor(m)
 
     def lasting(self, m: Moments, steps: int, drift: Drift) -> float:
-        """The best rate by the curvature to which the noise of so many steps of it leads."""
+        """The best rate of so many steps: by the curvature to which their noise leads.
+
+        Where a loss cannot fall below 0, it is also one whose noise raises it by no more than there
+        is to lower.
+        """
         now, away = self.best(m), self._away(m, steps)
-        if not now > 0:
+        if not (now > 0 and m.curvature > 0):
             return now
+        there_is = m.loss if m.loss > 0 else math.inf
         low, high = 0.0, now
         for _ in range(60):
             middle = (low + high) / 2
-            is_less = middle * (m.curvature + drift.at(middle * away)) < now * m.curvature
+            grown = 1 + drift.at(middle * away) / m.curvature
+            is_less = middle * grown < now and steps * self._harm(m, middle) * grown < there_is
             low, high = (middle, high) if is_less else (low, middle)
         return high
+
+    def _harm(self, m: Moments, lr: float) -> float:
+        """How much the noise of a step at a rate raises the loss."""
+        if self.name == "ZOSGDSign":
+            return lr**2 * m.curvature / 2
+        step = lr / ((1 - self.beta) * self._divisor(m))
+        return step**2 * self.mean_square(m) * m.curvature / (2 * self.num_queries)
 
     def _away(self, m: Moments, steps: int) -> float:
         """How far a weight is from where it began after so many steps, over their rate."""
@@ -123,13 +140,14 @@ class Rule:
 
     def fall(self, m: Moments, lr: float) -> float:
         """How much a step at a rate lowers the loss; NaN where that has no value."""
-        square, h = self.mean_square(m), m.curvature
+        square = self.mean_square(m)
         if square <= 0:
             return math.nan
         if self.name == "ZOSGDSign":
-            return lr * self._sign * m.squared_gradient / math.sqrt(square) - lr**2 * h / 2
-        step = lr / ((1 - self.beta) * self._divisor(m))
-        return step * m.squared_gradient - step**2 * square * h / (2 * self.num_queries)
+            gain = lr * self._sign * m.squared_gradient / math.sqrt(square)
+        else:
+            gain = lr * m.squared_gradient / ((1 - self.beta) * self._divisor(m))
+        return gain - self._harm(m, lr)
 
     @property
     def _sign(self) -> float:

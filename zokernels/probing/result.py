@@ -84,8 +84,9 @@ class Probe:
         best_rate: The rate at which a step lowers it most, now: half of the largest.
         steps: Of the run that is advised.
         rate: The rate to take: seven tenths of the one that is best by the curvature where the
-            run's own noise carries the weights, which gives nine tenths of what that gives. None
-            if it can't be told; see ``why``.
+            run's own noise carries the weights, which gives nine tenths of what that gives, or, if
+            that is less, of the one at which the noise of all steps raises a loss above 0 by as
+            much as it is. None if it can't be told; see ``why``.
         why: Why no rate is advised, a sentence; None if one is.
         more_forwards: How many more would tell, if the numbers are what they seem; None if that is
             not what is missing, or too many.
@@ -142,8 +143,8 @@ class Probe:
             return f"No rate is advised: {self.why}"
         return (
             f"Take lr {self.rate.value:.2g} for {self.steps:,} steps. Now a step lowers the loss "
-            f"most at {self.best_rate}, and above {self.largest_rate.value:.2g} it rises; their "
-            f"noise carries the weights to where less is best. A step lowers the loss, "
+            f"most at {self.best_rate}, and above {self.largest_rate.value:.2g} it rises; over a "
+            f"run their noise adds up, so that less is best. A step lowers the loss, "
             f"{brief(self.loss.value)} now, by {self.fall()}."
         )
 

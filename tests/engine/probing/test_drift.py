@@ -98,3 +98,74 @@ def test_a_divided_step_is_as_far_by_its_own_rate(normalize):
     assert 0 < plain.rate.value < 0.7 * plain.best_rate.value
     ratio = divided.best_rate.value / plain.best_rate.value
     assert divided.rate.value / plain.rate.value == pytest.approx(ratio, rel=1e-6)
+
+
+class Easy(nn.Module):
+    """A steep beginning that is soon over, as learning to answer in the form asked for; and chance.
+
+    Along one weight the loss falls from log 2 towards 0; what the others have is a bowl that they
+    are at the bottom of, and a slope that is another one in each batch.
+    """
+
+    def __init__(self, base=0.0):
+        super().__init__()
+        self.steep, self.others = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(500))
+        self.base = base
+
+    def forward(self, slope):
+        bowl = self.others.square().sum() / 2 + slope @ self.others
+        return nn.functional.softplus(-20 * self.steep[0]) + bowl + self.base
+
+
+def slopes():
+    chance = torch.Generator().manual_seed(7)
+    while True:
+        yield torch.randn(500, generator=chance) / 2
+
+
+def easy(steps, base=0.0, **options):
+    opt = zk.ZOSGD(Easy(base), lr=0.0, eps=1e-3, seed=2, **options)
+    return zk.probe(opt, lambda batch: opt.model(batch), slopes(), directions=32, steps=steps)
+
+
+def expected_after(lr, steps, **options):
+    """The loss of all data after a run."""
+    model, drawn = Easy(), slopes()
+    opt = zk.ZOSGD(model, lr=lr, eps=1e-3, seed=3, **options)
+    for _ in range(steps):
+        batch = next(drawn)
+        opt.step(lambda batch=batch: model(batch))
+    with torch.no_grad():
+        return float(model(torch.zeros(500)))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        dict(num_queries=8, estimator="population"),
+        dict(num_queries=8, estimator="population", normalize="std"),
+    ],
+    ids=["pairs", "population", "std"],
+)
+def test_a_steep_beginning_does_not_give_a_rate_whose_noise_costs_more_than_there_is(options):
+    steps = 300
+    told = easy(steps, **options)
+    assert told.rate is not None, told.why
+    assert told.rate.value < 0.5 * told.best_rate.value
+    before = math.log(2)
+    assert expected_after(told.rate.value, steps, **options) < 0.7 * before
+    assert expected_after(0.7 * told.best_rate.value, steps, **options) > before
+
+
+def test_what_the_noise_of_a_run_costs_is_at_most_the_loss_there_is():
+    told, steps = easy(1000), 1000
+    whole = told.whole
+    rate = told.rate.value / 0.7
+    cost = steps * rate**2 * whole.mean_square.value * whole.curvature.value / 2
+    # The curvature is the same at any distance but for the steep part's share, a hundred of 600.
+    assert cost == pytest.approx(told.loss.value, rel=0.25)
+    # A loss below 0 has a floor that is not known, and one far above it has much to lose.
+    below, above = easy(1000, base=-5.0), easy(1000, base=50.0)
+    assert below.rate.value == pytest.approx(0.7 * below.best_rate.value, rel=0.05)
+    assert above.rate.value > 2 * told.rate.value

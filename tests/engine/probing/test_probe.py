@@ -32,7 +32,7 @@ def assert_near(number, truth, errors=3.0):
 @pytest.mark.parametrize("dist", ["gaussian", "rademacher", "rank1"])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_every_number_is_within_its_error(dist, seed):
-    found = probed(seed=seed, more=dict(dist=dist), directions=32)
+    found = probed(seed=seed, more=dict(dist=dist), directions=32, steps=10)
     signal, square, bend = Bowl().truth()["all"]
     assert_near(found.whole.squared_gradient, signal)
     assert_near(found.whole.mean_square, square)
@@ -42,7 +42,7 @@ def test_every_number_is_within_its_error(dist, seed):
     assert {n.directions for n in (found.loss, found.whole.curvature, found.best_rate)} == {32}
     assert found.forwards == 16 * 40 + 64
     assert found.largest_rate.value == 2 * found.best_rate.value
-    # A bowl curves as much everywhere.
+    # A bowl curves as much everywhere, and what ten steps add up to is little.
     assert found.rate.value == pytest.approx(0.7 * found.best_rate.value, rel=1e-3)
     assert found.mean_square == found.whole.mean_square
     assert f"{found.rate.value:.2g}" in str(found)

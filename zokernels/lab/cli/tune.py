@@ -170,7 +170,7 @@ def verdict(found: zk.Probe, steps: int) -> str:
     return (
         f"Take --lr {found.rate.value:.2g} with --eps {found.eps:g} for {found.steps:,} steps. Now "
         f"the loss falls fastest at {found.best_rate}, and rises above "
-        f"{found.largest_rate.value:.2g}; their noise carries the weights to where less is best. A "
+        f"{found.largest_rate.value:.2g}; over a run their noise adds up, so that less is best. A "
         f"step then lowers the loss, {found.loss.value:.3g} now, by {first}{more} ({took})."
     )
 
