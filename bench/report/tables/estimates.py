@@ -26,11 +26,17 @@ def gain(rows: Sequence[Row]) -> str:
 
 
 def _is_compared(rows: Sequence[Row]) -> bool:
-    return all(_of(rows, estimator) for estimator in ("two_sided", "population"))
+    return bool(_of(rows, "two_sided") and _of(rows, "population", "std"))
 
 
-def _of(rows: Sequence[Row], estimator: str) -> list[list[Row]]:
-    """The cells that train all weights by plain steps of an estimator, each at its best rate."""
+def _of(rows: Sequence[Row], estimator: str, *normalize: str) -> list[list[Row]]:
+    """The cells that train all weights by ZO-SGD with an estimator, each at its best rate.
+
+    Args:
+        rows: Of a model.
+        estimator: Theirs.
+        normalize: What may divide a step; nothing may always.
+    """
     cells = results.grouped(rows, "cell").values()
     return [
         at_best(own)
@@ -39,20 +45,23 @@ def _of(rows: Sequence[Row], estimator: str) -> list[list[Row]]:
         and own[0]["optimizer"] == "zosgd"
         and own[0]["scheme"] == "full"
         and not own[0]["train_only"]
-        and not own[0]["normalize"]
+        and own[0]["normalize"] in ("", *normalize)
     ]
 
 
 def _gain(rows: Sequence[Row]) -> str:
     # Pairs along normals, as MeZO has them, where they were run; of populations, most seeds first.
     pairs = min(_of(rows, "two_sided"), key=lambda own: own[0]["dist"])
-    best = min(_of(rows, "population"), key=lambda own: (-len(own), _mean_of(own)))
+    best = min(_of(rows, "population", "std"), key=lambda own: (-len(own), _mean_of(own)))
     before, theirs, ours = float(pairs[0]["loss_before"]), _mean_of(pairs), _mean_of(best)
     times = (before - ours) / (before - theirs)
+    divided = ' with `normalize="std"`' if best[0]["normalize"] else ""
+    first = pairs[0]
     return (
-        f"{int(pairs[0]['forwards']):,} forwards lowered the held-out loss of {pairs[0]['model']} "
-        f"on SST-2 from {before:.3f} to {ours:.3f} by a population of {best[0]['queries']} and to "
-        f"{theirs:.3f} by pairs: {times:.2f} times the fall ({_seeds(best)}, and {_seeds(pairs)})."
+        f"{int(first['forwards']):,} forwards lowered the held-out loss of {first['model']} on "
+        f"SST-2 from {before:.3f} to {ours:.3f} by a population of {best[0]['queries']}{divided} "
+        f"and to {theirs:.3f} by pairs: {times:.2f} times the fall "
+        f"({_seeds(best)}, and {_seeds(pairs)})."
     )
 
 
