@@ -12,9 +12,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def whole_study():
-    """A row for every cell that bench/study.yaml may ask for, two where it repeats."""
+    """A row for every cell that bench/study/matrix.yaml may ask for, two where it repeats."""
     yaml = pytest.importorskip("yaml", reason="needs pyyaml: pip install '.[hf]'")
-    file = yaml.safe_load((ROOT / "bench" / "study.yaml").read_text(encoding="utf-8"))
+    file = yaml.safe_load((ROOT / "bench" / "study" / "matrix.yaml").read_text(encoding="utf-8"))
     like = results.read(results.FOLDER / "study.csv")[0]
     rows = []
     for part, given in file["parts"].items():

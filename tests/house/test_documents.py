@@ -175,7 +175,7 @@ WRONG = [
     "make quickstart SPEED=3",
     "make coffee",
     "python -m bench.gone",
-    "python -m bench.rates --gone",
+    "python -m bench.study.rates --gone",
     "python examples/gone.py",
     "pip install '.[gone]'",
     "torchrun --gone train.py",

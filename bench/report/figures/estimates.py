@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from bench.grid import at_best
 from bench.report.tables.estimates import name_of
+from bench.study.grid import at_best
 from zokernels.lab.benchmarks import results, style
 from zokernels.lab.benchmarks.results import Row
 

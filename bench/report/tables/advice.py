@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from bench.grid import at_best
 from bench.report import document
 from bench.report.tables.estimates import name_of
+from bench.study.grid import at_best
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
 

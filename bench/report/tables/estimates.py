@@ -5,8 +5,8 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from bench.grid import at_best, loss_of
 from bench.report import document
+from bench.study.grid import at_best, loss_of
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
 from zokernels.lab.runs.history import Accuracy

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import quickstart, stories
 from bench.report.tables import quickstart as table
+from bench.study import quickstart, stories
 from zokernels.lab.benchmarks import results
 from zokernels.lab.cli import main
 

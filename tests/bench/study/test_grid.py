@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from bench import grid
+from bench.study import grid
 
 
 def walk(loss, first, limit=20):

@@ -1,9 +1,9 @@
-"""One step's gain by learning rate, on training batches alone: ``python -m bench.rates``.
+"""One step's gain by learning rate, on training batches alone: ``python -m bench.study.rates``.
 
 For a model and a scheme: some batches, a direction each, its slope d, and the loss of the same
 batch at θ − ηdz (ZO-SGD) and at θ − η sign(d)z with z of signs (ZO-SGD-Sign), for many η. To second
 order the mean of the change is −η‖g‖² + η²‖g‖² tr(H)/2, which is least at η = 1/tr(H). The rates of
-`bench/study.yaml` come from here; no held-out and no reported example is seen.
+`bench/study/matrix.yaml` come from here; no held-out and no reported example is seen.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def measure(settings: Settings, directions: int) -> list[dict]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and write, for each model and scheme."""
-    parser = argparse.ArgumentParser(prog="python -m bench.rates", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.rates", description=__doc__)
     parser.add_argument("--model", action="append", required=True, help="NAME=FOLDER:SCHEME,…")
     parser.add_argument("--directions", type=int, default=16)
     parser.add_argument("--max-words", type=int, default=8)

@@ -1,4 +1,4 @@
-"""The quickstart over several seeds: ``python -m bench.quickstart --seeds 5``.
+"""The quickstart over several seeds: ``python -m bench.study.quickstart --seeds 5``.
 
 Each run is the quickstart's own, whole dev set before and after, into bench/results/quickstart.csv;
 ``--settings`` picks what it is compared with. `make report` makes the table of
@@ -40,7 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 def main(arguments: list[str] | None = None) -> None:
     """Run, and write every row as soon as it is there."""
-    parser = argparse.ArgumentParser(prog="python -m bench.quickstart", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.quickstart", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds")
     parser.add_argument("--first", type=int, default=0, help="the first of them")
     parser.add_argument("--settings", choices=CASES, default="quickstart")
@@ -64,7 +64,7 @@ def run(name: str, seed: int) -> dict[str, object]:
             quickstart.settings(Path(place) / "run"), seed=seed, eval_every=0, **CASES[name]
         )
         cpu = time.process_time()
-        found = train(settings, f"python -m bench.quickstart, {name}, seed {seed}")
+        found = train(settings, f"python -m bench.study.quickstart, {name}, seed {seed}")
         cpu = time.process_time() - cpu
     each = forwards_of(settings.estimator, settings.num_queries)
     return {

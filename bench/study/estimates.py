@@ -1,7 +1,7 @@
-"""What a model learns by each estimate from as many forwards: ``python -m bench.estimates NAME…``.
+"""What a model learns by each estimate: ``python -m bench.study.estimates NAME…``.
 
 A cell is a model, a task, what is trained and how its gradient is estimated. Each is run at the
-rates of a grid (`bench.grid`).
+rates of a grid (`bench.study.grid`).
 The measure is the mean loss of 400 training examples that are never trained on, since accuracy on
 the dev examples moves by chance; that is there too, with its error. Rows go to
 `results/estimates.csv` as they come, and what is there already is not run again. A backward counts
@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from bench import grid
-from bench.trial import Trial
+from bench.study import grid
+from bench.study.trial import Trial
 from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.cli import quickstart
 from zokernels.lab.models.loading import quiet
@@ -182,7 +182,7 @@ def runs_of(name: str, forwards: int) -> list[results.Row]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is not there yet of the named cells, and write a row for each run."""
-    parser = argparse.ArgumentParser(prog="python -m bench.estimates", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.estimates", description=__doc__)
     parser.add_argument("cells", nargs="*", help=f"cells, or models: {', '.join(MODELS)}")
     parser.add_argument("--data", type=Path, required=True, help="folder with SST-2, TREC …")
     parser.add_argument("--grid", action="store_true", help="one seed a rate, and no more")

@@ -1,4 +1,4 @@
-"""The reward of `examples/reward.py` by step: ``python -m bench.reward``."""
+"""The reward of `examples/reward.py` by step: ``python -m bench.study.reward``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def example() -> ModuleType:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run it from three seeds, and write a row for every hundredth step."""
-    parser = argparse.ArgumentParser(prog="python -m bench.reward", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.reward", description=__doc__)
     parser.add_argument("--steps", type=int, default=STEPS)
     options = parser.parse_args(arguments)
     about = {k: v for k, v in machine.about("cpu").items() if k in COLUMNS}

@@ -1,9 +1,10 @@
-"""What a model learns along each kind of direction: ``python -m bench.directions --data SST-2``.
+"""What a model learns along each kind of direction.
 
-all-MiniLM-L6-v2 on SST-2, all of its weights, by ZO-SGD from as many forwards for every kind: at
-three learning rates and from three seeds. The measure is the loss of 400 training sentences that
-are never trained on, since accuracy on the dev sentences moves by chance. Rows go to
-`results/directions.csv` as they come, and what is there already is not run again.
+``python -m bench.study.directions --data SST-2`` trains all-MiniLM-L6-v2 on SST-2, all of its
+weights, by ZO-SGD from as many forwards for every kind: at three learning rates and from three
+seeds. The measure is the loss of 400 training sentences that are never trained on, since accuracy
+on the dev sentences moves by chance. Rows go to `results/directions.csv` as they come, and what is
+there already is not run again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from bench.trial import Trial
+from bench.study.trial import Trial
 from zokernels import noise
 from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.models.loading import quiet
@@ -56,7 +57,7 @@ def run(trial: Trial, lr: float, seed: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what is not there yet, and write a row for each run."""
-    parser = argparse.ArgumentParser(prog="python -m bench.directions", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.directions", description=__doc__)
     parser.add_argument("--data", type=Path, required=True, help="folder with SST-2's train.tsv")
     parser.add_argument("--dist", action="append", choices=list(noise.KINDS))
     options = parser.parse_args(arguments)

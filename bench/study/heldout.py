@@ -1,7 +1,7 @@
 """A data folder whose dev sentences are training sentences that are never trained on.
 
-``python -m bench.heldout SST-2 OUT``: what a search for settings may look at. The sentences are
-drawn by a fixed seed from those of the study's lengths.
+``python -m bench.study.heldout SST-2 OUT``: what a search for settings may look at. The sentences
+are drawn by a fixed seed from those of the study's lengths.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ WORDS = range(3, 25)
 
 def main(arguments: list[str] | None = None) -> int:
     """Writes OUT/train.tsv and OUT/dev.tsv, which must not be there yet."""
-    parser = argparse.ArgumentParser(prog="python -m bench.heldout", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.heldout", description=__doc__)
     parser.add_argument("source", type=Path, help="folder with the task's train.tsv")
     parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""Takes a finished sweep's rows into the results: ``python -m bench.study runs/study``.
+"""Takes a finished sweep's rows into the results: ``python -m bench.study.matrix runs/study``.
 
-Reads what `zokernels sweep bench/study.yaml` left, of the runs that came to their end, and writes
-`results/study.csv` (with ``--into`` another, as for `bench/study_rates.yaml`).
+Reads what `zokernels sweep bench/study/matrix.yaml` left, of the runs that came to their end, and
+writes `results/study.csv` (with ``--into`` another, as for `bench/study/matrix_rates.yaml`).
 `make report` makes the tables and figures of docs/study.md from it.
 """
 

@@ -1,4 +1,4 @@
-"""The 260-thousand-weight story model as a model folder: ``python -m bench.stories SOURCE OUT``.
+"""The story model as a model folder: ``python -m bench.study.stories SOURCE OUT``.
 
 SOURCE holds ``model.safetensors`` and ``config.json`` in transformers' names, and ``tok512.json``,
 the tokenizer of llama2.c as a list of [piece, score]. What is made here is that tokenizer in
@@ -70,7 +70,7 @@ def reference(text: str, pieces: list[tuple[str, float]]) -> list[int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Make the folder; 2 where something is missing or in the way."""
-    parser = argparse.ArgumentParser(prog="python -m bench.stories", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.stories", description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args(arguments)

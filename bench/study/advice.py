@@ -1,7 +1,7 @@
-"""The rates that a probe advises, beside the grids of whole runs: ``python -m bench.advice``.
+"""The rates that a probe advises, beside the grids of whole runs: ``python -m bench.study.advice``.
 
-For every cell of `bench.estimates` a probe of so many forwards at the weights that its runs begin
-with, into `results/advice.csv`; a cell that is there already is not probed again.
+For every cell of `bench.study.estimates` a probe of so many forwards at the weights that its runs
+begin with, into `results/advice.csv`; a cell that is there already is not probed again.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import zokernels as zk
-from bench.estimates import CELLS, FORWARDS, MODELS, CellTrial, folder_of
-from bench.trial import Trial
+from bench.study.estimates import CELLS, FORWARDS, MODELS, CellTrial, folder_of
+from bench.study.trial import Trial
 from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import optimizers
@@ -63,7 +63,7 @@ def probe(trial: Trial, forwards: int, run: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Probe the cells that are not there yet, and write a row for each."""
-    parser = argparse.ArgumentParser(prog="python -m bench.advice", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench.study.advice", description=__doc__)
     parser.add_argument("cells", nargs="*", help=f"cells, or models: {', '.join(MODELS)}")
     parser.add_argument("--data", type=Path, required=True, help="folder with SST-2, TREC …")
     parser.add_argument("--forwards", type=int, default=1600)

@@ -1,0 +1,1 @@
+"""What small pretrained models learn: the runs behind docs/study.md."""
