@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from test_fuzz_data import JSON, places
+from odd import JSON, places
 from test_trajectory import Two, X, equal, weights
 
 import zokernels as zk
