@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zokernels.lab import files
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -133,9 +135,6 @@ def save(figure: Figure, path: Path) -> None:
     Raises:
         OSError: If it cannot be written; what was there before is there still.
     """
-    draft = path.with_name(f".draft.{path.name}")
-    try:
-        figure.savefig(draft, dpi=150)
-        draft.replace(path)
-    finally:
-        draft.unlink(missing_ok=True)
+    file = io.BytesIO()
+    figure.savefig(file, format=path.suffix[1:].lower(), dpi=150)
+    files.write_bytes(path, file.getvalue())

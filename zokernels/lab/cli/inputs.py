@@ -7,6 +7,7 @@ from collections.abc import Collection
 from pathlib import Path
 
 from zokernels.lab.errors import InputError
+from zokernels.lab.runs.limits import OneOf
 
 _FORMS = (".png", ".svg", ".pdf")
 
@@ -17,8 +18,8 @@ def check_choice(option: str, value: str, allowed: Collection[str]) -> None:
     Raises:
         InputError: Naming them.
     """
-    if value not in allowed:
-        raise InputError(f"{option} must be one of {', '.join(allowed)}, got '{value}'.")
+    if refusal := OneOf(tuple(allowed)).refusal(value):
+        raise InputError(f"{option} {refusal}")
 
 
 def check_needs(what: str, package: str) -> None:

@@ -27,7 +27,7 @@ from zokernels.lab.runs.state import Run
 BY = ("none", "group", "layer")
 # Of finetune's options, what is about a run and not about its steps, or what is found here.
 _NOT_HERE = (
-    "out overwrite resume json eval_every eval_examples keep_best save_weights retry_oom calibrate "
+    "out overwrite resume eval_every eval_examples keep_best save_weights retry_oom calibrate "
     "lr schedule eps_schedule eps_end probe_forwards weight_decay".split()
 )
 
