@@ -12,7 +12,7 @@ PACKAGE = Path(zk.__file__).parent
 # From the ground up; a room may use what stands before it. What a line holds is on one floor.
 FLOORS = (
     {"noise", "masks"}, {"backends"}, {"ops"}, {"passes"}, {"estimators"}, {"trajectory"},
-    {"perturb", "distributed"}, {"optim"}, {"graphs", "hf", "probing"}, {""}, {"lab"},
+    {"perturb", "distributed"}, {"optim"}, {"graphs", "hf", "probing"}, {""}, {"lab"}, {"__main__"},
 )  # fmt: skip
 # The same within the lab.
 LAB_FLOORS = (

@@ -93,6 +93,13 @@ def test_sparsity_and_blocks_are_checked_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("there, device", [(True, "cuda"), (False, "cpu")])
+def test_a_run_goes_to_a_gpu_where_there_is_one(places, tmp_path, monkeypatch, there, device):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert settings(places, tmp_path).device == device
+    assert settings(places, tmp_path, device="cpu").device == "cpu"
+
+
 def test_forward_passes_alone_learn_the_task(places, tmp_path):
     metrics = Finetune(
         settings(

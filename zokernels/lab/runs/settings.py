@@ -9,6 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from zokernels import noise
 from zokernels.estimators import ESTIMATORS, NORMALIZE
 from zokernels.lab.errors import InputError
@@ -20,7 +22,7 @@ from zokernels.lab.runs.optimizers import OPTIMIZERS
 from zokernels.lab.scoring import OBJECTIVES
 from zokernels.lab.tasks import TASKS
 
-# In place of a learning rate: the one that a probe advises.
+# In place of a learning rate: the one that a probe advises; of a device: a GPU where there is one.
 AUTO = "auto"
 # A setting's metadata: what it means, the part of the help that it is in, and its `Limit` if any.
 HELP, PANEL, LIMIT = "help", "panel", "limit"
@@ -127,13 +129,15 @@ class Settings:
     keep_best: bool = _run(False, "Keep the step best on held-out training sentences.")
     save_weights: bool = _run(True, "Keep the weights, or only the log that makes them again.")
     retry_oom: bool = _run(False, "Run a batch that memory does not hold in two halves.")
-    device: str = _run("cpu", "Where to run.")
+    device: str = _run(AUTO, f"Where to run; {AUTO}: on a GPU where torch sees one.")
 
     def __post_init__(self) -> None:
         if isinstance(self.points, str) and self.points.isdecimal():
             self.points = int(self.points)
         if self.lr == AUTO:
             self.lr, self.auto_lr = 0.0, True
+        if self.device == AUTO:
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
 
     @classmethod
     def of(cls, plain: dict[str, Any], source: Path, out: Path) -> Settings:
