@@ -16,7 +16,7 @@ FLOORS = (
 )  # fmt: skip
 # The same within the lab.
 LAB_FLOORS = (
-    {"errors", "files", "hub"}, {"tasks"}, {"models"}, {"scoring"}, {"runs"},
+    {"errors", "files", "hub", "yaml_file"}, {"tasks"}, {"models"}, {"scoring"}, {"runs"},
     {"sweeps", "benchmarks", "verification"}, {"cli"},
 )  # fmt: skip
 # Public without being in `zokernels.__all__`: what a user imports by its module.

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from zokernels.lab import yaml_file
 from zokernels.lab.errors import InputError
 from zokernels.lab.runs.settings import Settings
+from zokernels.lab.yaml_file import known, mapping
 
 # What a sweep decides itself.
 _OWN = ("out", "overwrite", "seed", "tuned")
@@ -67,14 +69,10 @@ def read(path: Path) -> SweepFile:
     Raises:
         InputError: One sentence with the key that cannot be used, and what it allows.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is no text"
-        raise InputError(f"The sweep file {path} cannot be read: {reason}.") from None
-    whole = _mapping(_load(text, path), path, "the file")
+    text = yaml_file.read(path, "sweep file")
+    whole = mapping(yaml_file.load(text, path, "sweep file"), path, "the file")
     top = {"title", "base", "grid", "seeds", "rules", "parts"}
-    _known(whole, top, path, "")
+    known(whole, top, path, "")
     title = str(whole.get("title", path.stem))
     if "parts" not in whole:
         return SweepFile(title, [_part(path.stem, whole, {}, path, "")], text)
@@ -82,51 +80,15 @@ def read(path: Path) -> SweepFile:
         raise InputError(f"{path}: grid stands beside parts; move it into one of them.")
     shared = {key: whole[key] for key in ("base", "seeds", "rules") if key in whole}
     parts = []
-    for name, part in _mapping(whole["parts"], path, "parts").items():
+    for name, part in mapping(whole["parts"], path, "parts").items():
         where = f"parts.{name}."
         if not str(name).replace("-", "").replace("_", "").isalnum():
             raise InputError(f"{path}: {where[:-1]} must be a name of letters, digits, - and _.")
-        _known(_mapping(part, path, where[:-1]), top - {"title", "parts"}, path, where)
+        known(mapping(part, path, where[:-1]), top - {"title", "parts"}, path, where)
         parts.append(_part(str(name), part, shared, path, where))
     if not parts:
         raise InputError(f"{path}: parts is empty; give it a part with a grid.")
     return SweepFile(title, parts, text)
-
-
-def _load(text: str, path: Path) -> Any:
-    try:
-        import yaml
-    except ImportError:
-        raise InputError(
-            "A sweep file needs PyYAML, which is not installed: pip install 'zokernels[hf]'."
-        ) from None
-
-    class Loader(yaml.SafeLoader):
-        """YAML without its silence about a key that is there twice."""
-
-    def mapping(loader: Any, node: Any) -> dict[Any, Any]:
-        keys = [loader.construct_object(key) for key, _ in node.value]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                line = node.value[i][0].start_mark.line + 1
-                raise InputError(f"{path}, line {line}: the key {key} is there twice; keep one.")
-        return dict(
-            zip(keys, (loader.construct_object(v, deep=True) for _, v in node.value), strict=True)
-        )
-
-    Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, mapping)
-    loader = Loader(text)
-    try:
-        return loader.get_single_data()
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise InputError(f"{path}{line} is no YAML: {problem}.") from None
-    except TypeError as error:
-        raise InputError(f"{path} is no sweep file: {error}.") from None
-    finally:
-        loader.dispose()
 
 
 def _part(
@@ -137,7 +99,7 @@ def _part(
         **_settings(part.get("base", {}), path, f"{where}base"),
     }
     grid: dict[str, Any] = {}
-    for key, values in _mapping(part.get("grid", {}), path, f"{where}grid").items():
+    for key, values in mapping(part.get("grid", {}), path, f"{where}grid").items():
         at = f"{where}grid.{key}"
         if values == PUBLISHED and key in ("lr", "eps"):
             grid[key] = PUBLISHED
@@ -158,13 +120,13 @@ def _part(
 
 
 def _rule(rule: Any, path: Path, where: str, grid: set[str]) -> Rule:
-    _known(_mapping(rule, path, where), {"when", "set", "seeds", "skip"}, path, f"{where}.")
+    known(mapping(rule, path, where), {"when", "set", "seeds", "skip"}, path, f"{where}.")
     when = {
         key: [
             value(key, v, path, f"{where}.when.{key}")
             for v in (values if isinstance(values, list) else [values])
         ]
-        for key, values in _mapping(rule.get("when", {}), path, f"{where}.when").items()
+        for key, values in mapping(rule.get("when", {}), path, f"{where}.when").items()
     }
     given = _settings(rule.get("set", {}), path, f"{where}.set")
     if both := sorted({*given} & grid):
@@ -186,7 +148,7 @@ def _seeds(seeds: Any, path: Path, where: str) -> list[int]:
 def _settings(given: Any, path: Path, where: str) -> dict[str, Any]:
     return {
         key: value(key, v, path, f"{where}.{key}")
-        for key, v in _mapping(given, path, where).items()
+        for key, v in mapping(given, path, where).items()
     }
 
 
@@ -238,22 +200,7 @@ def _expanded(text: str, path: Path, where: str) -> str:
         return text
 
 
-def _mapping(given: Any, path: Path, where: str) -> Mapping[str, Any]:
-    if not isinstance(given, Mapping):
-        got = "nothing" if given is None else repr(given)
-        raise InputError(f"{path}: {where} must hold keys and values, got {got}.")
-    return given
-
-
 def _list(given: Any, path: Path, where: str) -> list[Any]:
     if not isinstance(given, list):
         raise InputError(f"{path}: {where} must be a list, got {given!r}.")
     return given
-
-
-def _known(given: Mapping[str, Any], allowed: set[str], path: Path, where: str) -> None:
-    for key in given:
-        if key not in allowed:
-            raise InputError(
-                f"{path}: there is no key {where}{key}; allowed are {', '.join(sorted(allowed))}."
-            )
