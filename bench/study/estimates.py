@@ -26,7 +26,7 @@ from zokernels.lab.benchmarks import machine, results
 from zokernels.lab.cli import quickstart
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import evaluate
-from zokernels.lab.runs.history import Accuracy
+from zokernels.lab.runs.history import Mean
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.tasks import data
 
@@ -140,7 +140,7 @@ class CellTrial(Trial):
         super().__init__(Settings(out=Path("unused"), data=str(source), **about), source)
         self.name = name
         self.dev = data.part(self.splits.dev, DEV)
-        self.before: tuple[torch.Tensor, Accuracy] | None = None
+        self.before: tuple[torch.Tensor, Mean] | None = None
 
     def run(self, lr: float, seed: int, forwards: int) -> dict[str, Any]:
         """One training run from the model as it was published; what destroys it has no loss."""

@@ -9,7 +9,7 @@ from bench.report import document
 from bench.study.grid import at_best, loss_of
 from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.results import Row
-from zokernels.lab.runs.history import Accuracy
+from zokernels.lab.runs.history import Mean
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -91,7 +91,7 @@ def _table(rows: Sequence[Row]) -> str:
         loss, dev = _mean(found, "loss_after", 1, 3), _mean(found, "dev_after", 100, 1)
         lines.append((name_of(own[0]), grid, best, loss, dev))
     first = rows[0]
-    before = Accuracy(float(first["dev_before"]), 500)
+    before = Mean(float(first["dev_before"]), 500)
     caption = (
         f"**{first['model']}** on {first['task']}, {int(first['forwards']):,} forwards of 16 "
         "examples (a backward counts as two), linear decay. Loss of 400 held-out training "

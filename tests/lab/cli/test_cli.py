@@ -52,7 +52,7 @@ BAD = [
     ("model not on hub", ["--model", "no/such-model"], "neither a folder nor"),
     ("folder without a model", ["--model", "data"], "has no config.json"),
     ("unknown task", ["--task", "sst3"], "no task 'sst3'; the tasks are: sst2"),
-    ("no data folder", ["--data", "gone"], "--data names gone, which is not a folder"),
+    ("no data folder", ["--data", "gone"], "--data gone is neither a file or folder here nor"),
     ("no data in it", ["--data", "not_a_run"], "neither it nor its SST-2 folder"),
     ("empty file", ["--data", "empty"], "empty/dev.tsv has no rows"),
     ("malformed row", ["--data", "malformed"], "malformed/train.tsv, line 3"),

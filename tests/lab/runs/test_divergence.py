@@ -9,7 +9,8 @@ import pytest
 
 from zokernels.lab.cli import main
 from zokernels.lab.runs import divergence
-from zokernels.lab.runs.history import Accuracy
+from zokernels.lab.runs.history import Mean
+from zokernels.lab.tasks.metric import ACCURACY
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,8 +77,8 @@ def test_a_metric_falls_by_two_standard_errors():
         (0.55, 0.75, 100, False),
         (1.0, 1.0, 10, False),
     ):
-        assert divergence.fell(Accuracy(before, examples), Accuracy(after, examples)) is fallen
-    assert not divergence.fell(Accuracy(0.7, 100), None)
+        assert divergence.worse(Mean(before, examples), Mean(after, examples), ACCURACY) is fallen
+    assert not divergence.worse(Mean(0.7, 100), None, ACCURACY)
 
 
 @pytest.mark.hf

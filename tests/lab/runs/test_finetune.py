@@ -214,7 +214,7 @@ def test_dev_never_picks_the_checkpoint(places, tmp_path, monkeypatch):
         split = "valid" if len(examples) == len(run.splits.valid) else "dev"
         if split == "valid":
             kept.append([p.detach().clone() for p in run.learner.model.parameters()])
-        return evaluate.Accuracy(next(answers[split]), len(examples))
+        return evaluate.Mean(next(answers[split]), len(examples))
 
     monkeypatch.setattr(evaluate, "accuracy", accuracy)
     run.run()

@@ -63,7 +63,7 @@ def test_a_model_without_a_form_is_a_sentence(loaded, model, kind, words):
 def test_a_run_in_chat_form(loaded, tmp_path, monkeypatch, scheme):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.delenv("ZOKERNELS_DATA", raising=False)
-    monkeypatch.setitem(chat.FORMS, "vicuna", "the plot {prompt} of")
+    monkeypatch.setitem(chat.FORMS, "vicuna", chat.Written("the ", {"user": "plot {} "}, "of"))
     options = dict(chat=True, scheme=scheme, steps=2, batch_size=4, max_words=5)
     run = Finetune(Settings(model=loaded.model.name_or_path, out=tmp_path / "run", **options))
     assert run.run()["steps"] == 2

@@ -79,7 +79,7 @@ def test_the_folder_given_wins_over_the_variable(sst2_folder, monkeypatch):
 def test_without_a_hub_the_shipped_set_serves_and_says_why(monkeypatch):
     monkeypatch.delenv(data.VARIABLE, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(data, "_from_hub", lambda task: (None, hub.unreachable()))
+    monkeypatch.setattr(data, "_from_hub", lambda *_: (None, hub.unreachable()))
     splits = data.load(SST2)
     assert "ships" in splits.source
     assert "HF_HUB_OFFLINE is set" in splits.notes[0]

@@ -16,6 +16,7 @@ from zokernels.lab.runs import checks, folder
 from zokernels.lab.runs.resume import settings_of
 from zokernels.lab.runs.run import Finetune
 from zokernels.lab.runs.settings import Settings, option
+from zokernels.lab.tasks.metric import METRICS
 
 
 @options.with_settings()
@@ -42,12 +43,10 @@ def command(
     if preset == "list":
         return presets.show()
     chosen = options.resolved(context, settings, preset)
-    chosen["out"] = chosen["out"] or _folder_of(chosen["task"])
-    return _report(train(Settings(**chosen), _words()), json)
-
-
-def _folder_of(task: str) -> Path:
-    return Path("runs") / f"{task}-{time.strftime('%Y%m%d-%H%M%S')}"
+    asked = Settings(**{**chosen, "out": chosen["out"] or Path()})
+    if chosen["out"] is None:
+        asked.out = Path("runs") / f"{Path(asked.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    return _report(train(asked, _words()), json)
 
 
 def _report(metrics: dict[str, Any], path: Path | None) -> int:
@@ -95,7 +94,8 @@ def train(settings: Settings, command_line: str = "", resume: bool = False) -> d
 def ending(metrics: dict[str, Any], where: str) -> str:
     """The line that a finished run ends with."""
     before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
+    metric = METRICS[metrics["metric"]]
     return (
-        f"dev {metrics['metric']} {before:.1%} -> {after:.1%} ({metrics['data']}, "
+        f"dev {metric.name} {metric.text(before)} -> {metric.text(after)} ({metrics['data']}, "
         f"{metrics['steps']} steps, {metrics['seconds']:.0f} s): {where}"
     )

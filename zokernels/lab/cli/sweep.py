@@ -15,6 +15,7 @@ from zokernels.lab.sweeps import file, plots, table
 from zokernels.lab.sweeps.folder import SweepFolder
 from zokernels.lab.sweeps.plan import Run, plan
 from zokernels.lab.sweeps.pool import Outcome, Pool, threads_each
+from zokernels.lab.tasks.metric import METRICS
 
 _BAD = ("failed", "refused", "died")
 
@@ -169,7 +170,8 @@ class Display:
         said = f"[{self._done}/{self._runs}] {run.name}: {outcome.status}"
         if (metrics := table.metrics_of(run)) is not None and not metrics["failure"]:
             before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
-            said += f", {before:.1%} -> {after:.1%} in {metrics['seconds']:.0f} s"
+            metric = METRICS[metrics["metric"]]
+            said += f", {metric.text(before)} -> {metric.text(after)} in {metrics['seconds']:.0f} s"
         if outcome.reason:
             said += f": {outcome.reason}"
         self.console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from zokernels.lab.errors import InputError
 from zokernels.lab.runs import optimizers
 from zokernels.lab.runs.optimizers import DERIVATIVES, FIRST_ORDER, HYBRID
 from zokernels.lab.runs.settings import LIMIT, Settings, option
-from zokernels.lab.tasks import get_task
+from zokernels.lab.tasks import data
 
 _HYBRID_ONLY = {
     "hybrid_split": "the number of layers that go by zeroth order",
@@ -35,7 +35,8 @@ def check(s: Settings) -> None:
         limit = setting.metadata.get(LIMIT)
         if limit and (refusal := limit.refusal(getattr(s, setting.name))):
             raise InputError(f"{option(setting.name)} {refusal}")
-    get_task(s.task)
+    s.the_task()
+    data.parsed(s.columns)
     _check_together(s)
     _check_optimizer(s)
 

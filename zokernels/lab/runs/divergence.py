@@ -11,7 +11,8 @@ import statistics
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
-from zokernels.lab.runs.history import Accuracy
+from zokernels.lab.runs.history import Mean
+from zokernels.lab.tasks.metric import Metric
 
 # Fewer steps tell nothing from noise.
 FEWEST = 10
@@ -45,19 +46,19 @@ def rise(losses: Sequence[float]) -> tuple[float, float] | None:
     return None
 
 
-def fell(before: Accuracy | None, after: Accuracy | None) -> bool:
-    """Whether an accuracy is lower than before by two standard errors of the difference."""
+def worse(before: Mean | None, after: Mean | None, metric: Metric) -> bool:
+    """Whether a metric is worse than before by two standard errors of the difference."""
     if before is None or after is None:
         return False
     error = math.hypot(before.error, after.error)
-    return before.value - after.value > 2 * error
+    return metric.better(before.value, after.value) and abs(before.value - after.value) > 2 * error
 
 
 def sentence(
     losses: Sequence[float],
-    before: Accuracy | None,
-    after: Accuracy | None,
-    metric: str,
+    before: Mean | None,
+    after: Mean | None,
+    metric: Metric,
     lr: float,
 ) -> str | None:
     """What a run that made its model worse says of it; None of any other run."""
@@ -66,8 +67,12 @@ def sentence(
         found.append("no loss was finite")
     if rose := rise(losses):
         found.append(f"the loss rose from {rose[0]:.4g} in the first steps to {rose[1]:.4g}")
-    if before and after and fell(before, after):
-        found.append(f"dev {metric} fell from {before.value:.1%} to {after.value:.1%}")
+    if before and after and worse(before, after, metric):
+        way = "fell" if metric.share else "rose"
+        found.append(
+            f"dev {metric.name} {way} from {metric.text(before.value)} to "
+            f"{metric.text(after.value)}"
+        )
     if not found:
         return None
     return (

@@ -1,4 +1,4 @@
-"""Accuracy on a split, in batches of texts of like length, and when a run measures it."""
+"""The metric on a split, in batches of texts of like length, and when a run measures it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from zokernels.lab.runs import out_of_memory
-from zokernels.lab.runs.history import Accuracy
+from zokernels.lab.runs.history import Mean
 from zokernels.lab.runs.state import Run
 from zokernels.lab.scoring import Scorer, generation
 from zokernels.lab.tasks import data
+from zokernels.lab.tasks.metric import F1, LOSS
 from zokernels.lab.tasks.task import Example, Task
 
 
@@ -30,17 +31,20 @@ def evaluate(run: Run, whole: bool) -> None:
         _measure(run, "dev", data.part(run.splits.dev, count))
         if s.keep_best and not whole:
             found = _measure(run, "valid", data.part(run.splits.valid, count))
-            if run.best is None or found.value > run.best[0]:
+            if run.best is None or run.task.metric.better(found.value, run.best[0]):
                 run.best = (found.value, run.done, run.learner.copy())
     except Interrupted:
         return
 
 
-def _measure(run: Run, split: str, examples: list[Example]) -> Accuracy:
+def _measure(run: Run, split: str, examples: list[Example]) -> Mean:
     s, began = run.settings, time.perf_counter()
+    metric = run.task.metric
     found = accuracy(
         run.scorer,
         examples,
+        # Losses want the logits of every token, as training does.
+        batch_size=s.batch_size if metric is LOSS else 64,
         stop=run.stopped.is_set,
         calibrate=s.calibrate,
         retry_oom=s.retry_oom,
@@ -49,14 +53,15 @@ def _measure(run: Run, split: str, examples: list[Example]) -> Accuracy:
     record = {
         "step": run.done,
         "split": split,
-        "accuracy": found.value,
+        "metric": metric.name,
+        "value": found.value,
         "standard_error": found.error,
         "examples": found.examples,
         "seconds": round(time.perf_counter() - began, 3),
     }
     run.out.log(record)
     run.watcher.say(
-        f"Step {run.done}: {split} {run.task.metric} {found.value:.1%} ± {found.error:.1%} "
+        f"Step {run.done}: {split} {metric.name} {metric.text(found.value, found.error)} "
         f"({found.examples:,} {run.examples}, {record['seconds']:.1f} s)."
     )
     return found
@@ -70,8 +75,8 @@ def accuracy(
     stop: Callable[[], bool] = lambda: False,
     calibrate: bool = False,
     retry_oom: bool = False,
-) -> Accuracy:
-    """The share of examples judged right, or the mean F1 of what is written.
+) -> Mean:
+    """The task's metric: the share of examples judged right, or the mean of what it is.
 
     Args:
         scorer: The model and its way of scoring.
@@ -87,10 +92,15 @@ def accuracy(
     ordered = sorted(examples, key=lambda e: len(e.sentence))
     found: list[float] = []
 
+    metric = scorer.task.metric
+
     def judge(batch: Sequence[Example]) -> list[float]:
-        if scorer.task.generates:
+        if metric is LOSS:
+            return [float(loss) for loss in scorer.losses(scorer.collate(batch))]
+        if metric.written:
+            compare = generation.f1 if metric is F1 else generation.exact_match
             written = generation.answers(scorer, batch)
-            return [generation.f1(w, e.answers) for w, e in zip(written, batch, strict=True)]
+            return [compare(w, e.answers) for w, e in zip(written, batch, strict=True)]
         places = scorer.predict(batch, calibrate)
         return [float(_is_right(scorer.task, e, i)) for e, i in zip(batch, places, strict=True)]
 
@@ -99,8 +109,8 @@ def accuracy(
             raise Interrupted
         batch = ordered[start : start + batch_size]
         found += out_of_memory.in_parts(judge, batch) if retry_oom else judge(batch)
-    squares = sum(v * v for v in found) / len(found) if scorer.task.generates else None
-    return Accuracy(sum(found) / len(found), len(found), squares)
+    squares = sum(v * v for v in found) / len(found)
+    return Mean(sum(found) / len(found), len(found), squares)
 
 
 def _is_right(task: Task, example: Example, place: int) -> bool:

@@ -35,8 +35,8 @@ def with_error(value: float, error: float) -> str:
 
 
 @dataclass(frozen=True)
-class Accuracy:
-    """A share of right answers, or a mean F1, and the number of examples it is over.
+class Mean:
+    """A metric's mean, and the number of examples it is over.
 
     ``squares`` is the mean of the squares of the examples' own values, which for right and wrong
     are the values themselves.
@@ -63,8 +63,8 @@ class History:
     signals: list[dict[str, Any]] = field(default_factory=list)
     # Steps whose batch did not fit in memory whole.
     halved: int = 0
-    dev: list[tuple[int, Accuracy]] = field(default_factory=list)
-    valid: list[tuple[int, Accuracy]] = field(default_factory=list)
+    dev: list[tuple[int, Mean]] = field(default_factory=list)
+    valid: list[tuple[int, Mean]] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("total", *PARTS), 0.0))
     # How often training ran the model, and how often it went back through it.
     forwards: int = 0
@@ -90,7 +90,8 @@ class History:
     def add(self, record: dict[str, Any]) -> None:
         """Takes in a line of the run's log, be it of a step or of an evaluation."""
         if "loss" not in record:
-            found = Accuracy(record["accuracy"], record["examples"])
+            value, examples = record["value"], record["examples"]
+            found = Mean(value, examples, record["standard_error"] ** 2 * examples + value**2)
             getattr(self, record["split"]).append((record["step"], found))
             return
         self.losses.append(math.nan if record["loss"] is None else record["loss"])

@@ -10,7 +10,6 @@ import torch
 from zokernels.lab.errors import InputError
 from zokernels.lab.models import loading, schemes
 from zokernels.lab.runs.settings import Settings
-from zokernels.lab.tasks import get_task
 
 
 @dataclass(frozen=True)
@@ -66,6 +65,6 @@ def load(s: Settings) -> Learner:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {s.device} cannot hold the model: {reason}") from None
-    classes = len(get_task(s.task).words)
+    classes = len(s.the_task().words)
     model, trained = schemes.apply(model, s.scheme, s.train_only, s.seed, classes)
     return Learner(model, loaded, trained)

@@ -12,11 +12,13 @@ from zokernels.lab.runs.settings import Settings
 from zokernels.lab.runs.state import Run
 from zokernels.lab.scoring import SCORERS, Scorer
 from zokernels.lab.scoring.probe import ProbeScorer
-from zokernels.lab.tasks import chat, data, get_task
+from zokernels.lab.tasks import chat, data
 from zokernels.lab.tasks.batches import batches
 from zokernels.lab.tasks.task import Example
 
 _MAX_BAD_STEPS = 10
+# Examples of which the length is looked at before a run.
+_LOOKED_AT = 500
 _OPTIMIZER_OPTIONS = (
     "lr eps num_queries estimator normalize clip dist sparsity resample_every blocks block_order "
     "rounding weight_decay seed perturb points backend hybrid_split fo_lr fo_optimizer".split()
@@ -42,8 +44,8 @@ def prepare(run: Run) -> Iterator[list[Example]]:
             f"torchrun started {processes} processes, but finetune runs in one; start it "
             "without torchrun, or train on several with ZOTrainer or a loop of your own."
         )
-    run.task = get_task(s.task).with_template(s.template)
-    run.splits = data.load(run.task, s.data)
+    run.task = s.the_task()
+    run.splits = data.load(run.task, s.data, s.eval_data, data.parsed(s.columns))
     if s.shots:
         run.splits = data.few(run.splits, s.shots, s.seed)
     run.pool = data.by_words(run.splits.train, s.min_words, s.max_words)
@@ -58,7 +60,8 @@ def prepare(run: Run) -> Iterator[list[Example]]:
         f"{len(run.splits.dev):,} dev. Model: {s.title} as {kind}, "
         f"training {trained.weights:,} of {trained.of:,} weights."
     )
-    for sentence in (*run.splits.notes, *run.learner.loaded.notes, overview):
+    notes = (*run.splits.notes, *run.learner.loaded.notes, *_cut(run), overview)
+    for sentence in notes:
         run.watcher.say(sentence)
     if s.loses_updates and optimizers.key(s.optimizer) not in optimizers.FIRST_ORDER:
         run.watcher.say(
@@ -71,16 +74,46 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     return order
 
 
+def _cut(run: Run) -> Iterator[str]:
+    """Says of data of one's own how much of it is longer than the model gets to read."""
+    if run.task.hub is not None or run.learner.loaded.kind != "causal":
+        return
+    some, scorer, most = data.part(run.pool, _LOOKED_AT), run.scorer, run.settings.max_length
+    prompts = [scorer.prompt(e) for e in some]
+    texts = [
+        prompt + text
+        for e, prompt in zip(some, prompts, strict=True)
+        for text in scorer.candidates(e, prompt)
+    ]
+    # The last token is predicted, and not read.
+    lengths = [len(ids) - 1 for ids in scorer.tokenizer(texts, verbose=False)["input_ids"]]
+    if longer := sum(length > most for length in lengths):
+        yield (
+            f"{longer:,} of {len(texts):,} texts looked at are longer than --max-length {most} "
+            f"tokens (the longest has {max(lengths):,}) and lose the start of their prompt."
+        )
+
+
 def _scorer(run: Run) -> Scorer:
     s, loaded = run.settings, run.learner.loaded
     demos = data.part(run.splits.train, s.demos) if s.demos else []
-    common = (run.learner.model, loaded.tokenizer, run.task, s.max_length, s.objective, demos)
+    common = (
+        run.learner.model, loaded.tokenizer, run.task, s.max_length, s.objective, demos,
+        s.max_new_tokens,
+    )  # fmt: skip
     if s.scheme == "probe":
         scorer: Scorer = ProbeScorer(*common, kind=loaded.kind)
     else:
         scorer = SCORERS[loaded.kind](*common)
-    if s.chat:
-        scorer.chat = chat.form(loaded.tokenizer, s.model, loaded.kind)
+    examples = (*run.splits.train, *run.splits.valid, *run.splits.dev)
+    conversations = any(e.turns for e in examples)
+    if s.chat or conversations:
+        asked_by = "--chat" if s.chat else "Data of conversations"
+        scorer.chat = chat.form(loaded.tokenizer, s.model, loaded.kind, asked_by)
+    if conversations:
+        # A template refuses roles that it does not know, and is to do so now.
+        for example in examples:
+            scorer.prompt(example)
     return scorer
 
 

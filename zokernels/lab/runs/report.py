@@ -17,6 +17,7 @@ from zokernels.lab.runs import divergence, folder, optimizers, signal, tuning
 from zokernels.lab.runs.history import PARTS
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.runs.state import Run
+from zokernels.lab.tasks.metric import ACCURACY, METRICS
 
 _PACKAGES = ("zokernels", "torch", "transformers", "peft", "triton")
 
@@ -63,8 +64,8 @@ def metrics(run: Run) -> dict[str, Any]:
     clock = history.seconds
     finite = [x for x in history.losses if math.isfinite(x)]
     return {
-        "task": s.task,
-        "metric": run.task.metric,
+        "task": run.task.name,
+        "metric": run.task.metric.name,
         "optimizer": optimizers.find(s.optimizer).__name__,
         "scheme": s.scheme,
         "template": s.template,
@@ -116,21 +117,23 @@ def plot(run: Run) -> None:
     upper.plot(numbers, smoothed(history.losses), color="C0", label="smoothed")
     upper.set_ylabel("training loss")
     upper.legend(loc="upper right", frameon=False)
-    upper.set_title(f"{run.settings.title} on {run.settings.task}", fontsize=10)
+    upper.set_title(f"{run.settings.title} on {run.task.name}", fontsize=10)
+    scale = 100 if run.task.metric.share else 1
     for name, points in (("dev", history.dev), ("valid", history.valid)):
         if points:
             lower.errorbar(
                 [step for step, _ in points],
-                [100 * a.value for _, a in points],
-                yerr=[100 * a.error for _, a in points],
+                [scale * a.value for _, a in points],
+                yerr=[scale * a.error for _, a in points],
                 marker="o",
                 capsize=3,
                 label=f"{name} (± 1 standard error)",
             )
-    lower.set_ylabel("accuracy (%)")
+    lower.set_ylabel(run.task.metric.label)
     lower.set_xlabel("step")
     if history.dev or history.valid:
-        lower.legend(loc="lower right", frameon=False)
+        where = "lower right" if run.task.metric.share else "upper right"
+        lower.legend(loc=where, frameon=False)
     for axes in (upper, lower):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -168,7 +171,7 @@ def text(run: Run, m: dict[str, Any]) -> str:
         else "the weights of the last step; none were picked"
     )
     lines = [
-        f"# {s.title} on {s.task}",
+        f"# {s.title} on {run.task.name}",
         "",
         _verdict(m),
         "",
@@ -251,7 +254,7 @@ def _estimate(s: Settings) -> str:
 def _majority(run: Run) -> float | None:
     """What always giving the most frequent answer of dev would reach."""
     dev = run.splits.dev
-    if run.task.generates or not dev:
+    if run.task.metric is not ACCURACY or not dev:
         return None
     return max(Counter(e.label for e in dev).values()) / len(dev)
 
@@ -279,9 +282,11 @@ def _verdict(m: dict[str, Any]) -> str:
         )
     before, after = m["dev_accuracy_before"], m["dev_accuracy_after"]
     first, last = m["dev_standard_error_before"], m["dev_standard_error_after"]
+    metric = METRICS[m["metric"]]
     return (
-        f"Dev {m['metric']} {before:.1%} ± {first:.1%} before and **{after:.1%} ± {last:.1%}** "
-        f"after (± one{' binomial' if m['metric'] == 'accuracy' else ''} standard error)."
+        f"Dev {metric.name} {metric.text(before, first)} before and "
+        f"**{metric.text(after, last)}** after "
+        f"(± one{' binomial' if metric is ACCURACY else ''} standard error)."
     )
 
 

@@ -129,7 +129,11 @@ def _rewind(run: Run, records: list[dict[str, Any]], step: int) -> list[dict[str
 
 def _replay_best(run: Run, path: Path) -> None:
     """The weights of the step that was the best on valid, from a replay until there."""
-    step, found = max(run.history.valid, key=lambda point: point[1].value)
+    # Of equals the first, as in the run.
+    step, found = run.history.valid[0]
+    for later, value in run.history.valid[1:]:
+        if run.task.metric.better(value.value, found.value):
+            step, found = later, value
     base = run.learner.copy()
     zk.replay(run.learner.model, path, until=step)
     run.best = (found.value, step, run.learner.copy())

@@ -19,8 +19,9 @@ from zokernels.lab.models.loading import DTYPES
 from zokernels.lab.models.schemes import ADAPTERS, SCHEMES
 from zokernels.lab.runs.limits import Count, CountOrAll, Limit, OneOf, Rate, Scale, Share
 from zokernels.lab.runs.optimizers import OPTIMIZERS
-from zokernels.lab.scoring import OBJECTIVES
-from zokernels.lab.tasks import TASKS
+from zokernels.lab.scoring import NEW_TOKENS, OBJECTIVES
+from zokernels.lab.tasks import COMPLETION, SST2, TASKS, Task, description, get_task
+from zokernels.lab.tasks.metric import METRICS
 
 # In place of a learning rate: the one that a probe advises; of a device: a GPU where there is one.
 AUTO = "auto"
@@ -53,8 +54,23 @@ class Settings:
     dtype: str = _model("float32", "float32, bfloat16 or float16.", OneOf(tuple(DTYPES)))
     name: str | None = None
 
-    task: str = _data("sst2", f"Task: {', '.join(TASKS)}.")
-    data: str | None = _data(None, "Folder with the data; else ZOKERNELS_DATA, hub, shipped.")
+    task: str = _data(
+        None,
+        f"Task: {', '.join(TASKS)}; or a .yaml file that describes one. Without it sst2, and "
+        "with a file as --data completion.",
+    )
+    described: dict[str, Any] | None = None
+    data: str | None = _data(
+        None,
+        "File, folder or data set (NAME:CONFIG@SPLIT) with the data; else ZOKERNELS_DATA, hub, "
+        "shipped.",
+    )
+    eval_data: str | None = _data(None, "File or data set to report on.")
+    columns: str | None = _data(None, "Columns of the data by the task's names: NAME=COLUMN,...")
+    metric: str | None = _data(
+        None, f"What is reported: {', '.join(METRICS)}.", OneOf((None, *METRICS))
+    )
+    max_new_tokens: int = _data(NEW_TOKENS, "Longest answer that is written, in tokens.", Count(1))
     template: bool = _data(True, "Words around the texts.")
     chat: bool = _data(False, "Prompts as turns of a chat.")
     shots: int | None = _data(None, "Training examples of each label.", Count(1))
@@ -138,6 +154,9 @@ class Settings:
             self.lr, self.auto_lr = 0.0, True
         if self.device == AUTO:
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        if self.task is None:
+            own = self.data is not None and not Path(self.data).is_dir()
+            self.task = (COMPLETION if own else SST2).name
 
     @classmethod
     def of(cls, plain: dict[str, Any], source: Path, out: Path) -> Settings:
@@ -156,6 +175,17 @@ class Settings:
     def plain(self) -> dict[str, Any]:
         """All of them as JSON can hold them."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()}
+
+    def the_task(self) -> Task:
+        """The task that they name, as its description was when it was first read.
+
+        Raises:
+            InputError: If there is none.
+        """
+        if self.described is None and self.task.endswith(description.ENDINGS):
+            self.described = description.read(Path(self.task))
+        task = get_task(self.task, self.described)
+        return task.with_template(self.template).measured_by(self.metric)
 
     @property
     def title(self) -> str:

@@ -17,7 +17,6 @@ import torch
 from zokernels.lab.errors import InputError
 from zokernels.lab.models import families
 from zokernels.lab.scoring.scorer import Batch, Scorer
-from zokernels.lab.tasks.chat import answer
 from zokernels.lab.tasks.task import Example
 
 
@@ -95,10 +94,8 @@ class CausalScorer(Scorer):
     def _encoded(self, examples: Sequence[Example]) -> Iterator[tuple[list[list[int]], list[int]]]:
         """Each example's prompts with a candidate, in tokens, and where the candidates start."""
         prompts = [self.prompt(e) for e in examples]
-        tails = [self.task.candidates(e) for e in examples]
+        tails = [self.candidates(e, p) for e, p in zip(examples, prompts, strict=True)]
         heads: list[list[int]] = self.tokenizer(prompts, verbose=False)["input_ids"]
-        if self.chat:
-            tails = [[answer(p, t) for t in own] for p, own in zip(prompts, tails, strict=True)]
         texts = [p + tail for p, own in zip(prompts, tails, strict=True) for tail in own]
         encoded = iter(self.tokenizer(texts, verbose=False)["input_ids"])
         for head, own in zip(heads, tails, strict=True):
@@ -117,7 +114,11 @@ class CausalScorer(Scorer):
             return options, starts
         lead = 1 if options[0][0] in self.tokenizer.all_special_ids else 0
         # What is before a candidate has to be more than the special token.
-        if min(starts) - over <= lead:
+        spare = min(starts) - lead - 1
+        if over > spare and self.task.ends:
+            # Then a long answer loses its end.
+            options, over = [options[0][: len(options[0]) - (over - max(0, spare))]], max(0, spare)
+        elif over > spare:
             raise InputError(f"--max-length {self.max_length} leaves no room for the prompt.")
         cut = [option[:lead] + option[lead + over :] for option in options]
         return cut, [start - over for start in starts]

@@ -11,14 +11,13 @@ from zokernels.lab.errors import InputError
 from zokernels.lab.scoring import CausalScorer, Scorer
 from zokernels.lab.tasks.task import Example
 
-_NEW_TOKENS = 32
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 @torch.no_grad()
 def answers(scorer: Scorer, examples: Sequence[Example]) -> list[str]:
-    """What the model writes greedily after each prompt, up to the end of the line.
+    """What the model writes greedily after each prompt, up to its end, or that of the line.
 
     Raises:
         InputError: If the model is no causal LM.
@@ -29,18 +28,24 @@ def answers(scorer: Scorer, examples: Sequence[Example]) -> list[str]:
     rows: list[list[int]] = tokenizer([scorer.prompt(e) for e in examples], verbose=False)[
         "input_ids"
     ]
-    room = max(1, scorer.max_length - _NEW_TOKENS)
+    room = max(1, scorer.max_length - scorer.new_tokens)
     # Padding stands before the text, so that what is written follows it.
     batch = scorer.pad([row[-room:] for row in rows], before=True)
     written = scorer.model.generate(
         **batch,
-        max_new_tokens=_NEW_TOKENS,
+        max_new_tokens=scorer.new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
     )
     read = batch["input_ids"].shape[1]
     texts = tokenizer.batch_decode(written[:, read:], skip_special_tokens=True)
-    return [text.strip().split("\n")[0] for text in texts]
+    whole = [text.strip() for text in texts]
+    return whole if scorer.task.ends else [text.split("\n")[0] for text in whole]
+
+
+def exact_match(written: str, right: Sequence[str]) -> float:
+    """1 where what was written is a right answer, blanks around them aside, else 0."""
+    return float(written.strip() in {answer.strip() for answer in right})
 
 
 def f1(written: str, right: Sequence[str]) -> float:

@@ -5,26 +5,29 @@ scores, one row an example and one column a candidate (``scores``); where exampl
 numbers of candidates, the spare places hold −∞. The answer is their argmax, for every kind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from zokernels.lab.errors import InputError
+from zokernels.lab.tasks.chat import USER, Form, Turn
 from zokernels.lab.tasks.task import Example, Task
 
 Batch = dict[str, torch.Tensor]
 # What training lowers: cross-entropy over the candidates' scores, the loss of the right
 # candidate's own tokens, or the share of wrong answers, which has no gradient.
 OBJECTIVES = ("candidates", "tokens", "accuracy")
+# Of an answer that is written: enough for the published tasks'.
+NEW_TOKENS = 32
 
 
 class Scorer:
     """What the three kinds share.
 
     Attributes:
-        chat: Turns a causal model's prompt into its chat form, if there is one.
+        chat: The form in which a causal model reads a conversation, if that is what it gets.
 
     Args:
         model: A transformers model, perhaps inside an adapter.
@@ -35,6 +38,7 @@ class Scorer:
         objective: One of `OBJECTIVES`; None is "tokens" where answers are generated and else
             "candidates".
         demos: Solved examples that stand before every prompt of a causal model.
+        new_tokens: The most that are written as an answer.
     """
 
     def __init__(
@@ -45,6 +49,7 @@ class Scorer:
         max_length: int,
         objective: str | None = None,
         demos: Sequence[Example] = (),
+        new_tokens: int = NEW_TOKENS,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
@@ -52,7 +57,8 @@ class Scorer:
         self.max_length = max_length
         self.objective = objective or ("tokens" if task.generates else "candidates")
         self.demos = list(demos)
-        self.chat: Callable[[str], str] | None = None
+        self.new_tokens = new_tokens
+        self.chat: Form | None = None
         self.device = next(model.parameters()).device
         self._prepare()
 
@@ -91,11 +97,26 @@ class Scorer:
 
     def prompt(self, example: Example) -> str:
         """What is read before a candidate: the solved examples, then the example's own prompt."""
+        return self.chat.prompt(self._turns(example)) if self.chat else self._whole(example)
+
+    def _whole(self, example: Example) -> str:
         solved = [
             self.task.prompt(e) + self.task.candidates(e)[e.label] + "\n\n" for e in self.demos
         ]
-        whole = "".join(solved) + self.task.prompt(example)
-        return self.chat(whole) if self.chat else whole
+        return "".join(solved) + self.task.prompt(example)
+
+    def _turns(self, example: Example) -> Sequence[Turn]:
+        """A conversation of its own, or the prompt as a turn of the user."""
+        return example.turns or [(USER, self._whole(example))]
+
+    def candidates(self, example: Example, prompt: str) -> list[str]:
+        """What may follow a prompt: the example's candidates as the model writes them."""
+        found, ends = self.task.candidates(example), self.task.ends
+        if self.chat is not None:
+            turns = self._turns(example)
+            return [self.chat.answer(turns, prompt, text, ends) for text in found]
+        end = (self.tokenizer.eos_token or "") if ends else ""
+        return [text + end for text in found]
 
     def predict(self, examples: Sequence[Example], calibrate: bool = False) -> list[int]:
         """The index of each example's best candidate.

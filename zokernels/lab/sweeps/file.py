@@ -147,8 +147,7 @@ def _seeds(seeds: Any, path: Path, where: str) -> list[int]:
 
 def _settings(given: Any, path: Path, where: str) -> dict[str, Any]:
     return {
-        key: value(key, v, path, f"{where}.{key}")
-        for key, v in mapping(given, path, where).items()
+        key: value(key, v, path, f"{where}.{key}") for key, v in mapping(given, path, where).items()
     }
 
 

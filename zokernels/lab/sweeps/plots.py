@@ -1,4 +1,4 @@
-"""A part's accuracy as a picture: a point a cell, its spread, and where it began."""
+"""A part's results as a picture: a point a cell, its spread, and where it began."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def draw(found: Sequence[Cell], path: Path, title: str) -> bool:
         return False
     figure = Figure(figsize=(7, 1.4 + 0.24 * len(shown)), layout="constrained")
     axes = figure.subplots()
-    places = range(len(shown))
+    places, metric = range(len(shown)), shown[0].metric
+    scale = 100 if metric.share else 1
     axes.errorbar(
-        [100 * (c.after or 0) for c in shown],
+        [scale * (c.after or 0) for c in shown],
         places,
-        xerr=[100 * (c.spread or 0) for c in shown],
+        xerr=[scale * (c.spread or 0) for c in shown],
         fmt="o",
         capsize=3,
         color="C0",
@@ -32,18 +33,18 @@ def draw(found: Sequence[Cell], path: Path, title: str) -> bool:
     )
     one = [i for i in places if shown[i].seeds == 1]
     axes.plot(
-        [100 * (shown[i].after or 0) for i in one], one, "o",
+        [scale * (shown[i].after or 0) for i in one], one, "o",
         color="white", markeredgecolor="C0", label="after, one seed",
     )  # fmt: skip
     axes.plot(
-        [math.nan if c.before is None else 100 * c.before for c in shown], places, "|",
+        [math.nan if c.before is None else scale * c.before for c in shown], places, "|",
         color="0.4", markersize=10, label="before",
     )  # fmt: skip
     majority = {c.majority for c in shown if c.majority is not None}
     if len(majority) == 1:
         axes.axvline(100 * majority.pop(), color="0.7", linestyle=":", label="most frequent answer")
     axes.set_yticks(places, [", ".join(map(text, c.values.values())) for c in shown], fontsize=8)
-    axes.set_xlabel("dev accuracy (%)")
+    axes.set_xlabel(f"dev {metric.label}")
     axes.set_title(title, fontsize=10)
     axes.legend(fontsize=7, loc="best", frameon=False)
     axes.grid(axis="x", color="0.92")

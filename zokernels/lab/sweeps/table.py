@@ -15,6 +15,7 @@ from zokernels.lab import files
 from zokernels.lab.runs import folder
 from zokernels.lab.sweeps.plan import Run, Skipped, text
 from zokernels.lab.sweeps.pool import Outcome
+from zokernels.lab.tasks.metric import ACCURACY, METRICS, Metric
 
 _SETTINGS = (
     "task scheme optimizer template shots lr eps fo_lr hybrid_split num_queries steps batch_size "
@@ -44,6 +45,7 @@ class Cell:
         backwards: Backwards likewise.
         seconds: Of a whole run, mean.
         note: What is missing, and why.
+        metric: What was measured.
     """
 
     part: str
@@ -57,6 +59,7 @@ class Cell:
     backwards: float | None = None
     seconds: float | None = None
     note: str = ""
+    metric: Metric = ACCURACY
 
 
 def metrics_of(run: Run) -> dict[str, Any] | None:
@@ -123,6 +126,7 @@ def _cell(group: Sequence[Run], outcomes: dict[Path, Outcome]) -> Cell:
         _mean(m["backwards"] for m in done),
         _mean(m["seconds"] for m in done),
         "; ".join(notes),
+        METRICS[done[0]["metric"]] if done else ACCURACY,
     )
 
 
@@ -176,22 +180,19 @@ def markdown(title: str, found: Sequence[Cell], plots: dict[str, str]) -> str:
 def part_table(found: Sequence[Cell]) -> str:
     """The Markdown table of a part, with what most cells share said once below it."""
     keys = list(dict.fromkeys(key for cell in found for key in cell.values))
-    head = [*keys, "before %", "after %", "seeds", "forwards", "backwards", "seconds", "note"]
+    head = [*keys, "before", "after", "seeds", "forwards", "backwards", "seconds", "note"]
     rule = [":--"] * len(keys) + ["--:"] * 6 + [":--"]
     lines = [head, rule]
     for c in found:
-        after = _percent(c.after) + (f" ± {100 * c.spread:.1f}" if c.spread is not None else "")
+        before = "–" if c.before is None else c.metric.text(c.before)
+        after = "–" if c.after is None else c.metric.text(c.after, c.spread)
         own = [text(c.values[k]) if k in c.values else "–" for k in keys]
-        numbers = [_percent(c.before), after, str(c.seeds)]
+        numbers = [before, after, str(c.seeds)]
         numbers += [f"{v:,.0f}" if v is not None else "–" for v in (c.forwards, c.backwards)]
         numbers.append(f"{c.seconds:.0f}" if c.seconds is not None else "–")
         lines.append([*own, *numbers, c.note.replace("|", "\\|")])
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-    majority = {_percent(c.majority) for c in found if c.majority is not None}
+    majority = {c.metric.text(c.majority) for c in found if c.majority is not None}
     if len(majority) == 1:
-        table += f"\n\nAlways the most frequent answer: {majority.pop()} %."
+        table += f"\n\nAlways the most frequent answer: {majority.pop()}."
     return table
-
-
-def _percent(value: float | None) -> str:
-    return f"{100 * value:.1f}" if value is not None else "–"

@@ -1,20 +1,21 @@
 """Where a task's examples come from, and which of them are for what.
 
-In this order: the folder given, the folder in ``ZOKERNELS_DATA``, the hub (its local cache first,
-then one short try), and the small set that the package ships for some tasks.
+In this order: the file, folder or data set given, or that a task's description names; the folder
+in ``ZOKERNELS_DATA``; the published set on the hub (its local cache first, then one short try); and
+the small set that the package ships for some tasks.
 """
 
 import os
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from zokernels.lab import hub
 from zokernels.lab.errors import InputError
-from zokernels.lab.tasks import rows
-from zokernels.lab.tasks.task import Example, Task
+from zokernels.lab.tasks import datasets, rows
+from zokernels.lab.tasks.task import Example, Hub, Task
 
 VARIABLE = "ZOKERNELS_DATA"
 _SHIPPED = Path(__file__).resolve().parent.parent / "data"
@@ -40,21 +41,45 @@ class Splits:
     notes: list[str] = field(default_factory=list)
 
 
-def load(task: Task, folder: str | os.PathLike[str] | None = None) -> Splits:
+def load(
+    task: Task,
+    data: str | os.PathLike[str] | None = None,
+    eval_data: str | os.PathLike[str] | None = None,
+    columns: Mapping[str, str] | None = None,
+) -> Splits:
     """The task's splits from the first place that has them.
 
     Args:
         task: Which task.
-        folder: A data folder; None looks at ``ZOKERNELS_DATA``, the hub and the shipped set.
+        data: A file, a data folder, or a data set's name as `datasets.load_dataset` takes it; None
+            looks at what the task's description says, ``ZOKERNELS_DATA``, the hub and the shipped
+            set.
+        eval_data: What is reported, a file or a data set; None: what stands beside ``data``, or
+            a tenth of it.
+        columns: Of names that the task has, those in the data.
 
     Raises:
-        InputError: If a folder was named and lacks the files, a row is malformed, or no place has
-            the task.
+        InputError: If what was named lacks the data, a row is malformed, or no place has the task.
     """
-    named = os.fspath(folder) if folder is not None else os.environ.get(VARIABLE, "").strip()
-    if named:
-        return _from_folder(task, Path(named), "--data" if folder is not None else VARIABLE)
-    splits, reason = _from_hub(task)
+    places = task.places
+    if data is None:
+        data, columns = places.get("data"), columns or places.get("columns")
+        eval_data = eval_data or places.get("eval_data")
+    if data is not None:
+        reported = None if eval_data is None else os.fspath(eval_data)
+        return _named(task, os.fspath(data), reported, columns, "--data")
+    if eval_data is not None:
+        raise InputError(f"--eval-data {eval_data} needs --data, what to train on; add it.")
+    if variable := os.environ.get(VARIABLE, "").strip():
+        return _named(task, variable, None, columns, VARIABLE)
+    if task.hub is None:
+        raise InputError(
+            f"There is no data for {task.name}: pass --data with a file, a folder or the name of a "
+            "data set on the hub."
+        )
+    if columns:
+        raise InputError("--columns names those of --data, which is not given; add it.")
+    splits, reason = _from_hub(task, task.hub)
     if splits is not None:
         return splits
     note = f"The hub's {task.hub.repo} was not used: {reason}."
@@ -65,6 +90,58 @@ def load(task: Task, folder: str | os.PathLike[str] | None = None) -> Splits:
         )
     source = f"{task.shipped}, the small set that zokernels ships"
     return _read_splits(task, _SHIPPED / task.shipped, source, [note])
+
+
+def _named(
+    task: Task, data: str, eval_data: str | None, columns: Mapping[str, str] | None, named_by: str
+) -> Splits:
+    place = Path(data)
+    if named_by == VARIABLE and not place.is_dir():
+        raise InputError(f"{VARIABLE} names {data}, which is not a folder.")
+    if place.is_dir() and eval_data is not None:
+        raise InputError(
+            f"{named_by} {data} is a folder, which has what is reported; leave out --eval-data, or "
+            "name a file."
+        )
+    if place.is_dir():
+        return _from_folder(task, place, named_by, columns)
+    if place.exists():
+        whole, reported = rows.read(task, place, columns), None
+    else:
+        whole, reported = datasets.load(task, data, columns, named_by, eval_data is None)
+    source = data
+    if eval_data is not None:
+        other = Path(eval_data)
+        if other.is_dir():
+            raise InputError(f"--eval-data {eval_data} is a folder; name a file.")
+        found = (
+            rows.read(task, other, columns)
+            if other.exists()
+            else datasets.load(task, eval_data, columns, "--eval-data", False)[0]
+        )
+        return Splits(*_hold_out(whole), found, f"{source} and {eval_data}")
+    if reported is not None:
+        return Splits(*_hold_out(whole), reported, source)
+    if len(whole) < 3 * _HELD_OUT // 2:
+        raise InputError(
+            f"{named_by} {data} has {len(whole)} examples, too few to set a tenth aside; give "
+            "--eval-data, what is reported."
+        )
+    rest, reported = _hold_out(whole)
+    note = f"No data to report on was named, so a tenth of {data} is set aside for it."
+    return Splits(*_hold_out(rest), reported, source, [note])
+
+
+def parsed(columns: str | None) -> dict[str, str]:
+    """What ``--columns`` says, by the task's names.
+
+    Raises:
+        InputError: If it has another form.
+    """
+    pairs = [pair.partition("=") for pair in columns.split(",")] if columns else []
+    if not all(name.strip() and own.strip() for name, _, own in pairs):
+        raise InputError(f"--columns must have the form NAME=COLUMN,NAME=COLUMN, got '{columns}'.")
+    return {name.strip(): own.strip() for name, _, own in pairs}
 
 
 def by_words(examples: Sequence[Example], least: int | None, most: int | None) -> list[Example]:
@@ -111,16 +188,16 @@ def few(splits: Splits, shots: int, seed: int) -> Splits:
     return replace(splits, train=train, valid=valid, source=words)
 
 
-def _from_folder(task: Task, folder: Path, named_by: str) -> Splits:
-    if not folder.is_dir():
-        raise InputError(f"{named_by} names {folder}, which is not a folder.")
-    for place in (folder / task.folder, folder):
+def _from_folder(
+    task: Task, folder: Path, named_by: str, columns: Mapping[str, str] | None
+) -> Splits:
+    for place in (folder / task.folder, folder) if task.folder else (folder,):
         if place.is_dir() and _has_splits(task, place):
-            return _read_splits(task, place, f"{task.folder} from {place}", [])
-    wanted = "train.tsv and dev.tsv (or .jsonl, .csv, .json)"
-    raise InputError(
-        f"{named_by} names {folder}, but neither it nor its {task.folder} folder holds {wanted}."
-    )
+            source = f"{task.folder or task.name} from {place}"
+            return _read_splits(task, place, source, [], columns)
+    wanted = "train.tsv and dev.tsv (or .jsonl, .csv, .json, .parquet)"
+    where = f"neither it nor its {task.folder} folder holds" if task.folder else "it does not hold"
+    raise InputError(f"{named_by} names {folder}, but {where} {wanted}.")
 
 
 def _has_splits(task: Task, place: Path) -> bool:
@@ -143,24 +220,30 @@ def _only_file(place: Path) -> Path | None:
     return found[0] if len(found) == 1 else None
 
 
-def _read_splits(task: Task, place: Path, source: str, notes: list[str]) -> Splits:
+def _read_splits(
+    task: Task,
+    place: Path,
+    source: str,
+    notes: list[str],
+    columns: Mapping[str, str] | None = None,
+) -> Splits:
     train, dev = _file(place, task.train_file, "train"), _reported(place)
     if train is None or dev is None:
-        return _cut(task, place, source)
-    examples, reported = rows.read(task, train), rows.read(task, dev)
+        return _cut(task, place, source, columns)
+    examples, reported = (rows.read(task, path, columns) for path in (train, dev))
     # Where there is a test file, the one beside it is there to pick by.
     picks = _file(
         place, "train_rest", *(("dev", "val", "validation") if dev.stem == "test" else ())
     )
-    kept = _hold_out(examples) if picks is None else (examples, rows.read(task, picks))
+    kept = _hold_out(examples) if picks is None else (examples, rows.read(task, picks, columns))
     return Splits(*kept, reported, source, notes)
 
 
-def _cut(task: Task, place: Path, source: str) -> Splits:
+def _cut(task: Task, place: Path, source: str, columns: Mapping[str, str] | None) -> Splits:
     """Three parts of the only file, in its order, so that anyone can repeat it."""
     path = _only_file(place)
     assert path is not None and task.cut is not None
-    whole, (first, second) = rows.read(task, path), task.cut
+    whole, (first, second) = rows.read(task, path, columns), task.cut
     if len(whole) <= first + second:
         raise InputError(
             f"{path} has {len(whole)} rows, but {first} are for training and {second} for picking, "
@@ -183,8 +266,7 @@ def _hold_out(train: list[Example]) -> tuple[list[Example], list[Example]]:
     return kept, [train[i] for i in sorted(held)]
 
 
-def _from_hub(task: Task) -> tuple[Splits | None, str]:
-    place = task.hub
+def _from_hub(task: Task, place: Hub) -> tuple[Splits | None, str]:
     try:
         fetch = hub.fetcher(place.repo, place.revision)
     except ImportError as error:

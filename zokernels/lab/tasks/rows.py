@@ -6,7 +6,7 @@ Each reader yields where a row stands, for an error about it, and its columns by
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from zokernels.lab.errors import InputError
@@ -15,26 +15,56 @@ from zokernels.lab.tasks.task import Example, Row, Task, column_name
 Located = tuple[str, Row]
 
 
-def read(task: Task, path: Path) -> list[Example]:
+def read(task: Task, path: Path, columns: Mapping[str, str] | None = None) -> list[Example]:
     """A task's examples from a file, whose ending says its form.
+
+    Args:
+        task: What the rows are of.
+        path: The file.
+        columns: Of names that the task has, the file's own.
 
     Raises:
         InputError: Naming the file and the line of the first row that cannot be used.
     """
-    found = [e for where, row in READERS[path.suffix](task, path) for e in task.read(row, where)]
-    if not found:
-        raise InputError(f"{path} has no rows; each must have {_columns(task)}.")
-    return found
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise InputError(f"{path} must end in {', '.join(READERS)}, which says its form.")
+    return gathered(task, reader(task, path, columns or {}), str(path), columns)
 
 
-def _columns(task: Task) -> str:
-    label = () if task.answers is not None else ("label",)
-    return ", ".join((*task.fields, *label))
+def gathered(
+    task: Task, found: Iterable[Located], source: str, columns: Mapping[str, str] | None = None
+) -> list[Example]:
+    """A task's examples from rows that are read.
+
+    Raises:
+        InputError: As `read`, or if there is none.
+    """
+    made = [
+        example
+        for where, row in found
+        for example in task.read(_renamed(row, columns or {}, where), where)
+    ]
+    if not made:
+        raise InputError(f"{source} has no rows; each must have {', '.join(task.columns)}.")
+    return made
+
+
+def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
+    """The row with the task's names beside its own."""
+    for name, own in columns.items():
+        if own not in row:
+            raise InputError(
+                f"{where}: there is no column '{own}', which --columns takes for {name}; it has "
+                f"{', '.join(map(str, row))}."
+            )
+    return {**row, **{name: row[own] for name, own in columns.items()}} if columns else row
 
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        # Spreadsheets begin a file with a mark of its order of bytes.
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8."
@@ -50,13 +80,13 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
             yield number, line
 
 
-def _tsv(task: Task, path: Path) -> Iterator[Located]:
+def _tsv(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located]:
     """Tab-separated columns without quoting; the first line may name them."""
-    plain = [*task.fields, "label"]
+    plain = task.columns
     names: Sequence[str] = plain
     for number, line in _lines(path):
         values = line.split("\t")
-        if number == 1 and all(column_name(values, name) for name in plain):
+        if number == 1 and _is_header(values, task, columns):
             names = values
             continue
         # Rows of SNLI and MNLI carry one label for each annotator, and the agreed one last.
@@ -70,10 +100,11 @@ def _tsv(task: Task, path: Path) -> Iterator[Located]:
         yield f"{path}, line {number}", dict(zip(names, values, strict=True))
 
 
-def _csv(task: Task, path: Path) -> Iterator[Located]:
-    """Comma-separated columns with quotes and no header: the label first, then the texts."""
-    names = ["label", *task.fields]
-    reader = csv.reader(io.StringIO(_text(path)))
+def _csv(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located]:
+    """Comma-separated columns with quotes: named in the first line, or the label and the texts."""
+    names: Sequence[str] = [*task.columns[-1:], *task.columns[:-1]]
+    reader = csv.reader(io.StringIO(_text(path), newline=""))
+    begun = False
     while True:
         try:
             values = next(reader)
@@ -85,6 +116,11 @@ def _csv(task: Task, path: Path) -> Iterator[Located]:
             ) from None
         if not values:
             continue
+        if not begun:
+            begun = True
+            if _is_header(values, task, columns):
+                names = values
+                continue
         if len(values) != len(names):
             raise InputError(
                 f"{path}, line {reader.line_num}: expected {','.join(names)}, got {len(values)} "
@@ -93,7 +129,13 @@ def _csv(task: Task, path: Path) -> Iterator[Located]:
         yield f"{path}, line {reader.line_num}", dict(zip(names, values, strict=True))
 
 
-def _jsonl(task: Task, path: Path) -> Iterator[Located]:
+def _is_header(values: Sequence[str], task: Task, columns: Mapping[str, str]) -> bool:
+    """Whether a first line names the columns: of one's own data it always does."""
+    own = [columns.get(name, name) for name in task.columns]
+    return task.hub is None or all(column_name(values, name) for name in own)
+
+
+def _jsonl(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located]:
     """An object a line."""
     for number, line in _lines(path):
         where = f"{path}, line {number}"
@@ -104,7 +146,7 @@ def _jsonl(task: Task, path: Path) -> Iterator[Located]:
         yield where, _object(row, where)
 
 
-def _json(task: Task, path: Path) -> Iterator[Located]:
+def _json(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located]:
     """An object of objects, or a list of them."""
     try:
         whole = json.loads(_text(path))
@@ -117,7 +159,7 @@ def _json(task: Task, path: Path) -> Iterator[Located]:
         yield where, _object(row, where)
 
 
-def _parquet(task: Task, path: Path) -> Iterator[Located]:
+def _parquet(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -138,7 +180,8 @@ def _object(row: object, where: str) -> Row:
     return row
 
 
-READERS: dict[str, Callable[[Task, Path], Iterator[Located]]] = {
+Reader = Callable[[Task, Path, Mapping[str, str]], Iterator[Located]]
+READERS: dict[str, Reader] = {
     ".tsv": _tsv,
     ".jsonl": _jsonl,
     ".csv": _csv,

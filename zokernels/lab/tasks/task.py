@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from zokernels.lab.errors import InputError
+from zokernels.lab.tasks.metric import ACCURACY, F1, METRICS, Metric
 
 Row = Mapping[str, Any]
 
@@ -31,12 +32,14 @@ class Example:
         label: Index of the right candidate; 0 where the answer is generated.
         fields: All the texts that prompts are made of, the main one too.
         answers: Every right answer, where there can be several.
+        turns: A conversation before the answer, each turn with its role and content.
     """
 
     sentence: str
     label: int
     fields: Row = field(default_factory=dict, hash=False)
     answers: tuple[str, ...] = ()
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,41 +87,52 @@ class Task:
 
     Attributes:
         name: What ``--task`` takes.
-        folder: Its folder inside a data folder.
-        hub: Its place on the hub.
         fields: The columns it needs, the main text first.
         prompts: Its texts.
+        folder: Its folder inside a data folder; empty for a task of the user's own.
+        hub: Its place on the hub, if it is a published one.
         words: The label words in the order of the labels; empty if candidates differ by example.
+        label: The column with the label.
         labels: What the label column may hold, by index; -1 stands for "not labelled", and such
             rows are left out. None: 0, 1, … as many as there are words.
         choices: An example's own candidates, made of its fields.
         plain_choices: The same for ``--no-template``.
         answers: Every right answer of a row, for tasks whose answers are texts; with ``choices``
             they must be among these, and the first is the label.
+        options: The columns that ``choices`` are made of, as far as they are not ``fields``.
         content: Names that ``unfold`` adds and calibration empties as it does ``fields``.
         unfold: Turns a row of some publication into rows with the columns above.
         shipped: The small set inside the package.
         train_file: Name of the file to train on, without its ending.
         cut: Where only one file is published: how many rows, in its order, are for training and
             for picking; the rest is reported.
+        places: Where a description says that the data is: "data", "eval_data" and "columns".
+        ends: Whether the end of an answer that is written is learned, and waited for; else it
+            ends with its line.
+        measured: The metric, where that is not the one that goes without saying.
         template: False for the texts without a template.
     """
 
     name: str
-    folder: str
-    hub: Hub
     fields: tuple[str, ...]
     prompts: Prompts
+    folder: str = ""
+    hub: Hub | None = None
     words: tuple[str, ...] = ()
+    label: str = "label"
     labels: Mapping[str, int] | None = None
     choices: Callable[[Row], Sequence[str]] | None = None
     plain_choices: Callable[[Row], Sequence[str]] | None = None
     answers: Callable[[Row], Sequence[str]] | None = None
     unfold: Callable[[Row], Iterable[Row]] | None = None
+    options: tuple[str, ...] = ()
     content: tuple[str, ...] = ()
     shipped: str | None = None
     train_file: str = "train"
     cut: tuple[int, int] | None = None
+    places: Mapping[str, Any] = field(default_factory=dict)
+    ends: bool = False
+    measured: Metric | None = None
     template: bool = True
 
     @property
@@ -127,9 +141,32 @@ class Task:
         return self.answers is not None and self.choices is None
 
     @property
-    def metric(self) -> str:
-        """What is reported: "f1" over words for generated answers, else "accuracy"."""
-        return "f1" if self.generates else "accuracy"
+    def metric(self) -> Metric:
+        """What is reported: by default F1 over words for written answers, else the accuracy."""
+        return self.measured or (F1 if self.generates else ACCURACY)
+
+    def measured_by(self, name: str | None) -> Task:
+        """The task with another metric.
+
+        Raises:
+            InputError: If it has none of that name.
+        """
+        if name is None:
+            return self
+        fitting = [m for m in METRICS.values() if m.share is False or m.written == self.generates]
+        if name not in {m.name for m in fitting}:
+            raise InputError(
+                f"--metric {name} does not fit task {self.name}, whose answers are "
+                f"{'written' if self.generates else 'chosen'}; it may be "
+                f"{' or '.join(m.name for m in fitting)}."
+            )
+        return replace(self, measured=METRICS[name])
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a row must have, but for those of written answers."""
+        label = () if self.answers is not None else (self.label,)
+        return (*self.fields, *self.options, *label)
 
     @property
     def names(self) -> Mapping[str, int]:
@@ -229,18 +266,24 @@ class Task:
         "".join(texts).encode()
 
     def _example(self, row: Row, where: str) -> Example | None:
-        fields = {**row, **{name: _column(row, name, where) for name in self.fields}}
+        named = {n: _column(row, n, where) for n in (*self.fields, *self.options)}
+        if self.hub is None:
+            # A row of one's own may have numbers in its texts.
+            named = {n: str(v) if type(v) in (int, float) else v for n, v in named.items()}
+        fields = {**row, **named}
         for name in self.fields:
             if not str(fields[name]).strip():
                 raise InputError(f"{where}: the {name} is empty; give it words or remove the row.")
         sentence = str(fields[self.fields[0]])
         if self.answers is not None:
             return self._answered(row, where, sentence, fields)
-        label = str(_column(row, "label", where)).strip().lower()
+        given = _column(row, self.label, where)
+        # A column of whole numbers that has gaps comes as one of floats.
+        whole = isinstance(given, float) and given.is_integer()
+        label = str(int(given) if whole else given).strip().lower()
         if label not in self.names:
             raise InputError(
-                f"{where}: the label must be {' or '.join(self.names)}, "
-                f"got '{_column(row, 'label', where)}'."
+                f"{where}: the {self.label} must be {' or '.join(self.names)}, got '{given}'."
             )
         index = self.names[label]
         return None if index < 0 else Example(sentence, index, fields)
@@ -252,7 +295,7 @@ class Task:
             raise InputError(f"{where}: there is no answer; give one or remove the row.")
         if self.choices is None:
             return Example(sentence, 0, fields, answers)
-        found = self.choices(row)
+        found = self.choices(fields)
         if not set(found) & set(answers):
             raise InputError(
                 f"{where}: none of the answers ({', '.join(answers)}) is among the candidates."

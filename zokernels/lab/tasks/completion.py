@@ -1,0 +1,116 @@
+"""Rows of a prompt and its completion, or of a conversation's messages: data without a task.
+
+The forms are those of TRL: ``{"prompt": text, "completion": text}``, the same with lists of
+messages, and ``{"messages": [{"role": ..., "content": ...}, ...]}``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from zokernels.lab.errors import InputError
+from zokernels.lab.tasks.metric import LOSS
+from zokernels.lab.tasks.task import Example, Prompts, Row, Task
+
+_ROLES = ("system", "user", "assistant", "tool", "developer")
+Turns = tuple[tuple[str, str], ...]
+
+
+class Completions(Task):
+    """The task of such rows: what follows the prompt is learned, its end included."""
+
+    def read(self, row: Row, where: str) -> list[Example]:
+        """The example of a pair, or one for each answer of the assistant in a conversation.
+
+        Raises:
+            InputError: As of any task.
+        """
+        if "messages" in row:
+            turns = _turns(row["messages"], "messages", where)
+            answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
+            if not [i for i in answers if i]:
+                raise InputError(
+                    f"{where}: no message of the assistant follows another, so there is nothing to "
+                    "learn; give one or remove the row."
+                )
+            found = [_example("", turns[i][1], turns[:i]) for i in answers if i]
+        else:
+            found = [self._pair(row, where)]
+        for example in found:
+            if not example.answers[0].strip():
+                raise InputError(
+                    f"{where}: the completion is empty; give it words or remove the row."
+                )
+            texts = [example.sentence, *example.answers, *(text for _, text in example.turns)]
+            try:
+                "".join(texts).encode()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{where}: this is no row of {self.name} ({error}).") from None
+        return found
+
+    def _pair(self, row: Row, where: str) -> Example:
+        for name in self.fields:
+            if row.get(name) is None:
+                raise InputError(
+                    f"{where}: a row must have prompt and completion, or messages; it has "
+                    f"{', '.join(map(str, row))}. --columns prompt=NAME,completion=NAME tells of "
+                    "other names."
+                )
+        prompt, completion = row["prompt"], row["completion"]
+        if isinstance(prompt, list):
+            turns = _turns(prompt, "prompt", where)
+            answer = _turns(completion, "completion", where)
+            if not turns or [role for role, _ in answer] != ["assistant"]:
+                raise InputError(
+                    f"{where}: a prompt of messages must have one, and its completion must be one "
+                    f"message of the assistant; got {completion!r}."
+                )
+            return _example("", answer[0][1], turns)
+        for name in self.fields:
+            if not isinstance(row[name], str):
+                raise InputError(
+                    f"{where}: the {name} must be a text, got {row[name]!r}; put it in quotes or "
+                    "remove the row."
+                )
+        return _example(prompt, completion, ())
+
+    def prompt(self, example: Example) -> str:
+        """The prompt as it is, blanks and all."""
+        return example.sentence if not example.turns else example.turns[-1][1]
+
+    def candidates(self, example: Example) -> list[str]:
+        """The completion as it is."""
+        return list(example.answers[:1])
+
+
+def _example(prompt: str, completion: str, turns: Turns) -> Example:
+    sentence = prompt or (turns[-1][1] if turns else "")
+    return Example(sentence, 0, {}, (completion,), turns)
+
+
+def _turns(given: Any, name: str, where: str) -> Turns:
+    """A conversation's turns."""
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise InputError(f"{where}: {name} must be a list of messages, got {given!r}.")
+    found = []
+    for message in given:
+        role = message.get("role") if isinstance(message, dict) else None
+        content = message.get("content") if isinstance(message, dict) else None
+        if role not in _ROLES or not isinstance(content, str):
+            raise InputError(
+                f"{where}: a message must have a role ({', '.join(_ROLES)}) and a content that is "
+                f"a text, got {message!r}."
+            )
+        found.append((role, content))
+    return tuple(found)
+
+
+COMPLETION = Completions(
+    name="completion",
+    fields=("prompt", "completion"),
+    prompts=Prompts(text="{prompt}", plain="{prompt}", joint=""),
+    answers=lambda row: [row["completion"]],
+    ends=True,
+    measured=LOSS,
+)
