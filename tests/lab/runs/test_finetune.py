@@ -195,11 +195,25 @@ def test_the_schedule_is_what_the_log_says(places, tmp_path, schedule, expected)
     assert rates == pytest.approx(expected)
 
 
-def test_evaluations_during_training_see_a_part(places, tmp_path):
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        (dict(), [(0, 160), (2, 160), (4, 160), (6, 160)]),
+        (dict(eval_examples=10), [(0, 10), (2, 10), (4, 10), (6, 10)]),
+        (dict(eval_examples=10, whole_dev=True), [(0, 160), (2, 10), (4, 10), (6, 160)]),
+        (dict(eval_examples=0), []),
+    ],
+)
+def test_evaluations_see_as_much_as_they_are_told(places, tmp_path, options, expected):
     out = tmp_path / "run"
-    Finetune(settings(places, out, steps=6, eval_every=2, eval_examples=10)).run()
+    metrics = Finetune(settings(places, out, steps=6, eval_every=2, **options)).run()
     seen = [(r["step"], r["examples"]) for r in lines(out) if r.get("split") == "dev"]
-    assert seen == [(0, 160), (2, 10), (4, 10), (6, 160)]
+    assert seen == expected
+    report = (out / "report.md").read_text()
+    assert metrics["dev_examples"] == (expected[-1][1] if expected else 0)
+    assert (metrics["dev_accuracy_after"] is None) == (not expected)
+    assert ("reported on 10 of 160 examples" in report) == (options == dict(eval_examples=10))
+    assert ("nothing was evaluated" in report) == (not expected)
 
 
 def test_dev_never_picks_the_checkpoint(places, tmp_path, monkeypatch):
@@ -279,7 +293,8 @@ def test_a_stop_between_steps_keeps_what_was_done(places, tmp_path):
     assert all(torch.equal(kept[n], short[n]) for n in kept)
 
 
-def test_ctrl_c_exits_130_and_says_where_things_are(places, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_exits_130_and_says_where_things_are(places, tmp_path, number):
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "zokernels.lab.cli", "finetune", "--model", str(places / "bert")]
@@ -294,7 +309,7 @@ def test_ctrl_c_exits_130_and_says_where_things_are(places, tmp_path):
         if log.exists() and '"loss"' in log.read_text():
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     said, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors

@@ -95,6 +95,8 @@ def ending(metrics: dict[str, Any], where: str) -> str:
     """The line that a finished run ends with."""
     before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
     metric = METRICS[metrics["metric"]]
+    if before is None or after is None:
+        return f"{metrics['steps']} steps, {metrics['seconds']:.0f} s, nothing evaluated: {where}"
     return (
         f"dev {metric.name} {metric.text(before)} -> {metric.text(after)} ({metrics['data']}, "
         f"{metrics['steps']} steps, {metrics['seconds']:.0f} s): {where}"

@@ -39,6 +39,7 @@ SETTINGS: dict[str, Any] = {
     "eps": 1e-3,
     "eval_every": 45,
     "eval_examples": 200,
+    "whole_dev": True,
 }
 
 

@@ -27,8 +27,9 @@ from zokernels.lab.runs.state import Run
 BY = ("none", "group", "layer")
 # Of finetune's options, what is about a run and not about its steps, or what is found here.
 _NOT_HERE = (
-    "out overwrite resume eval_every eval_examples keep_best save_weights retry_oom calibrate "
-    "lr schedule eps_schedule eps_end probe_forwards weight_decay".split()
+    "out overwrite resume eval_every eval_examples whole_dev keep_best patience save_weights "
+    "retry_oom calibrate metric max_new_tokens lr schedule warmup eps_schedule eps_end "
+    "probe_forwards weight_decay".split()
 )
 
 

@@ -13,9 +13,26 @@ from zokernels.lab.models.probe import Probe
 
 # Names of biases and of normalisation layers in every family that transformers holds.
 _BITFIT = r"bias$|norm|\.ln_"
-_LORA_RANK, _LORA_ALPHA = 8, 16
 # Whose weights peft keeps in float32, whatever the model's are.
 ADAPTERS = ("lora", "prefix", "prompt")
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of an adapter of low rank (Hu et al., ICLR 2022).
+
+    Attributes:
+        rank: Of each layer's update.
+        alpha: The update is scaled by alpha / rank.
+        targets: The layers: names that theirs end with, "all-linear", or a regular expression that
+            a whole name matches; None: the projections to queries and values.
+        dropout: Before the adapter, in training by backpropagation.
+    """
+
+    rank: int = 8
+    alpha: float = 16
+    targets: str | None = None
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -32,6 +49,7 @@ def apply(
     train_only: str | None = None,
     seed: int = 0,
     classes: int = 0,
+    lora: Lora = Lora(),  # noqa: B008 (frozen)
 ) -> tuple[Any, Trained]:
     """Freezes what the scheme does not train.
 
@@ -42,6 +60,7 @@ def apply(
             it matches somewhere stay trainable.
         seed: Fixes an adapter's starting values; the global generator is left as it was.
         classes: Number of label words, for "probe".
+        lora: For "lora".
 
     Returns:
         The model to train, which an adapter or a probe wraps, and the counts.
@@ -54,7 +73,12 @@ def apply(
         raise InputError(f"--scheme must be one of {', '.join(SCHEMES)}, got '{scheme}'.")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Probe(model, classes) if scheme == "probe" else _SCHEMES[scheme](model)
+        if scheme == "probe":
+            model = Probe(model, classes)
+        elif scheme == "lora":
+            model = _lora(model, lora)
+        else:
+            model = _SCHEMES[scheme](model)
     if train_only is not None:
         try:
             pattern = re.compile(train_only)
@@ -85,22 +109,28 @@ def _bitfit(model: Any) -> Any:
     return model
 
 
-def _lora(model: Any) -> Any:
+def _lora(model: Any, lora: Lora) -> Any:
     peft = soft.import_peft("lora")
     known = model.config.model_type in families.FAMILIES
+    # For a family that the table lacks, peft has defaults of its own.
+    targets: Any = families.of(model).queries_and_values if known else None
+    if lora.targets is not None:
+        # peft takes a list as ends of names, and a text as a regular expression or all-linear.
+        plain = re.fullmatch(r"[\w.,\s]+", lora.targets) is not None
+        targets = [t.strip() for t in lora.targets.split(",")] if plain else lora.targets
     config = peft.LoraConfig(
-        r=_LORA_RANK,
-        lora_alpha=_LORA_ALPHA,
-        lora_dropout=0.0,
-        # For a family that the table lacks, peft has defaults of its own.
-        target_modules=families.of(model).queries_and_values if known else None,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
         # GPT-2 keeps its projections transposed.
         fan_in_fan_out=model.config.model_type == "gpt2",
     )
     try:
         return peft.get_peft_model(model, config).eval()
-    except ValueError as error:
-        raise InputError(f"peft cannot place LoRA in this model: {error}") from None
+    except (ValueError, re.error) as error:
+        asked = "" if lora.targets is None else f" at --lora-targets '{lora.targets}'"
+        raise InputError(f"peft cannot place LoRA in this model{asked}: {error}") from None
 
 
 def _head(model: Any) -> Any:
@@ -125,10 +155,9 @@ def _head(model: Any) -> Any:
 
 _SCHEMES: dict[str, Callable[[Any], Any]] = {
     "full": lambda model: model,
-    "lora": _lora,
     "bitfit": _bitfit,
     "prefix": soft.prefix,
     "prompt": soft.prompt,
     "head": _head,
 }
-SCHEMES = (*_SCHEMES, "probe")
+SCHEMES = ("full", "lora", *(s for s in _SCHEMES if s != "full"), "probe")

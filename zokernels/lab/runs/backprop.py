@@ -1,12 +1,14 @@
 """The first-order baselines: torch's own optimizers by backpropagation, stepped like the others.
 
 A step takes the closure of a zeroth-order step and keeps its promise: a loss or a gradient that is
-not finite changes no weight. Dropout is off, since the models here are in evaluation mode.
+not finite changes no weight. Dropout is off, since the models here are in evaluation mode, but for
+that before an adapter where it has one.
 """
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,6 +26,7 @@ class Backprop(torch.optim.Optimizer):
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
         max_bad_steps: Raise after this many steps in a row that were not finite.
+        seed: Fixes what an adapter's dropout leaves out.
 
     Attributes:
         timing: Where the last step's time went.
@@ -35,12 +38,23 @@ class Backprop(torch.optim.Optimizer):
     replayable = False
 
     def __init__(
-        self, model: nn.Module, lr: float, weight_decay: float = 0.0, max_bad_steps: int = 10
+        self,
+        model: nn.Module,
+        lr: float,
+        weight_decay: float = 0.0,
+        max_bad_steps: int = 10,
+        seed: int = 0,
     ):
         self.max_bad_steps = max_bad_steps
         self.bad_steps = 0
         self.timing = _timing()
         self.projected_gradients: list[float] = []
+        self.seed = seed
+        self._dropouts = [
+            module
+            for name, module in model.named_modules()
+            if "lora_dropout" in name and isinstance(module, nn.Dropout)
+        ]
         params: Iterable[nn.Parameter] = [p for p in model.parameters() if p.requires_grad]
         super().__init__(params, lr=lr, weight_decay=weight_decay)  # type: ignore[call-arg]
 
@@ -63,7 +77,7 @@ class Backprop(torch.optim.Optimizer):
         # What a backward left that ran out of memory.
         self.zero_grad()
         params = [p for group in self.param_groups for p in group["params"]]
-        with torch.enable_grad():
+        with torch.enable_grad(), self._dropping():
             graph = closure()
             self.timing.forwards = time.perf_counter() - started
             self._backward(graph)
@@ -84,6 +98,26 @@ class Backprop(torch.optim.Optimizer):
                 "at the data."
             )
         return loss
+
+    @contextmanager
+    def _dropping(self) -> Iterator[None]:
+        """An adapter's dropout, by seed and step, so that a resumed run has the same."""
+        if not self._dropouts:
+            yield
+            return
+        # In the state that a checkpoint holds.
+        group = self.param_groups[0]
+        group["dropped"] = group.get("dropped", 0) + 1
+        device = group["params"][0].device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            torch.manual_seed((self.seed << 32) + group["dropped"])
+            for module in self._dropouts:
+                module.train()
+            try:
+                yield
+            finally:
+                for module in self._dropouts:
+                    module.eval()
 
     def _backward(self, loss: torch.Tensor) -> None:
         if not loss.requires_grad:

@@ -21,6 +21,7 @@ _ZEROTH_ORDER_ONLY = (
     "num_queries estimator normalize clip dist sparsity resample_every blocks rounding perturb "
     "points backend eps_schedule".split()
 )
+_LORA_ONLY = ("lora_rank", "lora_alpha", "lora_targets", "lora_dropout")
 # The rules of which a rate follows from what a probe measures.
 _PROBED = ("zosgd", "zosgdmomentum", "zosgdsign")
 
@@ -83,8 +84,20 @@ def _check_together(s: Settings) -> None:
         raise InputError(
             f"--points {s.points} needs --perturb paired, which runs points in one forward."
         )
-    if s.keep_best and not s.eval_every:
-        raise InputError("--keep-best needs --eval-every, which says how often to look.")
+    if s.keep_best and not (s.eval_every and s.eval_examples != 0):
+        raise InputError(
+            "--keep-best needs --eval-every, which says how often to look, and --eval-examples "
+            "that are not 0."
+        )
+    if s.patience is not None and not s.keep_best:
+        raise InputError("--patience needs --keep-best, whose evaluations it counts.")
+    if s.warmup and s.warmup >= s.steps:
+        raise InputError(
+            f"--warmup {s.warmup} leaves none of the {s.steps} --steps at the full rate; lower it."
+        )
+    for name in _LORA_ONLY if s.scheme != "lora" else ():
+        if getattr(s, name) != getattr(Settings, name):
+            raise InputError(f"{option(name)} is for --scheme lora; got --scheme {s.scheme}.")
 
 
 def _check_optimizer(s: Settings) -> None:
@@ -109,6 +122,12 @@ def _check_optimizer(s: Settings) -> None:
                 f"--lr auto: no rate follows from a probe with {what}; give --lr a number, or "
                 "leave that out."
             )
+    if s.lora_dropout and plain not in FIRST_ORDER:
+        raise InputError(
+            f"--lora-dropout is for --optimizer {' and '.join(FIRST_ORDER)}: the forwards of a "
+            f"zeroth-order step are compared, so that dropout is off in them; got --optimizer "
+            f"{s.optimizer}."
+        )
     if plain == DERIVATIVES:
         for name in _given(s, _DIFFERENCES_ONLY):
             raise InputError(

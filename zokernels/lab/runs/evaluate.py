@@ -23,10 +23,12 @@ def evaluate(run: Run, whole: bool) -> None:
 
     Args:
         run: The run, at any of its steps.
-        whole: All of dev, at a run's beginning and end, and not the part that the settings name.
+        whole: At a run's beginning and end: nothing is picked then.
     """
     s = run.settings
-    count = None if whole else s.eval_examples
+    count = s.measured if whole else s.eval_examples
+    if count == 0:
+        return
     try:
         _measure(run, "dev", data.part(run.splits.dev, count))
         if s.keep_best and not whole:
@@ -35,6 +37,17 @@ def evaluate(run: Run, whole: bool) -> None:
                 run.best = (found.value, run.done, run.learner.copy())
     except Interrupted:
         return
+
+
+def stalled(run: Run) -> bool:
+    """Whether the last ``patience`` evaluations on valid were no better than one before them."""
+    patience, found = run.settings.patience, [point.value for _, point in run.history.valid]
+    if patience is None or len(found) <= patience:
+        return False
+    better, best = run.task.metric.better, found[0]
+    for value in found[1:-patience]:
+        best = value if better(value, best) else best
+    return not any(better(value, best) for value in found[-patience:])
 
 
 def _measure(run: Run, split: str, examples: list[Example]) -> Mean:

@@ -1,4 +1,4 @@
-"""Ctrl-C during a run."""
+"""Ctrl-C during a run, or a SIGTERM, by which clusters and services end a process."""
 
 import signal
 import threading
@@ -6,21 +6,28 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
 
 @contextmanager
 def stop_on_interrupt(stopped: threading.Event) -> Iterator[None]:
-    """Ctrl-C asks for a stop between steps; a second one ends the process at once."""
+    """The signal asks for a stop between steps; a second one ends the process at once."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before: Callable[..., Any] | int | None = signal.getsignal(signal.SIGINT)
+    before: dict[int, Callable[..., Any] | int | None] = {
+        number: signal.getsignal(number) for number in _SIGNALS
+    }
 
     def ask(number: int, frame: Any) -> None:
         stopped.set()
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for each in _SIGNALS:
+            signal.signal(each, signal.default_int_handler)
 
-    signal.signal(signal.SIGINT, ask)
+    for each in _SIGNALS:
+        signal.signal(each, ask)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for known, handler in before.items():
+            signal.signal(known, handler)

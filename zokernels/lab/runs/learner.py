@@ -66,5 +66,6 @@ def load(s: Settings) -> Learner:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {s.device} cannot hold the model: {reason}") from None
     classes = len(s.the_task().words)
-    model, trained = schemes.apply(model, s.scheme, s.train_only, s.seed, classes)
+    lora = schemes.Lora(s.lora_rank, s.lora_alpha, s.lora_targets, s.lora_dropout)
+    model, trained = schemes.apply(model, s.scheme, s.train_only, s.seed, classes, lora)
     return Learner(model, loaded, trained)

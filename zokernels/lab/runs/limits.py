@@ -67,11 +67,13 @@ class Scale:
 
 @dataclass(frozen=True)
 class Share:
-    """A number between 0 and 1."""
+    """A number between 0 and 1, and perhaps 0 itself."""
+
+    with_zero: bool = False
 
     def refusal(self, value: Any) -> str | None:
         """As of any limit."""
-        if value is None or 0 < value < 1:
+        if value is None or 0 < value < 1 or (self.with_zero and value == 0):
             return None
         return f"must lie between 0 and 1, got {value}."
 

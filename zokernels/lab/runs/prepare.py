@@ -68,7 +68,7 @@ def prepare(run: Run) -> Iterator[list[Example]]:
             f"{s.dtype} weights that round to nearest lose every update below half of their last "
             "place; --rounding stochastic keeps them on average."
         )
-    if s.auto_lr and s.tuned is None:
+    if s.auto_lr and s.tuned is None and s.steps:
         tuning.choose(run)
         run.optimizer = optimizer_of(s, run.learner.model)
     return order

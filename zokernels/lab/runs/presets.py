@@ -77,7 +77,7 @@ _ENHANCED: dict[str, dict[str, Any]] = {
 }
 _COMMON: dict[str, Any] = {
     "steps": 20_000, "batch_size": 16, "schedule": "constant", "weight_decay": 0.0,
-    "eval_every": 500, "eval_examples": 500, "keep_best": True,
+    "eval_every": 500, "eval_examples": 500, "whole_dev": True, "keep_best": True,
 }  # fmt: skip
 _OF_TASK: dict[str, dict[str, Any]] = {
     # 1,000 training examples.

@@ -17,6 +17,7 @@ from zokernels.lab.runs import divergence, folder, optimizers, signal, tuning
 from zokernels.lab.runs.history import PARTS
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.runs.state import Run
+from zokernels.lab.tasks import data
 from zokernels.lab.tasks.metric import ACCURACY, METRICS
 
 _PACKAGES = ("zokernels", "torch", "transformers", "peft", "triton")
@@ -57,10 +58,11 @@ def write(run: Run) -> dict[str, Any]:
 def metrics(run: Run) -> dict[str, Any]:
     """What ``metrics.json`` holds."""
     s, history = run.settings, run.history
-    whole = {step: a for step, a in history.dev if a.examples == len(run.splits.dev)}
-    before = whole.get(0)
     stopped = run.stopped.is_set()
-    after = history.dev[-1][1] if len(history.dev) > 1 and not stopped else None
+    # Of a run that did not end none was measured at its end.
+    ends = history.dev if not (stopped or run.failure) else history.dev[:1]
+    before = ends[0][1] if ends and ends[0][0] == 0 else None
+    after = ends[-1][1] if ends and ends[-1][0] == run.done else None
     clock = history.seconds
     finite = [x for x in history.losses if math.isfinite(x)]
     return {
@@ -79,7 +81,7 @@ def metrics(run: Run) -> dict[str, Any]:
         "dev_accuracy_after": after.value if after else None,
         "dev_standard_error_before": before.error if before else None,
         "dev_standard_error_after": after.error if after else None,
-        "dev_examples": len(run.splits.dev),
+        "dev_examples": len(data.part(run.splits.dev, s.measured)),
         "mean_loss_first_tenth": _mean(finite[: max(1, len(finite) // 10)]),
         "mean_loss_last_tenth": _mean(finite[-max(1, len(finite) // 10) :]),
         "forwards": history.forwards,
@@ -93,6 +95,7 @@ def metrics(run: Run) -> dict[str, Any]:
         "share_noise": _share(clock["noise"], clock["total"]),
         "share_update": _share(clock["update"], clock["total"]),
         "interrupted": stopped,
+        "stopped_early": run.done < s.steps and not stopped and not run.failure,
         "failure": run.failure,
         "probe": s.tuned,
         "diverged": divergence.sentence(history.losses, before, after, run.task.metric, s.lr),
@@ -170,6 +173,10 @@ def text(run: Run, m: dict[str, Any]) -> str:
         if run.best
         else "the weights of the last step; none were picked"
     )
+    early = ""
+    if m["stopped_early"]:
+        early = f" of {s.steps:,}, ended by --patience {s.patience}"
+    rising = f" after {s.warmup:,} steps of rising" if s.warmup else ""
     lines = [
         f"# {s.title} on {run.task.name}",
         "",
@@ -183,13 +190,12 @@ def text(run: Run, m: dict[str, Any]) -> str:
         f"| Trained | {m['trained_weights']:,} of {m['all_weights']:,} weights"
         f" ({s.scheme}{', names matching `' + pattern + '`' if pattern else ''})"
         f" of `{s.model}`, scored as {KINDS[m['kind']]}, in {s.dtype} |",
-        f"| Data | {run.splits.source}{words}; reported on all {m['dev_examples']:,} examples"
-        f" of dev |",
+        f"| Data | {run.splits.source}{words}; {_reported(run, m)} |",
         f"| Prompts | {_prompts(s)} |",
         f"| Result | {picked} |",
-        f"| Method | {m['optimizer']}, {m['steps']:,} steps of "
+        f"| Method | {m['optimizer']}, {m['steps']:,} steps{early} of "
         f"{s.batch_size} examples"
-        f"{' with equal class counts' if s.balanced else ''}, lr {s.lr:g} {s.schedule}, "
+        f"{' with equal class counts' if s.balanced else ''}, lr {s.lr:g} {s.schedule}{rising}, "
         f"{_method(s)}weight decay {s.weight_decay:g} |",
         *([f"| Rate | {tuning.sentence(s)} |"] if s.tuned else []),
         f"| Passes | {m['forwards']:,} forwards and {m['backwards']:,} backwards in training |",
@@ -209,6 +215,14 @@ def text(run: Run, m: dict[str, Any]) -> str:
     if run.command:
         lines += ["```", run.command, "```", ""]
     return "\n".join(lines)
+
+
+def _reported(run: Run, m: dict[str, Any]) -> str:
+    whole, seen = len(run.splits.dev), m["dev_examples"]
+    if not seen:
+        return "nothing was evaluated"
+    some = f"all {seen:,}" if seen == whole else f"{seen:,} of {whole:,}"
+    return f"reported on {some} examples of dev"
 
 
 def _method(s: Settings) -> str:
@@ -281,6 +295,8 @@ def _verdict(m: dict[str, Any]) -> str:
             "moment and the dev split was not measured with them."
         )
     before, after = m["dev_accuracy_before"], m["dev_accuracy_after"]
+    if before is None or after is None:
+        return f"The run took {m['steps']:,} steps; nothing was evaluated (--eval-examples 0)."
     first, last = m["dev_standard_error_before"], m["dev_standard_error_after"]
     metric = METRICS[m["metric"]]
     return (

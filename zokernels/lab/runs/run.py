@@ -47,7 +47,8 @@ class Finetune(Run):
                 elif self.done < self.settings.steps:
                     checkpoint.save(self)
                 self._pick()
-                if not self.stopped.is_set():
+                # Without a step the first evaluation is the last.
+                if not self.stopped.is_set() and self.done > 0:
                     evaluate(self, whole=True)
                 metrics = self._finish()
         except KeyboardInterrupt:

@@ -38,6 +38,7 @@ _model: Callable[..., Any] = partial(_setting, "Model")
 _method: Callable[..., Any] = partial(_setting, "Method")
 _run: Callable[..., Any] = partial(_setting, "Run")
 _SCHEDULE = OneOf(("constant", "linear", "cosine"))
+_SHORT = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 @dataclass(kw_only=True)
@@ -51,7 +52,19 @@ class Settings:
     model: str = _model(MISSING, "Folder made by save_pretrained, GGUF file, or hub name.")
     scheme: str = _model("full", f"What is trained: {', '.join(SCHEMES)}.", OneOf(SCHEMES))
     train_only: str | None = _model(None, "Regular expression over parameter names.")
-    dtype: str = _model("float32", "float32, bfloat16 or float16.", OneOf(tuple(DTYPES)))
+    lora_rank: int = _model(8, "Rank of --scheme lora.", Count(1))
+    lora_alpha: float = _model(16.0, "Scale of LoRA's update, times the rank.", Scale())
+    lora_targets: str | None = _model(
+        None,
+        "Layers of LoRA: ends of names, with commas; all-linear; or a regular expression over "
+        "names. Without it queries and values.",
+    )
+    lora_dropout: float = _model(
+        0.0, "Before LoRA, with --optimizer fo-adam or fo-sgd.", Share(with_zero=True)
+    )
+    dtype: str = _model(
+        "float32", "float32, bfloat16 or float16; or fp32, bf16, fp16.", OneOf(tuple(DTYPES))
+    )
     name: str | None = None
 
     task: str = _data(
@@ -85,13 +98,14 @@ class Settings:
     objective: str | None = _method(
         None, f"What is lowered: {', '.join(OBJECTIVES)}.", OneOf((None, *OBJECTIVES))
     )
-    steps: int = _method(1000, "Optimizer steps.", Count(1))
+    steps: int = _method(1000, "Optimizer steps; 0: evaluate only.", Count(0))
     batch_size: int = _method(16, "Sentences a step.", Count(1))
     lr: float = _method(1e-6, f"Learning rate, or {AUTO}: by a probe.", Rate())
     auto_lr: bool = False
     probe_forwards: int = _method(800, "Forwards of the probe of --lr auto, at most.", Count(1))
     tuned: dict[str, Any] | None = None
     schedule: str = _method("constant", "constant, linear or cosine, to 0.", _SCHEDULE)
+    warmup: int = _method(0, "Steps in which the rate rises linearly to --lr.", Count(0))
     weight_decay: float = _method(0.0, "Decoupled weight decay.", Rate())
     eps: float = _method(1e-3, "Scale of the perturbation.", Scale())
     eps_schedule: str = _method("constant", "constant, linear or cosine, to --eps-end.", _SCHEDULE)
@@ -141,8 +155,14 @@ class Settings:
     out: Path = _run(MISSING, "Run folder; without it runs/TASK-TIME.")
     overwrite: bool = _run(False, "Replace an earlier run in --out.")
     eval_every: int = _run(0, "Steps between evaluations; 0: none.", Count(0))
-    eval_examples: int | None = _run(None, "Sentences of an evaluation during training.", Count(1))
-    keep_best: bool = _run(False, "Keep the step best on held-out training sentences.")
+    eval_examples: int | None = _run(None, "Examples of an evaluation; 0: none at all.", Count(0))
+    whole_dev: bool = _run(
+        False, "Measure all of dev at the beginning and the end, whatever --eval-examples says."
+    )
+    keep_best: bool = _run(False, "Keep the step best on held-out training examples.")
+    patience: int | None = _run(
+        None, "With --keep-best, end after so many evaluations without a better one.", Count(1)
+    )
     save_weights: bool = _run(True, "Keep the weights, or only the log that makes them again.")
     retry_oom: bool = _run(False, "Run a batch that memory does not hold in two halves.")
     device: str = _run(AUTO, f"Where to run; {AUTO}: on a GPU where torch sees one.")
@@ -150,6 +170,7 @@ class Settings:
     def __post_init__(self) -> None:
         if isinstance(self.points, str) and self.points.isdecimal():
             self.points = int(self.points)
+        self.dtype = _SHORT.get(self.dtype, self.dtype)
         if self.lr == AUTO:
             self.lr, self.auto_lr = 0.0, True
         if self.device == AUTO:
@@ -201,26 +222,34 @@ class Settings:
         short = self.dtype != "float32" and self.scheme not in ADAPTERS
         return short and self.rounding == "nearest"
 
+    @property
+    def measured(self) -> int | None:
+        """How many examples an evaluation at a run's beginning and end has; None: all of dev."""
+        return None if self.whole_dev and self.eval_examples != 0 else self.eval_examples
+
     def evaluates_after(self, step: int) -> bool:
         """Whether a step during training is followed by an evaluation."""
         return self.eval_every > 0 and step % self.eval_every == 0 and step < self.steps
 
     def factor(self, step: int) -> float:
         """The share of the learning rate in use at a step, counted from 0."""
-        return self._left(self.schedule, step)
+        if step < self.warmup:
+            return (step + 1) / (self.warmup + 1)
+        return _left(self.schedule, step - self.warmup, self.steps - self.warmup)
 
     def eps_factor(self, step: int) -> float:
         """The share of ε in use at a step, counted from 0."""
         last = 1.0 if self.eps_end is None else self.eps_end / self.eps
-        return last + (1 - last) * self._left(self.eps_schedule, step)
+        return last + (1 - last) * _left(self.eps_schedule, step, self.steps)
 
-    def _left(self, schedule: str, step: int) -> float:
-        """How much of its way a schedule has before it."""
-        if schedule == "linear":
-            return 1 - step / self.steps
-        if schedule == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * step / self.steps))
-        return 1.0
+
+def _left(schedule: str, step: int, steps: int) -> float:
+    """How much of its way a schedule has before it."""
+    if schedule == "linear":
+        return 1 - step / steps
+    if schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * step / steps))
+    return 1.0
 
 
 def described() -> list[Field[Any]]:

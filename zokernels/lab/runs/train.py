@@ -35,6 +35,11 @@ def train(run: Run, order: Iterator[list[Example]]) -> None:
     for step, batch in enumerate(islice(order, before, s.steps), before + 1):
         if run.stopped.is_set():
             return
+        if evaluate.stalled(run):
+            run.watcher.say(
+                f"Ended after step {run.done}: {s.patience} evaluations without a better one."
+            )
+            return
         lr = float(schedules[0].get_last_lr()[0])
         try:
             loss, halved = out_of_memory.take_step(
