@@ -88,28 +88,31 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_answer(path: Path, value: dict[str, Any]) -> None:
-    """Writes what ``--json`` asks for, as `write_json` does.
+def write_answer(path: Path, value: dict[str, Any] | str, option: str = "--json") -> None:
+    """Writes what an option asks for: a text, or JSON as `write_json` does.
 
     Raises:
         RunError: If it cannot be written; what was there before is there still.
     """
     try:
-        write_json(path, value)
+        if isinstance(value, str):
+            write_text(path, value)
+        else:
+            write_json(path, value)
     except OSError as error:
         raise RunError(
-            f"--json {path} could not be written: {error.strerror}. All else is done."
+            f"{option} {path} could not be written: {error.strerror}. All else is done."
         ) from None
 
 
-def check_json(path: Path | None) -> None:
-    """Refuses, before a run is begun, a ``--json`` that could not be written at its end."""
+def check_json(path: Path | None, option: str = "--json") -> None:
+    """Refuses, before a run is begun, a file that could not be written at its end."""
     if path is None:
         return
     if path.is_dir():
-        raise InputError(f"--json {path} is a folder; name a file.")
+        raise InputError(f"{option} {path} is a folder; name a file.")
     # A device, such as /dev/full, would be replaced by a file.
     if path.exists() and not path.is_file():
-        raise InputError(f"--json {path} is no ordinary file; name one, or a new one.")
+        raise InputError(f"{option} {path} is no ordinary file; name one, or a new one.")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"--json {path}: the folder {path.parent} does not exist; create it.")
+        raise InputError(f"{option} {path}: the folder {path.parent} does not exist; create it.")

@@ -1,4 +1,4 @@
-"""The command line: ``zokernels tune | finetune | sweep | bench | verify | replay | env``."""
+"""The command line: ``zokernels finetune``, and the commands around it."""
 
 import sys
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from zokernels.lab.cli import bench, env, finetune, replay, sweep, tune, verify
+from zokernels.lab.cli import bench, env, evaluate, finetune, replay, sweep, tune, verify
 from zokernels.lab.errors import InputError, RunError
 
 __all__ = ["app", "main"]
@@ -39,6 +39,8 @@ app = typer.Typer(
 )
 app.command("tune", cls=tune.Command)(tune.command)
 app.command("finetune")(finetune.command)
+app.command("evaluate")(evaluate.command)
+app.command("predict")(evaluate.predict)
 app.command("sweep")(sweep.command)
 app.command("replay")(replay.command)
 app.command("verify")(verify.command)

@@ -24,18 +24,22 @@ Preset = Annotated[
 _KINDS = typing.get_type_hints(Settings)
 
 
-def with_settings(but: Iterable[str] = ()) -> Callable[[Callable[..., int]], Callable[..., int]]:
+def with_settings(
+    but: Iterable[str] = (), only: Iterable[str] | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Gives a command an option a setting, between its context and its own options.
 
     The command gets them as a dictionary, ``settings``.
 
     Args:
         but: Settings that it has no option for.
+        only: Those that it has one for; None: all others.
     """
-    theirs = [_parameter(setting) for setting in described() if setting.name not in but]
+    wanted = {s.name for s in described()} - {*but} if only is None else {*only}
+    theirs = [_parameter(setting) for setting in described() if setting.name in wanted]
 
-    def decorate(command: Callable[..., int]) -> Callable[..., int]:
-        def whole(**given: Any) -> int:
+    def decorate(command: Callable[..., Any]) -> Callable[..., Any]:
+        def whole(**given: Any) -> Any:
             settings = {p.name: given.pop(p.name) for p in theirs}
             return command(settings=settings, **given)
 

@@ -21,6 +21,21 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
+class Sayer(Watcher):
+    """Says what the preparation of a run has to say.
+
+    Args:
+        console: Where.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def say(self, sentence: str) -> None:
+        """Prints it."""
+        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+
 class ProgressWatcher(Watcher):
     """Draws a run on the terminal; outside one, prints a line each tenth of the run.
 

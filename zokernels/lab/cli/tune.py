@@ -16,10 +16,10 @@ import zokernels as zk
 from zokernels.lab import files
 from zokernels.lab.cli import options, presets
 from zokernels.lab.cli.inputs import check_choice, check_plot
+from zokernels.lab.cli.progress import Sayer
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import checks, tuning
-from zokernels.lab.runs.history import Watcher
 from zokernels.lab.runs.prepare import prepare
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.runs.state import Run
@@ -76,7 +76,7 @@ def command(
     checks.check_probed(asked, "tune")
     quiet()
     console = Console()
-    run = Run(asked, _Sayer(console))
+    run = Run(asked, Sayer(console))
     prepare(run)
     found = _probe(run, forwards, None if by == "none" else by, console)
     console.print(_table(found))
@@ -93,16 +93,6 @@ def command(
 
         tune_plot.write(found, plot, f"{asked.title} on {asked.task}")
     return 0
-
-
-class _Sayer(Watcher):
-    """Says what the preparation of a run has to say."""
-
-    def __init__(self, console: Console) -> None:
-        self.console = console
-
-    def say(self, sentence: str) -> None:
-        _say(self.console, sentence)
 
 
 def _probe(run: Run, forwards: int, by: str | None, console: Console) -> zk.Probe:

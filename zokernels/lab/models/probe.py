@@ -48,6 +48,20 @@ class Probe(torch.nn.Module):
         features = (states * weights[..., None].to(states.dtype)).sum(1)
         return self.linear(features).float()
 
+    def load_pretrained(self, folder: str | Path) -> None:
+        """Takes the linear layer that `save_pretrained` wrote.
+
+        Raises:
+            InputError: If it is not there, or of another shape.
+        """
+        from safetensors.torch import load_file
+
+        try:
+            self.linear.load_state_dict(load_file(Path(folder) / WEIGHTS))
+        except (OSError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(f"The probe in {folder} could not be loaded: {reason}") from None
+
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes the linear layer, and the name of the model it belongs to."""
         from safetensors.torch import save_file

@@ -32,14 +32,23 @@ def check(s: Settings) -> None:
     Raises:
         InputError: Naming the option, what it got and what it allows.
     """
+    check_each(s)
+    _check_together(s)
+    _check_optimizer(s)
+
+
+def check_each(s: Settings) -> None:
+    """Refuses settings that no command could use.
+
+    Raises:
+        InputError: As `check`.
+    """
     for setting in fields(s):
         limit = setting.metadata.get(LIMIT)
         if limit and (refusal := limit.refusal(getattr(s, setting.name))):
             raise InputError(f"{option(setting.name)} {refusal}")
     s.the_task()
     data.parsed(s.columns)
-    _check_together(s)
-    _check_optimizer(s)
 
 
 def check_probed(s: Settings, asked_by: str) -> None:

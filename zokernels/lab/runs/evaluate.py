@@ -1,7 +1,8 @@
 """The metric on a split, in batches of texts of like length, and when a run measures it."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -124,6 +125,40 @@ def accuracy(
         found += out_of_memory.in_parts(judge, batch) if retry_oom else judge(batch)
     squares = sum(v * v for v in found) / len(found)
     return Mean(sum(found) / len(found), len(found), squares)
+
+
+@torch.no_grad()
+def predictions(
+    scorer: Scorer, examples: Sequence[Example], batch_size: int, calibrate: bool = False
+) -> Iterator[dict[str, Any]]:
+    """What the model answers, in the examples' order: each row with its answer, in plain values.
+
+    Args:
+        scorer: The model and its way of scoring.
+        examples: Which.
+        batch_size: Examples a forward.
+        calibrate: As for `Scorer.predict`.
+    """
+    task = scorer.task
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        if task.generates:
+            for example, text in zip(batch, generation.answers(scorer, batch), strict=True):
+                yield {**_row(example), "prediction": text}
+            continue
+        shares = scorer.judged(batch, calibrate).softmax(-1)
+        for example, share in zip(batch, shares, strict=True):
+            best = int(share.argmax())
+            label = {"label": task.label_name(best)} if task.words else {"index": best}
+            words = task.candidates(example)[best].strip()
+            said = {"prediction": words, **label, "probability": round(float(share[best]), 4)}
+            yield {**_row(example), **said}
+
+
+def _row(example: Example) -> dict[str, Any]:
+    if example.turns:
+        return {"messages": [{"role": role, "content": text} for role, text in example.turns]}
+    return dict(example.fields) or {"prompt": example.sentence}
 
 
 def _is_right(task: Task, example: Example, place: int) -> bool:

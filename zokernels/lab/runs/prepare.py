@@ -52,7 +52,7 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     classes = len(run.task.words) or 2
     order = batches(run.pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=classes)
     run.learner = learner.load(s)
-    run.scorer = _scorer(run)
+    run.scorer = scorer(run)
     run.optimizer = optimizer_of(s, run.learner.model)
     kind, trained = KINDS[run.learner.loaded.kind], run.learner.trained
     overview = (
@@ -94,7 +94,12 @@ def _cut(run: Run) -> Iterator[str]:
         )
 
 
-def _scorer(run: Run) -> Scorer:
+def scorer(run: Run) -> Scorer:
+    """A run's way to score, by its settings, task, examples and model.
+
+    Raises:
+        InputError: If these do not fit each other.
+    """
     s, loaded = run.settings, run.learner.loaded
     demos = data.part(run.splits.train, s.demos) if s.demos else []
     common = (
@@ -102,19 +107,19 @@ def _scorer(run: Run) -> Scorer:
         s.max_new_tokens,
     )  # fmt: skip
     if s.scheme == "probe":
-        scorer: Scorer = ProbeScorer(*common, kind=loaded.kind)
+        made: Scorer = ProbeScorer(*common, kind=loaded.kind)
     else:
-        scorer = SCORERS[loaded.kind](*common)
+        made = SCORERS[loaded.kind](*common)
     examples = (*run.splits.train, *run.splits.valid, *run.splits.dev)
     conversations = any(e.turns for e in examples)
     if s.chat or conversations:
         asked_by = "--chat" if s.chat else "Data of conversations"
-        scorer.chat = chat.form(loaded.tokenizer, s.model, loaded.kind, asked_by)
+        made.chat = chat.form(loaded.tokenizer, s.model, loaded.kind, asked_by)
     if conversations:
         # A template refuses roles that it does not know, and is to do so now.
         for example in examples:
-            scorer.prompt(example)
-    return scorer
+            made.prompt(example)
+    return made
 
 
 def optimizer_of(s: Settings, model: Any) -> Any:

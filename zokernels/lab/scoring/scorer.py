@@ -123,6 +123,15 @@ class Scorer:
 
         Args:
             examples: At least one.
+            calibrate: As of `judged`.
+        """
+        return [int(i) for i in self.judged(examples, calibrate).argmax(-1)]
+
+    def judged(self, examples: Sequence[Example], calibrate: bool = False) -> torch.Tensor:
+        """What the candidates are chosen by: their scores, of shape (examples, candidates).
+
+        Args:
+            examples: At least one.
             calibrate: Judge by how much a score exceeds that of the same candidate after the
                 prompt with its texts emptied.
         """
@@ -132,7 +141,7 @@ class Scorer:
             # Candidates of the task's own are the same for all, so that one row is enough.
             base = self.scores(self.collate(free[:1] if self.task.words else free))
             scores = scores - torch.where(base.isinf(), 0.0, base)
-        return [int(i) for i in scores.argmax(-1)]
+        return scores
 
     def _cut(self, row: list[int], keep: int | None = None) -> list[int]:
         """The row at ``max_length``: without its start, or without its end if that has ``keep``."""

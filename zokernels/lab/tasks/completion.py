@@ -14,6 +14,7 @@ from zokernels.lab.tasks.metric import LOSS
 from zokernels.lab.tasks.task import Example, Prompts, Row, Task
 
 _ROLES = ("system", "user", "assistant", "tool", "developer")
+_NO_ANSWER = [{"role": "assistant", "content": ""}]
 Turns = tuple[tuple[str, str], ...]
 
 
@@ -28,6 +29,8 @@ class Completions(Task):
         """
         if "messages" in row:
             turns = _turns(row["messages"], "messages", where)
+            if self.asked:
+                return [_example("", "", turns)]
             answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
             if not [i for i in answers if i]:
                 raise InputError(
@@ -38,7 +41,7 @@ class Completions(Task):
         else:
             found = [self._pair(row, where)]
         for example in found:
-            if not example.answers[0].strip():
+            if not (self.asked or example.answers[0].strip()):
                 raise InputError(
                     f"{where}: the completion is empty; give it words or remove the row."
                 )
@@ -50,6 +53,8 @@ class Completions(Task):
         return found
 
     def _pair(self, row: Row, where: str) -> Example:
+        if self.asked:
+            row = {**row, "completion": "" if isinstance(row.get("prompt"), str) else _NO_ANSWER}
         for name in self.fields:
             if row.get(name) is None:
                 raise InputError(

@@ -132,6 +132,29 @@ def _named(
     return Splits(*_hold_out(rest), reported, source, [note])
 
 
+def rows_of(
+    task: Task, source: str, columns: Mapping[str, str] | None, labelled: bool = True
+) -> list[Example]:
+    """All rows of a file, or of a split of a data set.
+
+    Args:
+        task: What they are rows of.
+        source: A file, or NAME:CONFIG@SPLIT.
+        columns: Of names that the task has, those in the data.
+        labelled: Whether they have their answers.
+
+    Raises:
+        InputError: If there is no such file or data set, or a row is malformed.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{source} is a folder; name the file in it.")
+    asked = task if labelled else task.unlabelled()
+    if path.exists():
+        return rows.read(asked, path, columns)
+    return datasets.load(asked, source, columns, "the data", False)[0]
+
+
 def parsed(columns: str | None) -> dict[str, str]:
     """What ``--columns`` says, by the task's names.
 

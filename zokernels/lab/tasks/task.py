@@ -110,6 +110,7 @@ class Task:
         ends: Whether the end of an answer that is written is learned, and waited for; else it
             ends with its line.
         measured: The metric, where that is not the one that goes without saying.
+        asked: Whether rows have no answer yet.
         template: False for the texts without a template.
     """
 
@@ -133,6 +134,7 @@ class Task:
     places: Mapping[str, Any] = field(default_factory=dict)
     ends: bool = False
     measured: Metric | None = None
+    asked: bool = False
     template: bool = True
 
     @property
@@ -165,7 +167,7 @@ class Task:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that a row must have, but for those of written answers."""
-        label = () if self.answers is not None else (self.label,)
+        label = () if self.answers is not None or self.asked else (self.label,)
         return (*self.fields, *self.options, *label)
 
     @property
@@ -178,6 +180,17 @@ class Task:
     def with_template(self, template: bool) -> Task:
         """The task with or without its template."""
         return replace(self, template=template)
+
+    def unlabelled(self) -> Task:
+        """The task for rows that have no answer yet: their label is the first, and not meant."""
+        return replace(self, asked=True)
+
+    def label_name(self, index: int) -> str:
+        """What the data calls the label of an index."""
+        found = [name for name, i in self.names.items() if i == index]
+        return next(
+            (name for name in found if not name.isdigit()), found[0] if found else str(index)
+        )
 
     def prompt(self, example: Example) -> str:
         """The text that a causal model reads before a candidate."""
@@ -275,6 +288,8 @@ class Task:
             if not str(fields[name]).strip():
                 raise InputError(f"{where}: the {name} is empty; give it words or remove the row.")
         sentence = str(fields[self.fields[0]])
+        if self.asked:
+            return Example(sentence, 0, fields, ("",) if self.generates else ())
         if self.answers is not None:
             return self._answered(row, where, sentence, fields)
         given = _column(row, self.label, where)
