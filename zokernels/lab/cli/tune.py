@@ -21,15 +21,15 @@ from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import checks, tuning
 from zokernels.lab.runs.prepare import prepare
-from zokernels.lab.runs.settings import Settings
+from zokernels.lab.runs.settings import PANEL, Settings, described
 from zokernels.lab.runs.state import Run
 
 BY = ("none", "group", "layer")
 # Of finetune's options, what is about a run and not about its steps, or what is found here.
 _NOT_HERE = (
-    "out overwrite resume eval_every eval_examples whole_dev keep_best patience save_weights "
-    "retry_oom calibrate metric max_new_tokens lr schedule warmup eps_schedule eps_end "
-    "probe_forwards weight_decay".split()
+    *(s.name for s in described() if s.metadata[PANEL] == "Run" and s.name != "device"),
+    *"resume calibrate metric max_new_tokens lr schedule warmup eps_schedule eps_end".split(),
+    *"probe_forwards weight_decay".split(),
 )
 
 

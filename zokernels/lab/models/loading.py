@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from zokernels.lab.models import gguf_file, packages
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {"causal": "a causal LM", "masked": "a masked LM", "encoder": "a sentence encoder"}
-_FACTORIES = {
+FACTORIES = {
     "causal": "AutoModelForCausalLM",
     "masked": "AutoModelForMaskedLM",
     "encoder": "AutoModel",
@@ -111,7 +112,7 @@ def _read(transformers: Any, name: str, dtype: torch.dtype, *, cached: bool) -> 
         config = transformers.AutoConfig.from_pretrained(name, **options)
         kind = kind_of((config.architectures or ["None"])[0])
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
-        model, info = getattr(transformers, _FACTORIES[kind]).from_pretrained(
+        model, info = getattr(transformers, FACTORIES[kind]).from_pretrained(
             name, dtype=dtype, output_loading_info=True, **options
         )
     except InputError:
@@ -148,7 +149,7 @@ def _read_file(transformers: Any, path: Path, dtype: str) -> Loaded:
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
             # Its progress bar is no affair of `quiet`.
             with contextlib.redirect_stderr(io.StringIO()):
-                model, info = getattr(transformers, _FACTORIES[kind]).from_pretrained(
+                model, info = getattr(transformers, FACTORIES[kind]).from_pretrained(
                     folder,
                     config=config,
                     dtype=DTYPES[dtype],
@@ -190,7 +191,9 @@ def _checked(name: str, loaded: Loaded) -> Loaded:
 
 
 def quiet() -> None:
-    """Keeps transformers' own progress bars and load reports out of the run's output."""
+    """Keeps transformers' own progress bars, reports and deprecations out of a run's output."""
+    # Of peft's and its own making.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|torch.nn")
     try:
         from transformers.utils import logging
     except ImportError:

@@ -73,7 +73,7 @@ def _measure(run: Run, split: str, examples: list[Example]) -> Mean:
         "examples": found.examples,
         "seconds": round(time.perf_counter() - began, 3),
     }
-    run.out.log(record)
+    run.record(record)
     run.watcher.say(
         f"Step {run.done}: {split} {metric.name} {metric.text(found.value, found.error)} "
         f"({found.examples:,} {run.examples}, {record['seconds']:.1f} s)."

@@ -14,7 +14,9 @@ from zokernels.lab.runs import lock
 
 CONFIG, METRICS, LOG = "config.json", "metrics.json", "metrics.jsonl"
 PLOT, REPORT, WEIGHTS, TRAJECTORY = "plot.png", "report.md", "final", "trajectory.zk"
-CHECKPOINT = "checkpoint.pt"
+CHECKPOINT, MERGED = "checkpoint.pt", "merged"
+# Of TensorBoard, where a run reports to it.
+EVENTS = "tensorboard"
 MARK = "zokernels_run"
 
 
@@ -112,8 +114,9 @@ class RunFolder:
             self._remove_drafts()
             for name in (METRICS, LOG, PLOT, REPORT, TRAJECTORY, CHECKPOINT):
                 (self.path / name).unlink(missing_ok=True)
-            if (self.path / WEIGHTS).is_dir():
-                shutil.rmtree(self.path / WEIGHTS)
+            for name in (WEIGHTS, MERGED, EVENTS):
+                if (self.path / name).is_dir():
+                    shutil.rmtree(self.path / name)
             files.write_json(self.path / CONFIG, {MARK: 1, **config})
             self._log = (self.path / LOG).open("w", encoding="utf-8")
         except OSError as error:

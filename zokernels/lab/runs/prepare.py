@@ -7,9 +7,10 @@ from typing import Any
 import zokernels as zk
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import KINDS
-from zokernels.lab.runs import checks, learner, optimizers, tuning
+from zokernels.lab.runs import checks, hand_over, learner, optimizers, tuning
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.runs.state import Run
+from zokernels.lab.runs.trackers import Trackers
 from zokernels.lab.scoring import SCORERS, Scorer
 from zokernels.lab.scoring.probe import ProbeScorer
 from zokernels.lab.tasks import chat, data
@@ -38,6 +39,8 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     """
     s = run.settings
     checks.check(s)
+    run.trackers = Trackers(s, run.watcher)
+    hand_over.check(s)
     processes = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
     if processes > 1:
         raise InputError(

@@ -13,7 +13,7 @@ import torch
 
 from zokernels.lab import files
 from zokernels.lab.models.loading import KINDS
-from zokernels.lab.runs import divergence, folder, optimizers, signal, tuning
+from zokernels.lab.runs import divergence, folder, hand_over, optimizers, signal, tuning
 from zokernels.lab.runs.history import PARTS
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.runs.state import Run
@@ -212,6 +212,8 @@ def text(run: Run, m: dict[str, Any]) -> str:
         lines += [" ".join(told), ""]
     if run.learner.loaded.notes or run.splits.notes:
         lines += [*(f"- {note}" for note in (*run.splits.notes, *run.learner.loaded.notes)), ""]
+    if s.save_weights:
+        lines += ["What was trained is loaded by", "", "```python", hand_over.code(run), "```", ""]
     if run.command:
         lines += ["```", run.command, "```", ""]
     return "\n".join(lines)

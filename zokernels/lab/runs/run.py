@@ -7,7 +7,7 @@ from typing import Any
 import zokernels as zk
 from zokernels.lab import files
 from zokernels.lab.errors import RunError
-from zokernels.lab.runs import checkpoint, folder, out_of_memory, report, resume
+from zokernels.lab.runs import checkpoint, folder, hand_over, out_of_memory, report, resume
 from zokernels.lab.runs.evaluate import evaluate
 from zokernels.lab.runs.interrupt import stop_on_interrupt
 from zokernels.lab.runs.prepare import prepare
@@ -38,6 +38,7 @@ class Finetune(Run):
         out = self.settings.out
         try:
             resume.begin(self)
+            self.trackers.begin()
             with stop_on_interrupt(self.stopped):
                 if self.done == 0 or self.settings.evaluates_after(self.done):
                     evaluate(self, whole=self.done == 0)
@@ -71,11 +72,14 @@ class Finetune(Run):
                 f"is more memory go on with: zokernels finetune --resume {out}"
             ) from error
         finally:
+            self.trackers.end()
             if self.optimizer.trajectory:
                 with suppress(zk.TrajectoryError):
                     self.optimizer.trajectory.close()
         if self.failure:
             raise RunError(f"{self.failure} What was done is in {out}.")
+        if self.settings.push_to_hub and not self.stopped.is_set():
+            self.watcher.say(f"Uploaded: {hand_over.push(self, metrics)}")
         return metrics
 
     def _pick(self) -> None:
@@ -89,6 +93,8 @@ class Finetune(Run):
         if self.settings.save_weights:
             files.write_folder(self.out.path / folder.WEIGHTS, self.learner.save)
         metrics = report.write(self)
+        if self.settings.save_weights:
+            hand_over.save(self, metrics)
         if not self.stopped.is_set() and self.failure is None:
             (self.out.path / folder.CHECKPOINT).unlink(missing_ok=True)
         return metrics

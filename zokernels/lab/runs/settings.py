@@ -164,6 +164,12 @@ class Settings:
         None, "With --keep-best, end after so many evaluations without a better one.", Count(1)
     )
     save_weights: bool = _run(True, "Keep the weights, or only the log that makes them again.")
+    merge: bool = _run(False, "Also save the model with its LoRA merged.")
+    push_to_hub: str | None = _run(None, "OWNER/NAME on the hub, to which the result goes.")
+    private: bool = _run(True, "Make that a private repository.")
+    report_to: str | None = _run(
+        None, "Trackers of accelerate, with commas: tensorboard, wandb, mlflow, trackio, ..."
+    )
     retry_oom: bool = _run(False, "Run a batch that memory does not hold in two halves.")
     device: str = _run(AUTO, f"Where to run; {AUTO}: on a GPU where torch sees one.")
 

@@ -18,6 +18,7 @@ from zokernels.lab.runs.folder import RunFolder
 from zokernels.lab.runs.history import History, Watcher
 from zokernels.lab.runs.learner import Learner
 from zokernels.lab.runs.settings import Settings
+from zokernels.lab.runs.trackers import Trackers
 from zokernels.lab.scoring import Scorer
 from zokernels.lab.tasks.data import Splits
 from zokernels.lab.tasks.task import Example, Task
@@ -45,6 +46,7 @@ class Run:
         scorer: Makes batches and losses of examples.
         optimizer: Of the learner's parameters.
         out: The run folder.
+        trackers: Who is told the run's numbers besides.
     """
 
     settings: Settings
@@ -64,6 +66,12 @@ class Run:
     scorer: Scorer = field(init=False)
     optimizer: Any = field(init=False)
     out: RunFolder = field(init=False)
+    trackers: Trackers = field(init=False)
+
+    def record(self, line: dict[str, Any]) -> None:
+        """Writes a line of the run's log, and tells the trackers."""
+        self.out.log(line)
+        self.trackers.log(line)
 
     @cached_property
     def fingerprint(self) -> int:

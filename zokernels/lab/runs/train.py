@@ -61,7 +61,7 @@ def train(run: Run, order: Iterator[list[Example]]) -> None:
         run.done = step
         record = _record(run, loss, lr, halved)
         run.history.add(record)
-        run.out.log(record)
+        run.record(record)
         timing = optimizer.timing
         run.watcher.step(step, loss, timing.total, timing.total - timing.forwards)
         if s.evaluates_after(step):
