@@ -11,9 +11,6 @@
 
 namespace {
 
-#define ZK_ALWAYS __attribute__((always_inline))
-#define ZK_INLINE ZK_ALWAYS inline
-
 typedef Simd S;
 typedef S::F F;
 typedef S::I I;

@@ -21,8 +21,8 @@ KINDS = (noise.GAUSSIAN, noise.RADEMACHER, noise.RANK1)
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_ERROR = Path(__file__).with_name("_build_error.txt")
 
-# Slowest to fastest; the values are those of csrc/zokernels.h.
-_ISAS = {"portable": 0, "avx2": 1, "avx512": 2}
+# Of each processor slowest to fastest; the values are those of csrc/zokernels.h.
+_ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ADD_NOISE = 0
 _RULES = {"sign": 1, "momentum": 2, "adam": 3}
