@@ -42,7 +42,7 @@ struct RoundKeys {
 // The words of a group of blocks: w[j] has word j of the block that each lane serves.
 // Where a state's lanes are of 64 bits their high halves may hold rubbish: products ignore them.
 template <class S, bool SPLIT>
-inline void philox(typename S::U* w, uint32_t first_block, const RoundKeys& key) {
+ZK_INLINE void philox(typename S::U* w, uint32_t first_block, const RoundKeys& key) {
     typedef typename S::L L;
     typedef typename S::P P;
     typedef typename S::Word Word;
@@ -81,7 +81,7 @@ inline typename S::F quintic(typename S::F x) {
 
 // 8·W normals times 2²⁹, in the order of memory (see `arrange`).
 template <class S, bool SPLIT>
-inline void gaussian(typename S::F* z, uint32_t first_block, const RoundKeys& key) {
+ZK_INLINE void gaussian(typename S::F* z, uint32_t first_block, const RoundKeys& key) {
     typedef typename S::F F;
     typedef typename S::I I;
     typedef typename S::U U;
@@ -123,7 +123,7 @@ template <class S>
 struct SignBits {
     uint32_t word[4][S::W];
 
-    void fill(uint32_t first_block, const RoundKeys& key) {
+    __attribute__((noinline)) void fill(uint32_t first_block, const RoundKeys& key) {
         typename S::U w[4];
         // The linear layout's lanes, put back in the order of the blocks.
         philox<S, false>(w, first_block, key);

@@ -30,6 +30,7 @@ struct Simd {
     static U join(const L* x) {
         return (U)_mm256_blend_ps((__m256)x[0], _mm256_moveldup_ps((__m256)x[1]), 0xAA);
     }
+    static U upper_halves(U even, U odd) { return (odd & 0xFFFF0000u) | (even >> 16); }
     template <int N>
     static bool any_nan(const F* x) {
         __m256 any{};

@@ -36,6 +36,8 @@ struct Simd {
     static U join(const L* x) {
         return (U)_mm512_mask_moveldup_ps((__m512)x[0], 0xAAAA, (__m512)x[1]);
     }
+    // Each lane's upper halves, that of `odd` above that of `even`.
+    static U upper_halves(U even, U odd) { return (odd & 0xFFFF0000u) | (even >> 16); }
     template <int N>
     static bool any_nan(const F* x) {
         unsigned any = 0;

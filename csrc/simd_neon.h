@@ -45,6 +45,9 @@ struct Simd {
         return (L)vuzp2q_u32(vreinterpretq_u32_u64(p.low), vreinterpretq_u32_u64(p.high));
     }
     static U join(const L* x) { return x[0]; }
+    static U upper_halves(U even, U odd) {
+        return (U)vtrn2q_u16((uint16x8_t)even, (uint16x8_t)odd);
+    }
     // The greatest of several numbers is NaN where one of them is.
     template <int N>
     static bool any_nan(const F* x) {

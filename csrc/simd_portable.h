@@ -31,6 +31,7 @@ struct Simd {
     static L low(P p) { return p; }
     static L high(P p) { return p >> 32; }
     static U join(const L* x) { return (U)x[0]; }
+    static U upper_halves(U even, U odd) { return (odd & 0xFFFF0000u) | (even >> 16); }
     template <int N>
     static bool any_nan(const F* x) {
         bool any = false;
