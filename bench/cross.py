@@ -60,8 +60,8 @@ def link(folder: Path, source: Path, library: Path, using: str) -> Path:
     made = folder / source.stem
     subprocess.run(
         [
-            *shlex.split(using), "-std=c++17", "-O1", "-Wall", "-I", str(ROOT / "csrc"), str(source),
-            str(library), f"-Wl,-rpath,{library.parent}", "-o", str(made),
+            *shlex.split(using), "-std=c++17", "-O1", "-Wall", "-I", str(ROOT / "csrc"),
+            str(source), str(library), f"-Wl,-rpath,{library.parent}", "-o", str(made),
         ],
         check=True,
     )  # fmt: skip

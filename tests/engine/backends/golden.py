@@ -42,7 +42,7 @@ class Writer:
         self.count = 0
 
     def passes(self, name: str, plan: AddNoise | ApplyUpdate) -> None:
-        """A pass and what the reference makes of it; a mirror has the coefficients' signs turned."""
+        """A pass and what the reference makes of it; a mirror has the coefficients turned."""
         args = native.arguments(plan)
         states = plan.states if isinstance(plan, ApplyUpdate) else [()] * len(plan.params)
         before = [_bytes(p) for p in plan.params]
@@ -189,7 +189,7 @@ def _keywords(
     each: bool | int,
 ) -> dict[str, Any]:  # fmt: skip
     tensors = [varied(size, dtype, number + i) for i, size in enumerate(sizes)]
-    steps = {False: 1, True: 3, 2: 2, 0: 1}[each]
+    steps = {False: 1, True: 3, 2: 2}[each]
     long = sizes is LONG
     return dict(
         tensors=tensors, streams=STREAMS[: len(sizes)], offsets=OFFSETS[: len(sizes)], dist=dist,

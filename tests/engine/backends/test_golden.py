@@ -1,12 +1,12 @@
-"""The native code in another program than Python, and on another processor: the reference's bits."""
+"""The native code in a program of its own, also on another processor: the reference's bits."""
 
 import subprocess
 
 import golden
 import pytest
-from bench import cross
 from conftest import needs_native
 
+from bench import cross
 from zokernels.backends import native
 
 
