@@ -1,10 +1,10 @@
-"""Machine instructions a weight on 64-bit ARM: ``python -m bench.instructions``, a minute or two.
+"""Machine instructions a weight on 64-bit ARM: ``python -m bench.instructions``, three minutes.
 
 qemu translates one instruction at a time and logs each that it executes; the difference between a
 pass over N weights and one over 2 N, divided by N, is what a weight costs. Nothing is timed: on a
 CPU that executes as many instructions a clock of either kind, the counts are to each other as the
-times are, as long as memory keeps up. Writes bench/results/instructions.csv; `make report` makes the
-table of docs/performance.md from it.
+times are, as long as memory keeps up. Writes bench/results/instructions.csv, from which
+`make report` makes the table of docs/performance.md.
 """
 
 from __future__ import annotations
