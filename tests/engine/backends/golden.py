@@ -34,6 +34,14 @@ EXACT = [1e-3, -0.5, 0.25]
 TINY = [1e-3, -0.5, 2e-30]
 
 
+# Whose rounding carries into the sign, and one that signals.
+ODD_NAN = {
+    torch.float32: (0x7FFFFFFF, 0x7F800001),
+    torch.bfloat16: (0x7FFF, 0x7F81),
+    torch.float16: (0x7FFF, 0x7C01),
+}
+
+
 class Writer:
     """Writes cases to a file and counts them."""
 
@@ -127,6 +135,10 @@ def additions() -> Iterator[tuple[str, Any]]:
                 name = f"{dtype} {dist} {mask} {rounding} {'steps' if each else 'once'} {coeffs}"
                 call = dict(params=tensors, coeffs=coeffs, seeds=_seeds(number, 3), **how)
                 yield f"add_noise_ {name}", lambda call=call: zk.ops.add_noise_(**call)
+    # Below 2⁻¹⁴ a conversion that rounds in place of cutting shows at one in 2¹⁷ elements.
+    tiny = torch.zeros(300_000, dtype=torch.float16)
+    how = dict(rounding="stochastic", backend="reference")
+    yield "add_noise_ tiny halves", lambda: zk.ops.add_noise_([tiny], [5], [1e-6], **how)
 
 
 def updates() -> Iterator[tuple[str, Any]]:
@@ -144,7 +156,7 @@ def updates() -> Iterator[tuple[str, Any]]:
             tensors = how.pop("tensors")
             lr = [0.01, 0.03] if each else 0.02
             how.update(
-                params=tensors, states=states_of(rule, tensors, state), lr=lr,
+                params=tensors, states=_odd_states(rule, tensors, state), lr=lr,
                 seeds=_seeds(number, 4), coeffs=[*(EXACT if number % 2 else TINY), 0.25],
             )  # fmt: skip
             name = f"{rule} {dtype} {state} {dist} {mask} {rounding} each_step={each}"
@@ -188,7 +200,7 @@ def _keywords(
     number: int, sizes: list[int], dtype: torch.dtype, dist: str, mask: str, rounding: str,
     each: bool | int,
 ) -> dict[str, Any]:  # fmt: skip
-    tensors = [varied(size, dtype, number + i) for i, size in enumerate(sizes)]
+    tensors = [_odd(varied(size, dtype, number + i)) for i, size in enumerate(sizes)]
     steps = {False: 1, True: 3, 2: 2}[each]
     long = sizes is LONG
     return dict(
@@ -198,6 +210,26 @@ def _keywords(
         rounding_seed=[77, 2**64 - 1, number][:steps] if each else 2**64 - number,
         **of_rank1(dist, LONG_COLUMNS if long else COLUMNS),
     )  # fmt: skip
+
+
+def _odd(t: torch.Tensor) -> torch.Tensor:
+    kind = torch.int32 if t.dtype is torch.float32 else torch.int16
+    for start, bits in zip((11, 40), ODD_NAN[t.dtype], strict=True):
+        t.view(kind)[start::67] = bits
+    return t
+
+
+def _odd_states(
+    rule: str, tensors: list[torch.Tensor], dtype: torch.dtype
+) -> list[dict[str, torch.Tensor]]:
+    """States of which each is NaN somewhere where the others are not."""
+    states = states_of(rule, tensors, dtype)
+    for state in states:
+        for place, t in enumerate(state.values()):
+            rolled = _odd(t.roll(-7 * place)).roll(7 * place)
+            t.copy_(rolled)
+            t[25 + place :: 97] = float("inf")
+    return states
 
 
 def _seeds(number: int, count: int) -> list[int]:

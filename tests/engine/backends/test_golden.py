@@ -1,5 +1,7 @@
 """The native code in a program of its own, also on another processor: the reference's bits."""
 
+import shlex
+import shutil
 import subprocess
 
 import golden
@@ -8,6 +10,11 @@ from conftest import needs_native
 
 from bench import cross
 from zokernels.backends import native
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(shlex.split(cross.compiler())[0]) is None,
+    reason=f"needs a C++ compiler; there is no {cross.compiler()}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -25,6 +32,7 @@ def run(command, written, isas):
 
 
 @needs_native
+@needs_compiler
 def test_this_processors_code_gives_the_references_bits(written, tmp_path):
     program = cross.link(tmp_path, golden.SOURCE, native.LIBRARY, cross.compiler())
     run([str(program)], written, native.instruction_sets())
@@ -47,6 +55,7 @@ def test_code_for_arm_gives_the_references_bits(written, tmp_path, flags):
 
 
 @needs_native
+@needs_compiler
 def test_a_bit_that_differs_is_found(written, tmp_path):
     # Of a float32 tensor's last element, in the first case, what the reference makes of it.
     file, _ = written
