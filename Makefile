@@ -49,12 +49,12 @@ lint: $(STAMP)  ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h tests/engine/backends/*.cpp)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h tests/engine/backends/*.cpp bench/*.cpp)
 
 format: $(STAMP)  ## Rewrite the sources in the project's style
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h tests/engine/backends/*.cpp)
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h tests/engine/backends/*.cpp bench/*.cpp)
 
 bench: $(STAMP)  ## Time the passes and a step with pytest-benchmark, in two minutes
 	$(BIN)/python -m pytest bench --benchmark-enable --benchmark-columns=median,iqr,rounds

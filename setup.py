@@ -5,7 +5,6 @@ a compiler the install succeeds, the reason is kept beside the package, and `zok
 """
 
 import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -18,11 +17,19 @@ from setuptools.dist import Distribution
 ROOT = Path(__file__).resolve().parent
 FLAGS = "-O3 -std=c++17 -fPIC -ffp-contract=off -fvisibility=hidden -pthread -Wall".split()
 KERNELS = ("add_noise", "apply_update", "shift")
+# By the first word of what the compiler builds for; each has portable code beside these.
 X86 = {
     "avx2": "-mavx2 -mfma -mf16c".split(),
     # gcc 12 warns of its own AVX-512 headers.
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c "
     "-mprefer-vector-width=512 -Wno-maybe-uninitialized -Wno-uninitialized".split(),
+}
+ARM: dict[str, list[str]] = {"neon": []}
+TARGETS = {
+    "x86_64": ("-DZK_X86", X86),
+    "amd64": ("-DZK_X86", X86),
+    "aarch64": ("-DZK_ARM", ARM),
+    "arm64": ("-DZK_ARM", ARM),
 }
 
 
@@ -49,11 +56,11 @@ class BuildNative(build_ext):
         compiler = shlex.split(os.environ.get("CXX", "c++")) + FLAGS
         extra = shlex.split(os.environ.get("ZOKERNELS_CXXFLAGS", ""))
         compiler += ["-fopenmp"] if _works([*compiler, "-fopenmp"], temp) else []
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        units = [("dispatch", "dispatch", ["-DZK_X86"] if x86 else [])]
+        define, isas = TARGETS.get(_target(compiler), ("", {}))
+        units = [("dispatch", "dispatch", define.split())]
         # Portable first: of a function that several files hold, the linker keeps the first, and an
         # AVX-512 copy of the standard library's would stop an older CPU.
-        for isa, flags in {"portable": [], **(X86 if x86 else {})}.items():
+        for isa, flags in {"portable": [], **isas}.items():
             named = [*flags, f'-DZK_SIMD="simd_{isa}.h"', f"-DZK_ISA={isa}"]
             units += [(kernel, f"{kernel}_{isa}", named) for kernel in KERNELS]
         objects, running = [], []
@@ -82,6 +89,12 @@ class NativeDistribution(Distribution):
 
     def has_ext_modules(self) -> bool:
         return True
+
+
+def _target(compiler: list[str]) -> str:
+    """The processor that the compiler makes code for, which may not be that of this machine."""
+    done = subprocess.run([*compiler, "-dumpmachine"], check=True, capture_output=True, text=True)
+    return done.stdout.strip().split("-")[0].lower()
 
 
 def _works(command: list[str], temp: Path) -> bool:

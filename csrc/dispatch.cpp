@@ -38,6 +38,14 @@ struct IeeeArithmetic {
     unsigned saved = _mm_getcsr();
     IeeeArithmetic() { _mm_setcsr(0x1F80); }
     ~IeeeArithmetic() { _mm_setcsr(saved); }
+#elif defined(__aarch64__)
+    uint64_t saved;
+    IeeeArithmetic() {
+        __asm__ volatile("mrs %0, fpcr" : "=r"(saved));
+        set(0);
+    }
+    ~IeeeArithmetic() { set(saved); }
+    static void set(uint64_t mode) { __asm__ volatile("msr fpcr, %0" ::"r"(mode) : "memory"); }
 #endif
 };
 
@@ -52,6 +60,8 @@ Functions functions_of(int isa) {
 #if defined(ZK_X86)
     if (isa == ZK_AVX512) return ZK_FUNCTIONS(avx512);
     if (isa == ZK_AVX2) return ZK_FUNCTIONS(avx2);
+#elif defined(ZK_ARM)
+    if (isa == ZK_NEON) return ZK_FUNCTIONS(neon);
 #endif
     return ZK_FUNCTIONS(portable);
 }
@@ -108,6 +118,8 @@ extern "C" int zk_has_isa(int isa) {
     if (isa == ZK_AVX512)
         return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#elif defined(ZK_ARM)
+    if (isa == ZK_NEON) return 1;
 #endif
     return 0;
 }

@@ -26,7 +26,7 @@ struct Source<ZK_GAUSSIAN, SPLIT> {
     Source(uint64_t seed, const zk_tensor& t, uint64_t index)
         : keys(seed, t.stream, ZK_GAUSSIAN, (uint32_t)(index / 8 >> 32)) {}
     // acc[r] = fma(c, z, start[r]); c holds UNIT already.
-    void add(F* acc, const F* start, float c, uint64_t index) {
+    ZK_INLINE void add(F* acc, const F* start, float c, uint64_t index) {
         F z[8];
         gaussian<S, SPLIT>(z, (uint32_t)(index / 8), keys);
 #pragma GCC unroll 8
@@ -62,7 +62,7 @@ struct Source<ZK_RADEMACHER, SPLIT> {
     uint64_t row = UINT64_MAX;
     Source(uint64_t seed, const zk_tensor& t, uint64_t index)
         : keys(seed, t.stream, ZK_RADEMACHER, (uint32_t)(index / 128 >> 32)) {}
-    void add(F* acc, const F* start, float c, uint64_t index) {
+    ZK_INLINE void add(F* acc, const F* start, float c, uint64_t index) {
         F signed_c[8];
         draw(signed_c, c, index);
         for (int r = 0; r < 8; r++) acc[r] = start[r] + signed_c[r];
@@ -76,7 +76,7 @@ struct Source<ZK_RADEMACHER, SPLIT> {
         }
     }
     // c times the signs.
-    void draw(F* signed_c, float c, uint64_t index) {
+    ZK_INLINE void draw(F* signed_c, float c, uint64_t index) {
         if (__builtin_expect(index / ROW != row, 0)) {
             row = index / ROW;
             signs.fill((uint32_t)(row * S::W), keys);
@@ -149,7 +149,7 @@ struct Directions {
     // Goes to a tile.
     void enter(uint64_t) {}
     // acc = start + Σ c z over seeds from … to − 1, where `exact`.
-    void add(F* acc, const F* start, int64_t from, int64_t to, uint64_t index) {
+    ZK_INLINE void add(F* acc, const F* start, int64_t from, int64_t to, uint64_t index) {
         sources[from].add(acc, start, scaled[from], index);
         for (int64_t k = from + 1; k < to; k++) sources[k].add(acc, acc, scaled[k], index);
     }

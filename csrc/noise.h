@@ -7,6 +7,9 @@
 // Compiled anew, and apart, for each instruction set.
 namespace {
 
+#define ZK_ALWAYS __attribute__((always_inline))
+#define ZK_INLINE ZK_ALWAYS inline
+
 template <class To, class From>
 inline To bits_as(From x) {
     static_assert(sizeof(To) == sizeof(From), "same size");
@@ -37,23 +40,29 @@ struct RoundKeys {
 };
 
 // The words of a group of blocks: w[j] has word j of the block that each lane serves.
-// State words sit in 64-bit lanes whose high halves may hold rubbish: products ignore them.
+// Where a state's lanes are of 64 bits their high halves may hold rubbish: products ignore them.
 template <class S, bool SPLIT>
-inline void philox(typename S::U* w, uint32_t first_block, const RoundKeys& key) {
+ZK_INLINE void philox(typename S::U* w, uint32_t first_block, const RoundKeys& key) {
     typedef typename S::L L;
-    const L m0 = L{} + PHILOX_M0, m1 = L{} + PHILOX_M1;
+    typedef typename S::P P;
+    typedef typename S::Word Word;
+    const L m0 = L{} + (Word)PHILOX_M0, m1 = L{} + (Word)PHILOX_M1;
+    const auto k0 = [&](int r) ZK_ALWAYS { return (Word)key.k0[r]; };
+    const auto k1 = [&](int r) ZK_ALWAYS { return (Word)key.k1[r]; };
     L word[4][S::HALVES];
 #pragma GCC unroll 2
     for (int h = 0; h < S::HALVES; h++) {
-        L p0 = S::mul(m0, S::template lane_blocks<SPLIT>(h) + (uint64_t)first_block);
-        L p1 = S::mul(m1, (p0 >> 32) ^ key.k1[0]);
-        L c0 = (p1 >> 32) ^ key.k0[1], c1 = p1, c2 = p0 ^ key.k1[1], c3;
+        P p0 = S::mul(m0, S::template lane_blocks<SPLIT>(h) + (Word)first_block);
+        P p1 = S::mul(m1, S::high(p0) ^ k1(0));
+        L c0 = S::high(p1) ^ k0(1), c1 = S::low(p1), c2 = S::low(p0) ^ k1(1), c3;
         p0 = S::mul(m0, c0), p1 = S::mul(m1, c2);
-        c0 = (p1 >> 32) ^ c1 ^ key.k0[2], c1 = p1, c2 = (p0 >> 32) ^ key.k1[2], c3 = p0;
+        c0 = S::high(p1) ^ c1 ^ k0(2), c1 = S::low(p1);
+        c2 = S::high(p0) ^ k1(2), c3 = S::low(p0);
 #pragma GCC unroll 7
         for (int r = 3; r < 10; r++) {
             p0 = S::mul(m0, c0), p1 = S::mul(m1, c2);
-            c0 = (p1 >> 32) ^ c1 ^ key.k0[r], c1 = p1, c2 = (p0 >> 32) ^ c3 ^ key.k1[r], c3 = p0;
+            c0 = S::high(p1) ^ c1 ^ k0(r), c1 = S::low(p1);
+            c2 = S::high(p0) ^ c3 ^ k1(r), c3 = S::low(p0);
         }
         word[0][h] = c0, word[1][h] = c1, word[2][h] = c2, word[3][h] = c3;
     }
@@ -72,7 +81,7 @@ inline typename S::F quintic(typename S::F x) {
 
 // 8·W normals times 2²⁹, in the order of memory (see `arrange`).
 template <class S, bool SPLIT>
-inline void gaussian(typename S::F* z, uint32_t first_block, const RoundKeys& key) {
+ZK_INLINE void gaussian(typename S::F* z, uint32_t first_block, const RoundKeys& key) {
     typedef typename S::F F;
     typedef typename S::I I;
     typedef typename S::U U;
@@ -114,7 +123,7 @@ template <class S>
 struct SignBits {
     uint32_t word[4][S::W];
 
-    void fill(uint32_t first_block, const RoundKeys& key) {
+    __attribute__((noinline)) void fill(uint32_t first_block, const RoundKeys& key) {
         typename S::U w[4];
         // The linear layout's lanes, put back in the order of the blocks.
         philox<S, false>(w, first_block, key);
@@ -129,7 +138,7 @@ struct SignBits {
 
  private:
     static int block_of(int lane) {
-        uint64_t blocks[S::W / S::HALVES];
+        typename S::Word blocks[S::W / S::HALVES];
         const typename S::L row = S::template lane_blocks<false>(lane % S::HALVES);
         std::memcpy(blocks, &row, sizeof blocks);
         return (int)blocks[lane / S::HALVES];

@@ -33,3 +33,4 @@ typedef void (*RowsFunction)(const zk_shift&, int64_t begin, int64_t end);
 ZK_DECLARE(portable)
 ZK_DECLARE(avx2)
 ZK_DECLARE(avx512)
+ZK_DECLARE(neon)

@@ -14,7 +14,9 @@ struct Simd {
     typedef float F __attribute__((vector_size(32)));
     typedef int32_t I __attribute__((vector_size(32)));
     typedef uint32_t U __attribute__((vector_size(32)));
+    typedef uint64_t Word;
     typedef uint64_t L __attribute__((vector_size(32)));
+    typedef L P;
 
     static F fma(F a, F b, F c) { return (F)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
     static F fma_exact(F a, F b, F c) { return fma(a, b, c); }
@@ -23,9 +25,12 @@ struct Simd {
     static F max(F a, F b) { return (F)_mm256_max_ps((__m256)a, (__m256)b); }
     static I to_int(F x) { return (I)_mm256_cvttps_epi32((__m256)x); }
     static L mul(L a, L b) { return (L)_mm256_mul_epu32((__m256i)a, (__m256i)b); }
+    static L low(P p) { return p; }
+    static L high(P p) { return p >> 32; }
     static U join(const L* x) {
         return (U)_mm256_blend_ps((__m256)x[0], _mm256_moveldup_ps((__m256)x[1]), 0xAA);
     }
+    static U upper_halves(U even, U odd) { return (odd & 0xFFFF0000u) | (even >> 16); }
     template <int N>
     static bool any_nan(const F* x) {
         __m256 any{};

@@ -15,7 +15,9 @@ struct Simd {
     typedef float F __attribute__((vector_size(64)));
     typedef int32_t I __attribute__((vector_size(64)));
     typedef uint32_t U __attribute__((vector_size(64)));
+    typedef uint64_t Word;  // a lane of the generator's state, and a vector of them
     typedef uint64_t L __attribute__((vector_size(64)));
+    typedef L P;  // a product
 
     static F fma(F a, F b, F c) { return (F)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
     // The same where a · b is exact: without such an instruction that is cheaper.
@@ -27,10 +29,15 @@ struct Simd {
     static I to_int(F x) { return (I)_mm512_cvttps_epi32((__m512)x); }
     // Low 32 bits times low 32 bits, to 64.
     static L mul(L a, L b) { return (L)_mm512_mul_epu32((__m512i)a, (__m512i)b); }
+    // The words of a product; with rubbish above where a lane has room for it.
+    static L low(P p) { return p; }
+    static L high(P p) { return p >> 32; }
     // The low words of both: x[0] in the even lanes, x[1] in the odd ones.
     static U join(const L* x) {
         return (U)_mm512_mask_moveldup_ps((__m512)x[0], 0xAAAA, (__m512)x[1]);
     }
+    // Each lane's upper halves, that of `odd` above that of `even`.
+    static U upper_halves(U even, U odd) { return (odd & 0xFFFF0000u) | (even >> 16); }
     template <int N>
     static bool any_nan(const F* x) {
         unsigned any = 0;

@@ -14,7 +14,12 @@ struct Simd {
     typedef float F;
     typedef int32_t I;
     typedef uint32_t U;
-    typedef uint64_t L;
+    typedef uint64_t Word, L, P;
+#if defined(__aarch64__)
+    typedef __fp16 Half;  // g++ knows the other name from version 13 on
+#else
+    typedef _Float16 Half;
+#endif
 
     static F fma(F a, F b, F c) { return std::fmaf(a, b, c); }
     static F fma_exact(F a, F b, F c) { return a * b + c; }
@@ -23,7 +28,10 @@ struct Simd {
     static F max(F a, F b) { return a > b ? a : b; }
     static I to_int(F x) { return (I)x; }
     static L mul(L a, L b) { return (a & 0xFFFFFFFF) * (b & 0xFFFFFFFF); }
+    static L low(P p) { return p; }
+    static L high(P p) { return p >> 32; }
     static U join(const L* x) { return (U)x[0]; }
+    static U upper_halves(U even, U odd) { return (odd & 0xFFFF0000u) | (even >> 16); }
     template <int N>
     static bool any_nan(const F* x) {
         bool any = false;
@@ -31,15 +39,15 @@ struct Simd {
         return any;
     }
     static F load_half(const void* p) {
-        _Float16 h;
+        Half h;
         std::memcpy(&h, p, sizeof h);
         return (F)h;
     }
     static void store_half(void* p, F x) {
-        const _Float16 h = (_Float16)x;
+        const Half h = (Half)x;
         std::memcpy(p, &h, sizeof h);
     }
-    static F round_half(F x) { return (F)(_Float16)x; }
+    static F round_half(F x) { return (F)(Half)x; }
 
     template <bool SPLIT>
     static L lane_blocks(int) {

@@ -11,9 +11,6 @@
 
 namespace {
 
-#define ZK_ALWAYS __attribute__((always_inline))
-#define ZK_INLINE ZK_ALWAYS inline
-
 typedef Simd S;
 typedef S::F F;
 typedef S::I I;
@@ -109,7 +106,7 @@ struct Tile<ZK_BFLOAT16> {
     static ZK_INLINE void store_rounded(char* p, const F* w) {
 #pragma GCC unroll 8
         for (int r = 0; r < N; r += 2) {
-            const U raw = (round_bits(w[r + 1]) & 0xFFFF0000u) | (round_bits(w[r]) >> 16);
+            const U raw = S::upper_halves(round_bits(w[r]), round_bits(w[r + 1]));
             store_as(p + sizeof(U) / 2 * r, raw);
         }
     }

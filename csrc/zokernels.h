@@ -11,7 +11,7 @@ enum { ZK_FLOAT32, ZK_BFLOAT16, ZK_FLOAT16 };
 // Kinds of noise, see docs/noise.md; a direction of rank one has both of the last.
 enum { ZK_GAUSSIAN, ZK_RADEMACHER, ZK_MASK, ZK_ROUNDING, ZK_LEFT, ZK_RIGHT, ZK_RANK1 = ZK_LEFT };
 enum { ZK_KEEP_ALL, ZK_KEEP_RANDOM, ZK_KEEP_MAGNITUDE, ZK_KEEP_BITS };
-enum { ZK_PORTABLE, ZK_AVX2, ZK_AVX512 };
+enum { ZK_PORTABLE, ZK_AVX2, ZK_AVX512, ZK_NEON, ZK_ISA_COUNT };
 enum { ZK_ADD_NOISE, ZK_SIGN, ZK_MOMENTUM, ZK_ADAM };  // what a pass does with the noise
 
 struct zk_tensor {

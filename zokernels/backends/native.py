@@ -21,8 +21,8 @@ KINDS = (noise.GAUSSIAN, noise.RADEMACHER, noise.RANK1)
 LIBRARY = Path(__file__).with_name("_native.so")
 BUILD_ERROR = Path(__file__).with_name("_build_error.txt")
 
-# Slowest to fastest; the values are those of csrc/zokernels.h.
-_ISAS = {"portable": 0, "avx2": 1, "avx512": 2}
+# Of each processor slowest to fastest; the values are those of csrc/zokernels.h.
+_ISAS = {"portable": 0, "avx2": 1, "avx512": 2, "neon": 3}
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _ADD_NOISE = 0
 _RULES = {"sign": 1, "momentum": 2, "adam": 3}
@@ -90,25 +90,36 @@ class _Shift(ctypes.Structure):
 
 def add_noise(plan: AddNoise) -> None:
     """Run the pass on ``torch.get_num_threads()`` threads."""
-    _run(_arguments(plan, _tensors(plan, plan.out), rule=_ADD_NOISE))
+    _run(arguments(plan))
 
 
 def apply_update(plan: ApplyUpdate) -> None:
     """Run the pass on ``torch.get_num_threads()`` threads."""
+    _run(arguments(plan))
+
+
+def shift(plan: Shift) -> None:
+    """Run the shift on ``torch.get_num_threads()`` threads; sums depend on the instruction set."""
+    _ran(_library().zk_run_shift, shift_arguments(plan))
+
+
+def arguments(plan: AddNoise | ApplyUpdate) -> _Pass:
+    """What the library gets of a pass."""
+    if isinstance(plan, AddNoise):
+        return _arguments(plan, _tensors(plan, plan.out), rule=_ADD_NOISE)
     names = ("beta1", "one_minus_beta1", "beta2", "one_minus_beta2", "adam_eps", "amsgrad")
     tensors = _tensors(plan, plan.params)
     for tensor, mine in zip(tensors, plan.states, strict=True):
         tensor.states = tuple(s.data_ptr() for s in mine)
         tensor.state_dtypes = tuple(_DTYPES[s.dtype] for s in mine)
-    args = _arguments(
+    return _arguments(
         plan, tensors, rule=_RULES[plan.rule], rates=_floats(plan.rates),
         scales=_floats(plan.scales), **{name: getattr(plan, name) for name in names},
     )  # fmt: skip
-    _run(args)
 
 
-def shift(plan: Shift) -> None:
-    """Run the shift on ``torch.get_num_threads()`` threads; sums depend on the instruction set."""
+def shift_arguments(plan: Shift) -> _Shift:
+    """What the library gets of a shift."""
     x, bias, scales = plan.x, plan.bias, plan.scales.contiguous()
     args = _Shift(
         x.data_ptr(), plan.taken.data_ptr(), plan.given.data_ptr(),
@@ -117,7 +128,7 @@ def shift(plan: Shift) -> None:
         _DTYPES[x.dtype], torch.get_num_threads(),
     )  # fmt: skip
     args.owners = (plan, scales)
-    _ran(_library().zk_run_shift, args)
+    return args
 
 
 class Prepared:
