@@ -26,8 +26,26 @@ from zokernels.lab.benchmarks import machine, results
 RESULTS = results.FOLDER / "wheels.csv"
 COLUMNS = (
     "date", "commit", "machine", "threads", "wheel", "libc", "python", "torch", "built_with",
-    "instruction_sets", "passed", "failed", "seconds",
+    "instruction_sets", "openmp", "passed", "failed", "seconds",
 )  # fmt: skip
+
+# The OpenMP libraries of a process in which torch and a pass have run on two threads, by their
+# folder and name; a pass in a forked child has to end, too.
+OPENMP = """
+import os, re, torch, zokernels as zk
+torch.set_num_threads(2)
+w = torch.zeros(1 << 20)
+torch.cos(w)
+zk.ops.add_noise_([w], [1], [1.0], backend="native")
+child = os.fork()
+if not child:
+    zk.ops.add_noise_([w], [2], [1.0], backend="native")
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+mapped = (line.split()[-1] for line in open("/proc/self/maps"))
+found = sorted({p for p in mapped if re.search(r"/lib[gi]?omp[^/]*$", p)})
+print(" ".join("/".join(p.split("/")[-3:]) for p in found))
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,15 +95,16 @@ def differences(wheel: Path) -> list[str]:
 
 
 def verified(options: argparse.Namespace, place: Path) -> dict[str, Any]:
-    """What ``zokernels verify --json`` says in an environment made in ``place``."""
+    """What ``zokernels verify --json`` says in an environment made in ``place``, and `OPENMP`."""
     inside = Path("/") / place.relative_to(options.root)
     enter = [] if options.root == Path("/") else ["chroot", str(options.root)]
     shutil.copy(options.wheel, place)
     bin = inside / "venv/bin"
 
-    def run(command: Sequence[str], env: Mapping[str, str], check: bool = True) -> None:
+    def run(command: Sequence[str], env: Mapping[str, str], **more: Any) -> str:
         # chroot starts in "/".
-        subprocess.run([*enter, *command], env=env, cwd=place, check=check)
+        more = {"check": True, **more}
+        return subprocess.run([*enter, *command], env=env, cwd=place, text=True, **more).stdout
 
     run([options.python, "-m", "venv", str(inside / "venv")], os.environ)
     kept = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
@@ -94,8 +113,12 @@ def verified(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     run(["env", *shlex.split(options.installer), *what], active)
     alone = {"PATH": str(bin), "HOME": str(inside)}
     alone |= {name: os.environ[name] for name in ("OMP_NUM_THREADS",) if name in os.environ}
-    run([str(bin / "zokernels"), "verify", "--json", str(inside / "found.json")], alone, False)
-    return json.loads((place / "found.json").read_text(encoding="utf-8"))
+    verify = [str(bin / "zokernels"), "verify", "--json", str(inside / "found.json")]
+    run(verify, alone, check=False)
+    found = json.loads((place / "found.json").read_text(encoding="utf-8"))
+    # Two OpenMP libraries may hang.
+    openmp = run([str(bin / "python"), "-c", OPENMP], alone, stdout=subprocess.PIPE, timeout=120)
+    return found | {"openmp": openmp.strip()}
 
 
 def refusal(found: Mapping[str, Any]) -> str | None:
@@ -108,7 +131,7 @@ def refusal(found: Mapping[str, Any]) -> str | None:
 
 
 def row(found: Mapping[str, Any], wheel: str) -> dict[str, Any]:
-    """A row of what ``zokernels verify --json`` wrote."""
+    """A row of what `verified` found."""
     about, failed = found["environment"], sum(not case["passed"] for case in found["cases"])
     libc = re.search(r"glibc([\d.]+)", about["system"])
     here = machine.about()
@@ -121,6 +144,7 @@ def row(found: Mapping[str, Any], wheel: str) -> dict[str, Any]:
         "torch": about["versions"]["torch"],
         "built_with": about["native_built_with"],
         "instruction_sets": " ".join(about["instruction_sets"]),
+        "openmp": found["openmp"],
         "passed": len(found["cases"]) - failed,
         "failed": failed,
         "seconds": round(found["seconds"]),
