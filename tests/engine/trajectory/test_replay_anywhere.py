@@ -84,9 +84,10 @@ for part in ("recorded", "replayed"):
     torch.manual_seed(0)
     made.append(torch.nn.Linear(5, 3))
 opt = zk.ZOSGD(made[0], lr=0.1, seed=3)
-with opt.record(sys.argv[1]):
-    for _ in range(3):
-        opt.step(lambda: made[0](torch.ones(2, 5)).square().mean())
+log = opt.record(sys.argv[1])
+for _ in range(3):
+    opt.step(lambda: made[0](torch.ones(2, 5)).square().mean())
+log.close()
 start = made[1].weight.detach().clone()
 zk.replay(made[1], sys.argv[1])
 assert all(map(torch.equal, made[0].parameters(), made[1].parameters()))
