@@ -97,12 +97,12 @@ def differences(wheel: Path) -> list[str]:
 def verified(options: argparse.Namespace, place: Path) -> dict[str, Any]:
     """What ``zokernels verify --json`` says in an environment made in ``place``, and `OPENMP`."""
     inside = Path("/") / place.relative_to(options.root)
-    enter = [] if options.root == Path("/") else ["chroot", str(options.root)]
+    # By its whole path: the environment's PATH has only what the environment has.
+    enter = [] if options.root == Path("/") else [shutil.which("chroot"), str(options.root)]
     shutil.copy(options.wheel, place)
     bin = inside / "venv/bin"
 
     def run(command: Sequence[str], env: Mapping[str, str], **more: Any) -> str:
-        # chroot starts in "/".
         more = {"check": True, **more}
         return subprocess.run([*enter, *command], env=env, cwd=place, text=True, **more).stdout
 
