@@ -16,7 +16,7 @@ endif
 export STEPS
 
 .PHONY: help setup quickstart test test-slow sanitize lint format bench bench-compare report \
-	report-check docs clean
+	report-check docs dist clean
 
 help:  ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -74,6 +74,10 @@ $(DOCS): $(STAMP)
 
 docs: $(DOCS)  ## Build docs/ and the API reference as a site, in site/
 	$(BIN)/mkdocs build
+
+dist: $(STAMP)  ## Build the sdist, and of it this platform's wheel, in dist/
+	rm -rf dist
+	$(BIN)/python -m build
 
 clean:  ## Remove what was built, and .venv
 	rm -rf $(VENV) build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

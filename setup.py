@@ -11,12 +11,15 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.dist import Distribution
 
 ROOT = Path(__file__).resolve().parent
 FLAGS = "-O3 -std=c++17 -fPIC -ffp-contract=off -fvisibility=hidden -pthread -Wall".split()
 KERNELS = ("add_noise", "apply_update", "shift")
+# gcc keeps AVX registers on a stack that Windows aligns to 16 bytes: its code crashes (gcc 54412).
+WINDOWS = "it is not made for Windows. Plain PyTorch serves there, and under WSL Linux's wheel."
 # By the first word of what the compiler builds for; each has portable code beside these.
 X86 = {
     "avx2": "-mavx2 -mfma -mf16c".split(),
@@ -42,13 +45,21 @@ class BuildNative(build_ext):
         library, error = package / "_native.so", package / "_build_error.txt"
         library.unlink(missing_ok=True)
         error.unlink(missing_ok=True)
+        reason = self.attempt(library)
+        if reason is not None:
+            library.unlink(missing_ok=True)
+            error.write_text(reason + "\n", encoding="utf-8")
+            print(f"zokernels: installing without the native backend: {reason}", file=sys.stderr)
+
+    def attempt(self, library: Path) -> str | None:
+        """Makes the library, or says why there is none and what to do."""
+        if sys.platform == "win32":
+            return WINDOWS
         try:
             self.compile(library)
         except (OSError, subprocess.CalledProcessError) as failure:
-            library.unlink(missing_ok=True)
-            reason = _reason(failure)
-            error.write_text(reason + "\n", encoding="utf-8")
-            print(f"zokernels: installing without the native backend: {reason}", file=sys.stderr)
+            return f"{_reason(failure)}. Install a C++ compiler and reinstall."
+        return None
 
     def compile(self, library: Path) -> None:
         temp = Path(self.build_temp).resolve()
@@ -84,6 +95,13 @@ class BuildNative(build_ext):
         return {}
 
 
+class PlatformWheel(bdist_wheel):
+    """Tags the wheel for its platform and for every Python 3, since the library is not a module."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        return "py3", "none", super().get_tag()[2]
+
+
 class NativeDistribution(Distribution):
     """Marks the wheel as one for this platform."""
 
@@ -116,6 +134,6 @@ def _reason(failure: Exception) -> str:
 
 setup(
     ext_modules=[Extension("zokernels.backends._native", sources=[])],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
     distclass=NativeDistribution,
 )

@@ -25,6 +25,7 @@ from bench.report.tables import (
     reward,
     steps,
     study,
+    wheels,
 )
 from bench.report.tables import memory as memories
 from zokernels.lab.benchmarks import peaks
@@ -66,6 +67,7 @@ PARTS: tuple[Part, ...] = (
     Table("restore", NUMERICS, ("numerics.csv",), numerics.restore),
     Table("replay", "docs/reliability.md", ("replay.csv",), replay.table),
     Table("recording", "docs/reliability.md", ("replay.csv",), replay.recording),
+    Table("wheels", "docs/install.md", ("wheels.csv",), wheels.table),
     Figure("step", ("step.csv",), step.draw, version=3),
     Figure("ops", ("ops.csv",), passes.draw, version=1),
     Figure("gpu-step", ("gpu/step.csv",), gpu_steps.draw, version=1, optional=True),

@@ -284,10 +284,10 @@ def built_with() -> str | None:
 def why_missing() -> str | None:
     """None if the backend can be used, else one sentence that says why not."""
     if not LIBRARY.exists():
-        cause = "it was not built"
+        cause = "it was not built. Install a C++ compiler and reinstall."
         if BUILD_ERROR.exists():
-            cause = BUILD_ERROR.read_text(encoding="utf-8").strip().rstrip(".")
-        return f"the native backend is missing: {cause}. Install a C++ compiler and reinstall."
+            cause = BUILD_ERROR.read_text(encoding="utf-8").strip()
+        return f"the native backend is missing: {cause}"
     try:
         _library()
     except OSError as error:

@@ -6,6 +6,7 @@ lies on the meta device (as offloaded weights do) has no numbers at all.
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Iterator
 
@@ -39,7 +40,7 @@ def checksum(p: torch.Tensor) -> int | None:
     check = 0
     try:
         for part in _parts(shards.whole(p).detach()):
-            check = zlib.crc32(_bytes(part), check)
+            check = _continued(check, part)
     except _Unreadable:
         return None
     return check
@@ -90,12 +91,20 @@ def _parts(t: torch.Tensor) -> Iterator[torch.Tensor]:
         yield t if t.layout is torch.strided else t.to_dense()
 
 
-def _bytes(t: torch.Tensor) -> memoryview | bytes:
+def _continued(check: int, t: torch.Tensor) -> int:
+    """The checksum of what had ``check`` and then of this tensor's bytes."""
     try:
         flat = t.resolve_conj().resolve_neg().reshape(-1).contiguous()
-        return flat.view(torch.uint8).cpu().numpy().data if flat.numel() else b""
+        flat = flat.view(torch.uint8).cpu() if flat.numel() else flat
+        # By its address: torch's other way to a tensor's bytes needs numpy, which it need not have.
+        address = flat.data_ptr()
     except Exception:
         if type(t) in _PLAIN:
             raise
         # A subclass may answer whatever it was not made for with any error.
         raise _Unreadable from None
+    if not flat.numel():
+        return check
+    if not address:
+        raise _Unreadable
+    return zlib.crc32((ctypes.c_char * flat.numel()).from_address(address), check)

@@ -1,9 +1,13 @@
 """A log is the same wherever and however the weights lie, and so are the weights it makes."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from anywhere import LAYOUTS, Net, plain
 from conftest import same_bits
+from tiny import environment
 
 import zokernels as zk
 
@@ -68,3 +72,31 @@ def test_a_replay_names_weights_that_share_memory(tmp_path):
     with pytest.raises(zk.TrajectoryError, match="'0' and Parameter '1' share memory"):
         zk.replay([shared, shared.t()], tmp_path / "run")
     assert bool((shared == 1).all())
+
+
+WITHOUT_NUMPY = """
+import sys
+sys.modules["numpy"] = None
+import torch
+import zokernels as zk
+made = []
+for part in ("recorded", "replayed"):
+    torch.manual_seed(0)
+    made.append(torch.nn.Linear(5, 3))
+opt = zk.ZOSGD(made[0], lr=0.1, seed=3)
+log = opt.record(sys.argv[1])
+for _ in range(3):
+    opt.step(lambda: made[0](torch.ones(2, 5)).square().mean())
+log.close()
+start = made[1].weight.detach().clone()
+zk.replay(made[1], sys.argv[1])
+assert all(map(torch.equal, made[0].parameters(), made[1].parameters()))
+assert not torch.equal(made[1].weight, start)
+"""
+
+
+def test_a_run_is_recorded_and_replayed_where_there_is_no_numpy(tmp_path):
+    # Torch does without it, and so does an install of the engine alone.
+    command = [sys.executable, "-c", WITHOUT_NUMPY, str(tmp_path / "run.zk")]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -190,6 +190,11 @@ def test_env_without_a_compiler_or_a_library_says_so(place, monkeypatch, capsys)
     assert not found["backends"]["native"]["available"]
 
 
+def test_the_version_is_the_packages(capsys):
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"zokernels {zk.__version__}\n"
+
+
 def test_env_refuses_a_json_it_cannot_write(place, capsys):
     assert main(["env", "--json", "gone/env.json"]) == 2
     assert capsys.readouterr().err.count("\n") == 1

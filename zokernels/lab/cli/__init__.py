@@ -2,11 +2,12 @@
 
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+import zokernels as zk
 from zokernels.lab.cli import bench, env, evaluate, finetune, replay, sweep, tune, verify
 from zokernels.lab.errors import InputError, RunError
 
@@ -48,8 +49,19 @@ app.command("env")(env.command)
 app.add_typer(bench.app, name="bench")
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(f"zokernels {zk.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _root() -> None:
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
     """Fine-tune a language model with forward passes only."""
 
 
