@@ -6,6 +6,7 @@ lies on the meta device (as offloaded weights do) has no numbers at all.
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Iterator
 
@@ -39,7 +40,7 @@ def checksum(p: torch.Tensor) -> int | None:
     check = 0
     try:
         for part in _parts(shards.whole(p).detach()):
-            check = zlib.crc32(_bytes(part), check)
+            check = _crc(part, check)
     except _Unreadable:
         return None
     return check
@@ -90,10 +91,16 @@ def _parts(t: torch.Tensor) -> Iterator[torch.Tensor]:
         yield t if t.layout is torch.strided else t.to_dense()
 
 
-def _bytes(t: torch.Tensor) -> memoryview | bytes:
+def _crc(t: torch.Tensor, check: int) -> int:
     try:
         flat = t.resolve_conj().resolve_neg().reshape(-1).contiguous()
-        return flat.view(torch.uint8).cpu().numpy().data if flat.numel() else b""
+        if not flat.numel():
+            return check
+        numbers = flat.view(torch.uint8).cpu()
+        # By its address, since numpy, which would give a buffer, need not be there.
+        if not (address := numbers.data_ptr()):
+            raise _Unreadable
+        return zlib.crc32((ctypes.c_ubyte * numbers.numel()).from_address(address), check)
     except Exception:
         if type(t) in _PLAIN:
             raise

@@ -10,11 +10,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels.lab import files
 from zokernels.lab.benchmarks import machine, suite
-from zokernels.lab.cli import inputs
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -31,13 +30,13 @@ def command(
     _check_folder(out)
     runs = suite.runs(full)
     total, most = sum(r.minutes for r in runs), sum(r.limit for r in runs) / 60
-    output.say(
+    show.say(
         f"{', '.join(r.name for r in runs)}: about {total:.0f} minutes on two cores, at most "
         f"{most:.0f}, into {out}. Let nothing else run."
     )
     output.say_tests()
     if how := inputs.lacks("matplotlib"):
-        output.say(f"No pictures: they need matplotlib, {how}.")
+        show.say(f"No pictures: they need matplotlib, {how}.")
     out.mkdir(parents=True, exist_ok=True)
     about = machine.about("cuda" if torch.cuda.is_available() else "cpu")
     results: list[dict[str, Any]] = []
@@ -46,13 +45,13 @@ def command(
         for run in runs:
             results.append(_run(run, out))
     except KeyboardInterrupt:
-        output.say("Interrupted; what was done before is kept.")
+        show.say("Interrupted; what was done before is kept.")
         code = 130
     found = {"environment": about, "runs": results}
     files.write_answer(out / SUMMARY, found)
     if json is not None:
         files.write_answer(json, found)
-    Console().print(_table(results, out))
+    _show(results, out)
     failed = any(r["outcome"] in ("failed", "stopped") for r in results)
     return code or int(failed)
 
@@ -96,10 +95,10 @@ def _process(command: list[str], limit: float, environment: dict[str, str]) -> i
     return subprocess.run(command, timeout=limit, env=environment).returncode
 
 
-def _table(results: list[dict[str, Any]], out: Path) -> Table:
-    table = Table("run", "outcome", title=f"Summary; all of it is in {out}", title_justify="left")
+def _show(results: list[dict[str, Any]], out: Path) -> None:
+    rows = []
     for result in results:
         said = result.get("lines") or [f"{result['outcome']}: {result['why']}"]
-        table.add_row(f"{result['name']}\n{result['seconds']:.0f} s", "\n".join(said))
-        table.add_section()
-    return table
+        rows.append((f"{result['name']}\n{result['seconds']:.0f} s", "\n".join(said)))
+    columns = [show.key("run"), show.words("outcome")]
+    show.table(Console(), columns, rows, title=f"Summary; all of it is in {out}", lines=True)

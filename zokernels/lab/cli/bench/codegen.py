@@ -5,11 +5,10 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels import noise
 from zokernels.lab.benchmarks import machine, plots
-from zokernels.lab.cli import inputs
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -46,7 +45,7 @@ def command(
         for capability, case in wanted:
             rows.append(about | _row(triton.__version__, capability, case, compiler))
             progress.advance(bar)
-    Console().print(_table(rows))
+    _show(rows)
     output.say_tests(str(about["tests"]))
     out.write("codegen", rows, lambda: plots.codegen(rows))
 
@@ -75,17 +74,17 @@ def _row(version: str, capability: int, case: Any, compiler: Any) -> dict[str, A
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="Machine instructions: a weight, and a weight and further seed", title_justify="left"
-    )
+def _show(rows: list[dict[str, Any]]) -> None:
     shown = {
-        "sm": "sm", "case": "kernel", "instructions_per_weight": "weight",
-        "instructions_per_further_seed": "seed", "registers": "registers",
-        "spills": "spills", "narrowest_store_bits": "stores",
+        "sm": show.Column("sm", key=True), "case": show.key("kernel"),
+        "instructions_per_weight": show.Column("weight"),
+        "instructions_per_further_seed": show.Column("seed"),
+        "registers": show.Column("registers"), "spills": show.Column("spills"),
+        "narrowest_store_bits": show.Column("stores"),
     }  # fmt: skip
-    for name in shown.values():
-        table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in shown))
-    return table
+    show.table(
+        Console(),
+        list(shown.values()),
+        [[str(row[name]) for name in shown] for row in rows],
+        title="Machine instructions: a weight, and a weight and further seed",
+    )

@@ -6,11 +6,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels.lab.benchmarks import machine, ops, passes, plots, results
 from zokernels.lab.benchmarks.shapes import read as read_shapes
-from zokernels.lab.cli import inputs
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -91,10 +90,9 @@ def command(
         sep="\n",
         highlight=False,
     )
-    for part in tables(found.rows):
-        console.print(part)
+    tables(console, found.rows)
     for note in found.notes:
-        output.say(note)
+        show.say(note)
     output.say_tests(found.rows[0]["tests"])
     out.write("ops", found.rows, lambda: plots.ops(found.rows))
 
@@ -102,28 +100,27 @@ def command(
 _QUICK = ("float32", "bfloat16")
 
 
-def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """A table a type, a line a pass: its time, its multiple of the floor, and of the peers."""
-    made = []
+def tables(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print a table a type: of each pass its time, as a multiple of the floor, and of the peers."""
+    heads = ("ns", "× floor", "× MeZO", "× best")
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        table = Table("pass", "by", title=dtype, title_justify="left")
-        for head in ("ns", "× floor", "× MeZO", "× best"):
-            table.add_column(head, justify="right", no_wrap=True)
+        lines = []
         for row in (row for row in rows if row["dtype"] == dtype):
-            what = passes.words(row["op"], row["dist"], row["variant"], row["shape"])
             middle, low, high = (
                 _short(row[name]) for name in ("ratio_to_floor_median", "low", "high")
             )
-            table.add_row(
-                what,
-                row["case"].removeprefix("native-"),
-                row["ns_per_weight"],
-                f"{middle} ({low}–{high})" if row["case"] != passes.FLOOR else "1",
-                _short(row["speedup_over_mezo"]),
-                _short(row["speedup_over_fastest_peer"]),
+            lines.append(
+                (
+                    passes.words(row["op"], row["dist"], row["variant"], row["shape"]),
+                    row["case"].removeprefix("native-"),
+                    row["ns_per_weight"],
+                    f"{middle} ({low}–{high})" if row["case"] != passes.FLOOR else "1",
+                    _short(row["speedup_over_mezo"]),
+                    _short(row["speedup_over_fastest_peer"]),
+                )
             )
-        made.append(table)
-    return made
+        columns = [show.key("pass"), show.key("by"), *map(show.Column, heads)]
+        show.table(console, columns, lines, title=dtype)
 
 
 def _short(number: str) -> str:

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from zokernels.lab import files
 from zokernels.lab.benchmarks import machine, results, style, tested
 from zokernels.lab.cli.inputs import check_plot
+from zokernels.lab.cli.show import say
 from zokernels.lab.errors import RunError
 
 if TYPE_CHECKING:
@@ -105,8 +106,3 @@ def say_tests(outcome: str | None = None) -> None:
     }
     if outcome in lines:
         say(lines[outcome])
-
-
-def say(sentence: str) -> None:
-    """A sentence on stderr."""
-    Console(stderr=True).print(sentence, highlight=False, markup=False, soft_wrap=True)
