@@ -4,6 +4,7 @@ import json as json_module
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +19,8 @@ from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
 SUMMARY = "summary.json"
+# Seconds that an interrupted command may take to write its rows.
+_PATIENCE = 30.0
 
 
 def command(
@@ -92,7 +95,16 @@ def _run(run: suite.Run, out: Path) -> dict[str, Any]:
 
 
 def _process(command: list[str], limit: float, environment: dict[str, str]) -> int:
-    return subprocess.run(command, timeout=limit, env=environment).returncode
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait(limit)
+        except KeyboardInterrupt:
+            # It reached that process too, which writes down what it has.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)
+            raise
+        finally:
+            process.kill()
 
 
 def _show(results: list[dict[str, Any]], out: Path) -> None:

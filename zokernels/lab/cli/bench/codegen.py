@@ -1,5 +1,6 @@
 """``zokernels bench codegen``: what the compiler makes of the Triton kernels."""
 
+import time
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -7,7 +8,7 @@ import typer
 from rich.console import Console
 
 from zokernels import noise
-from zokernels.lab.benchmarks import machine, plots
+from zokernels.lab.benchmarks import forecast, machine, plots
 from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
@@ -27,7 +28,7 @@ def command(
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
-) -> None:
+) -> int:
     """Compile the Triton kernels, without a GPU, and count their machine instructions."""
     out = output.Output(csv_file, json, plot, COLUMNS, _ABOUT)
     inputs.check_needs("bench codegen", "triton")
@@ -38,16 +39,24 @@ def command(
     if compiler.INTERPRETED:
         raise InputError("TRITON_INTERPRET is set, so nothing is compiled; unset it.")
     about = {name: machine.about()[name] for name in _ABOUT}
-    rows: list[dict[str, Any]] = []
     wanted = [(capability, case) for capability in sm or (80, 90, 100) for case in _cases(compiler)]
-    with output.progress() as progress:
-        bar = progress.add_task("Compiling", total=len(wanted))
+    rows, expected = output.Rows(out, "codegen"), forecast.Forecast([1.0] * len(wanted))
+    with output.Bar() as bar, rows.until_interrupted():
+        task = bar.task("Compiling", len(wanted))
         for capability, case in wanted:
-            rows.append(about | _row(triton.__version__, capability, case, compiler))
-            progress.advance(bar)
-    _show(rows)
+            began = time.perf_counter()
+            rows.add(about | _row(triton.__version__, capability, case, compiler))
+            expected.done(time.perf_counter() - began)
+            if len(rows.all) == 1:
+                bar.say(
+                    f"{len(wanted)} kernels, {forecast.words(expected.left)} by the time of the "
+                    "first; Ctrl-C keeps those that are there."
+                )
+            task.advance()
+            task.show(left=expected.left)
+    _show(rows.all)
     output.say_tests(str(about["tests"]))
-    out.write("codegen", rows, lambda: plots.codegen(rows))
+    return rows.finish(lambda: plots.codegen(rows.all))
 
 
 def _cases(compiler: Any) -> list[Any]:

@@ -1,6 +1,7 @@
 """``zokernels bench compare``: the passes of another commit beside those of the working tree."""
 
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ import typer
 from rich.console import Console
 
 from zokernels.lab import files
-from zokernels.lab.benchmarks import compare, machine, ops, passes
+from zokernels.lab.benchmarks import compare, forecast, machine, ops, passes
 from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 
@@ -50,11 +51,22 @@ def command(
 
 
 def _measure(commit: str, scratch: Path, plan: ops.Plan, runs: int) -> compare.Sides:
-    with output.progress() as progress:
-        bar = progress.add_task(f"Building {commit[:9]}", total=1 + 2 * runs)
+    with output.Bar() as bar:
+        task = bar.task(f"Building {commit[:9]}", 1 + 2 * runs)
         compare.unpack(commit, scratch)
-        progress.update(bar, advance=1, description="Measuring")
-        return compare.alternate(scratch, machine.ROOT, plan, runs, lambda: progress.advance(bar))
+        task.show("Measuring", done=1)
+        expected, began = forecast.Forecast([1.0] * 2 * runs), [time.perf_counter()]
+
+        def done() -> None:
+            began.append(time.perf_counter())
+            expected.done(began[-1] - began[-2])
+            task.advance()
+            task.show(left=expected.left)
+            if len(began) == 2:
+                said = forecast.words(expected.left)
+                bar.say(f"{2 * runs} processes, {said} by the time of the first.")
+
+        return compare.alternate(scratch, machine.ROOT, plan, runs, done)
 
 
 def table(console: Console, found: list[compare.Difference], base: str, here: str) -> None:

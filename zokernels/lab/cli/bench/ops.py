@@ -7,7 +7,7 @@ import torch
 import typer
 from rich.console import Console
 
-from zokernels.lab.benchmarks import machine, ops, passes, plots, results
+from zokernels.lab.benchmarks import forecast, machine, ops, passes, plots, results
 from zokernels.lab.benchmarks.shapes import read as read_shapes
 from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
@@ -48,7 +48,7 @@ def command(
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
-) -> None:
+) -> int:
     """Time the passes over the weights in alternation with their memory floors and peers."""
     out = output.Output(csv_file, json, plot, ops.COLUMNS, ops.LATER)
     for name in dtype or ():
@@ -74,10 +74,15 @@ def command(
     )
     _check_memory(plan)
     try:
-        with output.progress() as progress:
-            bar = progress.add_task("Preparing", total=1.0)
+        with output.Bar() as bar:
+            task = bar.task("Preparing", 1.0)
             found = ops.measure(
-                plan, lambda what, share: progress.update(bar, description=what, completed=share)
+                plan,
+                lambda what, share: task.show(what, done=share),
+                said=lambda seconds: bar.say(
+                    f"The repetitions take {forecast.words(seconds)}, by one of each case; Ctrl-C "
+                    "keeps those that are there."
+                ),
             )
     except passes.Unavailable as error:
         raise InputError(str(error)) from None
@@ -94,7 +99,10 @@ def command(
     for note in found.notes:
         show.say(note)
     output.say_tests(found.rows[0]["tests"])
-    out.write("ops", found.rows, lambda: plots.ops(found.rows))
+    kept = output.Rows(out, "ops")
+    kept.interrupted = found.interrupted
+    kept.add(*found.rows)
+    return kept.finish(lambda: plots.ops(found.rows))
 
 
 _QUICK = ("float32", "bfloat16")

@@ -1,5 +1,6 @@
 """``zokernels bench step``: a whole step beside its two forwards, and beside the peers' steps."""
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
@@ -8,7 +9,7 @@ import typer
 from rich.console import Console
 
 from zokernels import noise
-from zokernels.lab.benchmarks import passes, plots
+from zokernels.lab.benchmarks import forecast, passes, plots, suite, timing
 from zokernels.lab.benchmarks import peers as others
 from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
@@ -47,7 +48,7 @@ def command(
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
-) -> None:
+) -> int:
     """Time a step against the forwards it is made of, with random weights and tokens."""
     inputs.check_needs("bench step", "transformers")
     from zokernels.lab.benchmarks import models, step
@@ -65,23 +66,46 @@ def command(
     say_slow(device)
     # The peers are timed once, beside the first mode that is no graph.
     waiting = others.available() if peers and queries == 1 else []
-    found: list[dict[str, Any]] = []
-    with output.progress() as progress:
-        for mode in modes:
+    kept, before = output.Rows(out, "step"), timing.busy()
+    with output.Bar() as bar, kept.until_interrupted():
+        for place, mode in enumerate(modes):
             names, waiting = ([], waiting) if mode in step.GRAPHED else (waiting, [])
             case = step.Case(
                 model, rows, length, dtype, device, optimizer, dist, mode, lazy_logits, scheme,
                 loss, queries, points if mode == "paired" else 2, tuple(names),
             )  # fmt: skip
-            bar = progress.add_task(f"{model} {dtype} {mode}", total=repeats)
-            result = step.measure(case, repeats, partial(progress.advance, bar))
-            found.append(step.row(case, result))
-    console = Console()
+            task = bar.task(f"{model} {dtype} {mode}", repeats)
+            done = partial(_repeated, bar, task, repeats, len(modes) - place - 1, [])
+            result = step.measure(case, repeats, done)
+            kept.add(step.row(case, result))
+            bar.say(suite.headline("step", kept.all[-1:])[0])
+    found, console = kept.all, Console()
     _show(console, found)
     for line in _comparison(others.beside(found)):
         console.print(line, highlight=False)
+    if device == "cpu" and (disturbed := timing.others(before, timing.busy())):
+        show.say(disturbed)
     output.say_tests(str(found[0]["tests"]))
-    out.write("step", found, lambda: plots.step(found))
+    return kept.finish(lambda: plots.step(found))
+
+
+def _repeated(
+    bar: output.Bar, task: output.Task, repeats: int, modes_left: int, ends: list[float]
+) -> None:
+    """A repetition has ended, as those at ``ends`` did."""
+    ends.append(time.perf_counter())
+    task.advance()
+    if len(ends) == 1:
+        return
+    each = (ends[-1] - ends[0]) / (len(ends) - 1)
+    left = each * (repeats - len(ends))
+    task.show(left=left)
+    if len(ends) == 2:
+        more = f", and {modes_left} more of --perturb after it" if modes_left else ""
+        bar.say(
+            f"{repeats} repetitions, {forecast.words(left)} by the time of one{more}; Ctrl-C keeps "
+            "the rows that are there."
+        )
 
 
 def _check_graphed(mode: str, device: str, loss: str, graphed: bool) -> None:
