@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from zokernels.lab.benchmarks import forecast
 from zokernels.lab.runs.history import Watcher
 
 _MEMORY = 0.98
@@ -79,9 +80,11 @@ class ProgressWatcher(Watcher):
         }
         if not self.console.is_terminal:
             if number == self.steps or number % max(1, self.steps // 10) == 0:
+                left = (self.steps - number) * (now - self._began) / (number - self._before)
                 self.say(
                     f"Step {number}/{self.steps}: loss {shown['loss']}, {shown['speed']} steps/s, "
-                    f"{shown['outside']} outside forwards."
+                    f"{shown['outside']} outside forwards"
+                    f"{f', {forecast.words(left)} left' if left else ''}."
                 )
         elif now - self._drawn > _REFRESH or number == self.steps:
             self._drawn = now
