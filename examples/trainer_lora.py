@@ -33,6 +33,9 @@ def main(name: str, steps: int = 2000, out: str = "runs/trainer-lora") -> float:
         return {**batch, "labels": labels}
 
     tokenizer.padding_side = "right"
+    if tokenizer.pad_token is None:
+        # GPT-2's and Llama's have none. Padded places are masked and have no label, so any will do.
+        tokenizer.pad_token = tokenizer.eos_token
     args = TrainingArguments(
         out, max_steps=steps, learning_rate=1e-4, per_device_train_batch_size=16, logging_steps=10
     )

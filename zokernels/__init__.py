@@ -3,6 +3,13 @@
 Public names only; importing touches no CUDA and no transformers.
 """
 
+import warnings
+
+with warnings.catch_warnings():
+    # Where there is no numpy, importing torch says so, at every command; nothing here needs it.
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy", UserWarning)
+    import torch as _torch  # noqa: F401
+
 from zokernels import masks, noise, ops
 from zokernels.backends import backends
 from zokernels.distributed import Distributed, RankError

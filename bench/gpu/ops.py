@@ -94,6 +94,8 @@ def _with_floors(cases: Sequence[Case], chosen: Callable[[Case], bool]) -> list[
 
 def _measure(part: Part, whole: ops.Plan, wanted: list[Case]) -> list[str]:
     found = ops.measure(whole, wanted=wanted)
+    if found.interrupted:
+        raise KeyboardInterrupt
     part.keep(ops.COLUMNS, found.rows, ops.LATER)
     missing = [note for note in found.notes if "left out" in note]
     return [*map(_line, found.rows), *missing]

@@ -19,7 +19,9 @@ def whole_study():
     rows = []
     for part, given in file["parts"].items():
         fixed = {"part": part, "model": given["base"]["name"], "shots": "", "scheme": "full"}
-        fixed |= {k: v for k, v in given["base"].items() if k in ("scheme", "optimizer", "task")}
+        fixed |= {
+            k: v for k, v in given["base"].items() if k in ("scheme", "optimizer", "task", "steps")
+        }
         grid = {k: list(map(str, values)) for k, values in given["grid"].items()}
         for number, cell in enumerate(itertools.product(*grid.values())):
             row = like | fixed | dict(zip(grid, cell, strict=True))

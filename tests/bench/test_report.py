@@ -306,6 +306,16 @@ def test_no_text_of_a_figure_is_cut_or_covers_another(part, rows):
         assert len(boxes) > 10
 
 
+@pytest.mark.parametrize(("part", "rows"), [c for c in CASES if c.values[0].name == "study"])
+def test_a_panel_of_a_model_has_a_title_of_its_own(part, rows):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install '.[bench]'")
+    rows = [source() if callable(source) else source for source in rows]
+    with style.drawn(part.draw, rows) as figure:
+        for column in figure.subfigs:
+            titles = [t for axes in column.axes if axes.axison if (t := axes.get_title("left"))]
+            assert len(set(titles)) == len(titles) > 2, titles
+
+
 def _not_drawn(figure):
     """Labels of axes that are off, and of ticks beyond an axis, which are made but not drawn."""
     return [

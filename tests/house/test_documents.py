@@ -209,6 +209,22 @@ def headings(page):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
+def test_a_page_writes_where_no_other_page_does():
+    """So that what two pages show can be run in one folder; README and bench.md share a command."""
+    names = re.compile(
+        r"(?:--out |TrainingArguments\(\s*\"|out=Path\(\"|out: str = \")(runs/[\w-]+)"
+        r"|(?:record\(|torch\.save\(.*, )\"([^\"]+)\""
+    )
+    found = {}
+    examples = sorted((ROOT / "examples").glob("*.py"))
+    for page in [*PAGES, *examples]:
+        for match in names.findall(page.read_text(encoding="utf-8")):
+            found.setdefault("".join(match), set()).add(page.name)
+    shared = {name: pages for name, pages in found.items() if len(pages) > 1}
+    assert shared == {"runs/bench": {"README.md", "bench.md"}}
+    assert {"loop.zk", "run.zk", "runs/trainer-recipe", "runs/trl-sft"} < found.keys()
+
+
 def test_the_index_names_every_page():
     index = (ROOT / "docs/index.md").read_text(encoding="utf-8")
     navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")

@@ -51,6 +51,16 @@ def test_lora_in_the_trainer(model, tmp_path):
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model), out)
 
 
+def test_lora_with_a_tokenizer_that_has_no_token_to_pad_with(model, tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(model)
+    assert AutoTokenizer.from_pretrained(model).pad_token is None
+    assert load("trainer_lora").main(model, 3, str(tmp_path / "run")) > 0
+
+
 def test_supervised_fine_tuning_in_trl(model, tmp_path):
     pytest.importorskip("trl", reason="needs TRL: pip install trl")
     from transformers import AutoModelForCausalLM

@@ -154,9 +154,10 @@ def _why_no_triton() -> str | None:
 def _why_no_device() -> str | None:
     if torch.cuda.is_available() or _triton().INTERPRETED:
         return None
-    return (
-        "triton is installed, but torch sees no CUDA device; CPU tensors take the native backend."
-    )
+    taken = "the native backend"
+    if native.why_missing() is not None:
+        taken = "the reference, since the native backend is missing"
+    return f"triton is installed, but torch sees no CUDA device; CPU tensors take {taken}."
 
 
 def _what_triton_is() -> str:

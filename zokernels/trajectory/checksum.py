@@ -40,7 +40,7 @@ def checksum(p: torch.Tensor) -> int | None:
     check = 0
     try:
         for part in _parts(shards.whole(p).detach()):
-            check = _continued(check, part)
+            check = _crc(part, check)
     except _Unreadable:
         return None
     return check
@@ -91,20 +91,18 @@ def _parts(t: torch.Tensor) -> Iterator[torch.Tensor]:
         yield t if t.layout is torch.strided else t.to_dense()
 
 
-def _continued(check: int, t: torch.Tensor) -> int:
-    """The checksum of what had ``check`` and then of this tensor's bytes."""
+def _crc(t: torch.Tensor, check: int) -> int:
     try:
         flat = t.resolve_conj().resolve_neg().reshape(-1).contiguous()
-        flat = flat.view(torch.uint8).cpu() if flat.numel() else flat
-        # By its address: torch's other way to a tensor's bytes needs numpy, which it need not have.
-        address = flat.data_ptr()
+        if not flat.numel():
+            return check
+        numbers = flat.view(torch.uint8).cpu()
+        # By its address, since numpy, which would give a buffer, need not be there.
+        if not (address := numbers.data_ptr()):
+            raise _Unreadable
+        return zlib.crc32((ctypes.c_ubyte * numbers.numel()).from_address(address), check)
     except Exception:
         if type(t) in _PLAIN:
             raise
         # A subclass may answer whatever it was not made for with any error.
         raise _Unreadable from None
-    if not flat.numel():
-        return check
-    if not address:
-        raise _Unreadable
-    return zlib.crc32((ctypes.c_char * flat.numel()).from_address(address), check)

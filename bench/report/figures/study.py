@@ -18,6 +18,7 @@ TITLES = {
     "no-template": "the same without the template",
     "shots": "the same with few examples",
     "rates": "the same by learning rate",
+    "long": "the same for {steps} steps",
 }
 # Inches of a line, and of a panel's title, axis and margin.
 LINE, PANEL = 0.165, 0.62
@@ -48,9 +49,10 @@ def draw(figure: Figure, rows: Sequence[Row]) -> None:
             panel.set_axis_off()
     style.frame(
         figure, "Every cell of the study",
-        f"{len(rows)} runs of {rows[0]['steps']} steps of {rows[0]['batch_size']}; all dev "
-        "examples. Mean ± sample standard deviation over seeds; open marker: one seed; squares go "
-        "by backpropagation. Grey bar: before training; dotted: always the most frequent answer. "
+        f"{len(rows)} runs of {rows[0]['steps']} steps of {rows[0]['batch_size']}, where a title "
+        "has no other number; all dev examples. Mean ± sample standard deviation over seeds; open "
+        "marker: one seed; squares go by backpropagation. Grey bar: before training; dotted: "
+        "always the most frequent answer. "
         f"{results.caption(rows)}.",
     )  # fmt: skip
 
@@ -100,5 +102,5 @@ def _panel(axes: Any, rows: Sequence[Row], keys: Sequence[Key], found: Any, low:
     part = rows[0]["part"]
     # The model stands above the first panel of its column.
     whole = f"{rows[0]['model']}, {task(rows[0])}"
-    kind = next((text for name, text in TITLES.items() if part.endswith(name)), whole)
-    axes.set_title(kind, fontsize=9.5)
+    kind = next((text for name, text in TITLES.items() if part.endswith(f"-{name}")), whole)
+    axes.set_title(kind.format(steps=f"{int(rows[0]['steps']):,}"), fontsize=9.5)

@@ -188,11 +188,13 @@ def test_the_committed_rows_can_be_appended_to(name):
 
 def test_a_file_that_cannot_be_written_does_not_keep_the_others_from_it(tmp_path, monkeypatch):
     out = output.Output(tmp_path / "a.csv", tmp_path / "a.json", None, ("x",))
+    kept = output.Rows(out, "it")
     monkeypatch.setattr(
         results, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full"))
     )
+    kept.add({"x": 1})
     with pytest.raises(Exception, match="--csv .* could not be written: disk full"):
-        out.write("it", [{"x": 1}], lambda: None)
+        kept.finish(lambda: None)
     assert json.loads((tmp_path / "a.json").read_text()) == {"it": [{"x": 1}]}
 
 

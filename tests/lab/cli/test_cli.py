@@ -10,6 +10,7 @@ from tiny import build, environment
 
 import zokernels as zk
 from zokernels.backends import native
+from zokernels.lab.benchmarks import timing
 from zokernels.lab.cli import main
 from zokernels.lab.cli import quickstart as quick
 
@@ -235,3 +236,33 @@ def test_a_quickstart_with_bad_steps_or_no_model_says_so(place, model, monkeypat
     monkeypatch.setenv("STEPS", "few")
     assert quick.main() == 2
     assert "STEPS must be a whole number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("share", "threads", "taken"),
+    [(0.0, 2, 2), (0.02, 2, 2), (0.5, 2, 1), (1.0, 2, 1), (0.5, 1, 1), (0.2, 8, 2)],
+)
+def test_the_quickstart_leaves_busy_cores_to_those_who_have_them(
+    monkeypatch, share, threads, taken
+):
+    monkeypatch.setattr(quick.os, "cpu_count", lambda: 2)
+    assert quick.threads_beside(share, threads) == taken
+
+
+@pytest.mark.parametrize("chosen", [None, "OMP_NUM_THREADS", "GOMP_SPINCOUNT"])
+def test_the_quickstart_says_that_it_takes_fewer_threads(monkeypatch, capsys, chosen):
+    for name in quick._CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    if chosen:
+        monkeypatch.setenv(chosen, "2")
+    loads = iter([(0.0, 0.0), (0.5, 1.0)])
+    monkeypatch.setattr(timing, "busy", lambda: next(loads))
+    monkeypatch.setattr(quick.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(quick, "_LOOK", 0.0)
+    monkeypatch.setattr(quick.torch, "get_num_threads", lambda: 2)
+    taken = []
+    monkeypatch.setattr(quick.torch, "set_num_threads", taken.append)
+    quick.make_room()
+    assert taken == ([] if chosen else [1])
+    said = "Other processes have 50% of this machine's CPU time, so the quickstart takes 1 of 2"
+    assert (said in " ".join(capsys.readouterr().err.split())) == (chosen is None)

@@ -1,6 +1,7 @@
 """Data, prompts, scoring, schemes: what a user gets from each, on tiny models."""
 
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -84,8 +85,11 @@ def test_without_a_hub_the_shipped_set_serves_and_says_why(monkeypatch):
     assert "ships" in splits.source
     assert "HF_HUB_OFFLINE is set" in splits.notes[0]
     sentences = [e.sentence for e in splits.train + splits.valid + splits.dev]
-    assert len(set(sentences)) == len(sentences) == 300
-    assert sum(e.label for e in splits.dev) == 50
+    # The same words with another stop or case are the same sentence.
+    bare = {re.sub(r"\W", "", sentence).lower() for sentence in sentences}
+    assert len(bare) == len(sentences) == 600
+    # So many that a gain of seven points at 80 % is beyond two standard errors of a difference.
+    assert len(splits.dev) == 400 and sum(e.label for e in splits.dev) == 200
 
 
 def test_a_hub_that_never_answers_costs_less_than_five_seconds(monkeypatch):

@@ -11,6 +11,7 @@ arithmetic alone, and says so.
 from __future__ import annotations
 
 import ctypes
+import functools
 import gc
 import json
 import subprocess
@@ -42,6 +43,10 @@ FAILED = "failed: "
 _MARGIN, _SLACK = 1 << 30, 1.25
 _OOM_SCORE = Path("/proc/self/oom_score_adj")
 _STEPS = 2
+# For a guess of the time: seconds of a process that imports torch and builds a model, and what a
+# step comes to in forwards, where it is not two.
+_START = 12.0
+_FORWARDS = {"zo-sgd-cons": 3, "forward-grad": 3, "fo-sgd": 3, "fo-adam": 3}
 _BASE: dict[str, Any] = dict(
     lr=1e-7, eps=1e-3, weight_decay=0.0, fo_lr=1e-7, fo_optimizer="fo-adam"
 )
@@ -55,7 +60,7 @@ def row(cell: Cell, measure: bool = True, here: bool = False) -> dict[str, Any]:
         measure: Whether to try.
         here: Measure in this process, whose other memory on a CPU blurs it.
     """
-    theory = footprint.of(cell)
+    theory = _theory(cell)
     found: dict[str, Any] = {"source": ARITHMETIC}
     if measure and fits(theory, cell.device):
         found = run_here(cell) if here else run(cell)
@@ -70,6 +75,27 @@ def row(cell: Cell, measure: bool = True, here: bool = False) -> dict[str, Any]:
         **{f"{k}_mb": f"{v / 2**20:.0f}" for k, v in asdict(theory).items()},
         "step_s": f"{found['seconds']:.2f}" if "seconds" in found else "",
     }
+
+
+def guess(cell: Cell, product: float) -> float:
+    """Seconds that a cell may take to measure, by its sizes; 0 if it is not to be started.
+
+    Args:
+        cell: What to measure.
+        product: Seconds of one multiplication and addition.
+    """
+    theory = _theory(cell)
+    if not fits(theory, cell.device):
+        return 0.0
+    weights = theory.weights / getattr(torch, cell.dtype).itemsize
+    products = weights * cell.rows * cell.length * _STEPS * _FORWARDS.get(cell.optimizer, 2)
+    return _START + product * products
+
+
+@functools.lru_cache(maxsize=1024)
+def _theory(cell: Cell) -> Footprint:
+    # It takes a second, and is asked for before a cell is measured and after it.
+    return footprint.of(cell)
 
 
 def is_perturbed(optimizer: str) -> bool:

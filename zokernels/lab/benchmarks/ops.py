@@ -73,11 +73,13 @@ class Found:
 
     Attributes:
         seconds: Of each case, those of every repetition, for a comparison of two runs.
+        interrupted: Whether Ctrl-C ended it; the rows are of the repetitions before that.
     """
 
     rows: list[dict[str, Any]]
     notes: list[str]
     seconds: Round = field(default_factory=dict)
+    interrupted: bool = False
 
 
 def cases(plan: Plan) -> list[Case]:
@@ -108,6 +110,7 @@ def measure(
     plan: Plan,
     watch: Callable[[str, float], None] = lambda what, share: None,
     wanted: Sequence[Case] | None = None,
+    said: Callable[[float], None] = lambda seconds: None,
 ) -> Found:
     """Time the cases and make their rows.
 
@@ -115,6 +118,7 @@ def measure(
         plan: What to measure.
         watch: Called with what goes on and which share of it is done.
         wanted: Some of the plan's `cases`, their floors among them; None for all.
+        said: Called with the seconds that the repetitions are to take, where that is known.
 
     Raises:
         Unavailable: If the device has no kernels of ours.
@@ -123,25 +127,35 @@ def measure(
     about = environment(plan)
     runs, notes = _prepare(plan, cases(plan) if wanted is None else wanted, watch)
     order = list(runs)
-    every, repeats = _schedule(runs, plan, watch)
-    rounds = []
-    before = timing.busy()
-    for number in range(plan.rounds):
-        shuffle = random.Random(number)
-        seconds: Round = {case: [] for case in order}
-        for repetition in range(repeats):
-            due = [c for c in order if repetition % every[c] == 0]
-            groups = [[c for c in due if c.dtype == dtype] for dtype in plan.dtypes]
-            for case in timing.turn(groups, shuffle):
-                seconds[case].append(timing.clock(runs[case], plan.device))
-            watch("Timing", (number * repeats + repetition + 1) / (plan.rounds * repeats))
-        rounds.append(seconds)
+    every, repeats = _schedule(runs, plan, watch, said)
+    rounds: list[Round] = []
+    before, interrupted = timing.busy(), False
+    try:
+        for number in range(plan.rounds):
+            shuffle = random.Random(number)
+            for repetition in range(repeats):
+                due = [c for c in order if repetition % every[c] == 0]
+                groups = [[c for c in due if c.dtype == dtype] for dtype in plan.dtypes]
+                taken = [
+                    (case, timing.clock(runs[case], plan.device))
+                    for case in timing.turn(groups, shuffle)
+                ]
+                # Whole, so that after a Ctrl-C there is a floor to each time.
+                if repetition == 0:
+                    rounds.append({case: [] for case in order})
+                for case, seconds in taken:
+                    rounds[-1][case].append(seconds)
+                watch("Timing", (number * repeats + repetition + 1) / (plan.rounds * repeats))
+    except KeyboardInterrupt:
+        if not rounds:
+            raise
+        interrupted = True
     disturbed = timing.others(before, timing.busy()) if plan.device == "cpu" else None
     notes += [disturbed] if disturbed else []
     notes += _noise(rounds, order)
     rows = [{**about, **row} for row in summarize(rounds, every, plan.numel)]
     together = {case: [s for r in rounds for s in r[case]] for case in order}
-    return Found(rows, notes, together)
+    return Found(rows, notes, together, interrupted)
 
 
 def share(row: Mapping[str, Any]) -> float:
@@ -185,7 +199,10 @@ def _prepare(
 
 
 def _schedule(
-    runs: dict[Case, Pass], plan: Plan, watch: Callable[[str, float], None]
+    runs: dict[Case, Pass],
+    plan: Plan,
+    watch: Callable[[str, float], None],
+    said: Callable[[float], None],
 ) -> tuple[dict[Case, int], int]:
     """Every how many repetitions each case runs, and the repetitions, by how long each takes."""
     if plan.repeats <= FEWEST:
@@ -204,6 +221,7 @@ def _schedule(
     repeats = plan.repeats
     while repeats > FEWEST and seconds(repeats) > plan.seconds:
         repeats -= 1
+    said(seconds(repeats))
     seldom = max(1, repeats // FEWEST)
     return {case: seldom if case in slow else 1 for case in runs}, repeats
 

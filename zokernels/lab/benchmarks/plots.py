@@ -55,21 +55,26 @@ def step(rows: Sequence[Row]) -> Figure:
     ]
     lines = [f"this step, {row['perturb']}" for row in rows] + [title for title, _ in others]
     figure, axes = _canvas(len(lines))
+    named: set[str] = set()
     for place, row in enumerate(rows):
         left = 0.0
         # Of a step on a GPU its parts are not known.
         known = {part: float(row[part]) for part in parts if row[part]}
         shown = known or {"step": float(row["ratio"])}
         for (part, value), colour in zip(shown.items(), COLOURS, strict=False):
-            label = part if place == 0 else None
+            label = None if part in named else part
+            named.add(part)
             axes.barh(place, max(0.0, value), left=left, color=colour, height=0.6, label=label)
             left += max(0.0, value)
         middle, low, high = (float(row[name]) for name in ("ratio", "low", "high"))
         axes.errorbar(middle, place, xerr=[[max(0.0, middle - low)], [max(0.0, high - middle)]],
                       fmt="|", color="black", capsize=3)  # fmt: skip
+        axes.text(max(left, high), place, f"  {middle:.2f}", va="center", fontsize=8)
     for place, (_, ratio) in enumerate(others, len(rows)):
         axes.barh(place, ratio, color=_GREY, height=0.6)
-        axes.text(ratio, place, f" {ratio:.1f}", va="center", fontsize=8)
+        axes.text(ratio, place, f"  {ratio:.2f}", va="center", fontsize=8)
+    # Room for the numbers beside the bars.
+    axes.set_xlim(0, 1.08 * axes.get_xlim()[1])
     axes.axvline(1, color="0.3", linewidth=1)
     axes.set_xlabel("time of a step / time of two plain forwards (median, quartiles)")
     axes.legend(frameon=False, fontsize=8, title="parts of this step", title_fontsize=8)

@@ -34,6 +34,8 @@ def main() -> None:
         found = ops.measure(ops.Plan(**options))
     except passes.Unavailable as error:
         sys.exit(str(error))
+    if found.interrupted:
+        raise KeyboardInterrupt
     fastest = {case: min(taken) for case, taken in found.seconds.items()}
     floors = {case.floor: taken for case, taken in fastest.items() if case.name == passes.FLOOR}
     lines = []

@@ -1,6 +1,8 @@
 """The command line: ``zokernels finetune``, and the commands around it."""
 
+import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -8,11 +10,23 @@ import typer
 from typer.core import TyperGroup
 
 import zokernels as zk
-from zokernels.lab.cli import bench, env, evaluate, finetune, replay, sweep, tune, verify
+from zokernels.lab.cli import (
+    bench,
+    env,
+    evaluate,
+    finetune,
+    replay,
+    slow,
+    sweep,
+    tune,
+    verify,
+)  # fmt: skip
 from zokernels.lab.errors import InputError, RunError
 
 __all__ = ["app", "main"]
 
+# Columns of a terminal.
+_TABLES_FROM = 80
 _NOTHING = "Interrupted before there was anything to keep."
 
 
@@ -36,6 +50,8 @@ app = typer.Typer(
     help="Fine-tune a language model with forward passes only.",
     no_args_is_help=True,
     add_completion=False,
+    # Below it typer's own tables cut the names of options; its plain form wraps.
+    rich_markup_mode="rich" if shutil.get_terminal_size().columns >= _TABLES_FROM else None,
     pretty_exceptions_enable=False,
 )
 app.command("tune", cls=tune.Command)(tune.command)
@@ -72,7 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong is said in one sentence on stderr.
     """
     try:
-        result = app(args=argv, prog_name="zokernels", standalone_mode=False)
+        with warnings.catch_warnings():
+            # What an optimizer says to a program, a command says in its own words.
+            warnings.filterwarnings("ignore", slow.OF_AN_OPTIMIZER, UserWarning)
+            result = app(args=argv, prog_name="zokernels", standalone_mode=False)
     except InputError as error:
         return _fail(str(error), 2)
     except RunError as error:

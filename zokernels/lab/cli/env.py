@@ -10,10 +10,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 import zokernels as zk
 from zokernels.lab import files
+from zokernels.lab.cli import show
 from zokernels.lab.runs import report
 
 _PACKAGES = ("accelerate", "datasets", "safetensors", "tokenizers", "trl", "matplotlib")
@@ -33,17 +33,19 @@ def command(
     if json is not None:
         files.write_answer(json, found)
     console = Console()
-    machine = Table("what", "value", title="Environment", title_justify="left")
-    for name, value in found["versions"].items():
-        machine.add_row(name, value or "not installed")
-    for name, value in found.items():
-        if name not in ("versions", "backends"):
-            machine.add_row(name.replace("_", " "), _shown(value))
-    console.print(machine)
-    backends = Table("backend", "available", "what it is, or why not", title_justify="left")
-    for name, state in found["backends"].items():
-        backends.add_row(name, "yes" if state["available"] else "no", state["reason"])
-    console.print(backends)
+    machine = [(name, value or "not installed") for name, value in found["versions"].items()]
+    machine += [
+        (name.replace("_", " "), _shown(value))
+        for name, value in found.items()
+        if name not in ("versions", "backends")
+    ]
+    show.table(console, [show.key("what"), show.words("value")], machine, title="Environment")
+    backends = [
+        (name, "yes" if state["available"] else "no", state["reason"])
+        for name, state in found["backends"].items()
+    ]
+    heads = ("available", "what it is, or why not")
+    show.table(console, [show.key("backend"), *map(show.words, heads)], backends)
 
 
 def collect() -> dict[str, Any]:

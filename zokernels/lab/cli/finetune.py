@@ -10,6 +10,7 @@ import typer
 
 from zokernels.lab import files
 from zokernels.lab.cli import options, presets
+from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import checks, folder
@@ -75,6 +76,7 @@ def train(settings: Settings, command_line: str = "", resume: bool = False) -> d
 
     checks.check(settings)
     quiet()
+    say_slow_run(settings)
     with ProgressWatcher(settings.steps) as watcher:
         metrics = Finetune(settings, watcher, command_line, resume).run()
         where = f"{settings.out}/{folder.REPORT}"

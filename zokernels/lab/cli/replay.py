@@ -8,6 +8,7 @@ from rich.console import Console
 
 from zokernels.lab import files
 from zokernels.lab.cli.finetune import quiet
+from zokernels.lab.cli.slow import say_slow
 
 
 def command(
@@ -30,6 +31,7 @@ def command(
 
     files.check_json(json)
     quiet()
+    say_slow(device, backend)
     found = rebuild(
         base, run, out, until=until, verify=verify, device=device, backend=backend
     )  # fmt: skip

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError, RunError
 from zokernels.lab.files import check_json, write_answer, write_text
 from zokernels.lab.sweeps import file, plots, table
@@ -87,6 +88,8 @@ def _do(
     todo = [run for run in runs if run.settings.out not in outcomes and run.part in wanted]
     if not todo:
         return outcomes, False
+    for run in todo:
+        say_slow_run(run.settings)
     threads = threads_each(workers)
     console.print(
         f"{len(todo)} of {len(runs)} runs to do, by {min(workers, len(todo))} workers of "

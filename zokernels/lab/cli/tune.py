@@ -7,16 +7,15 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 from typer.core import TyperCommand
 
 import zokernels as zk
 from zokernels.lab import files
-from zokernels.lab.cli import options, presets
+from zokernels.lab.cli import options, presets, show
 from zokernels.lab.cli.inputs import check_choice, check_plot
 from zokernels.lab.cli.progress import Sayer
+from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import checks, tuning
@@ -75,13 +74,14 @@ def command(
     checks.check(asked)
     checks.check_probed(asked, "tune")
     quiet()
+    say_slow_run(asked)
     console = Console()
     run = Run(asked, Sayer(console))
     prepare(run)
     found = _probe(run, forwards, None if by == "none" else by, console)
-    console.print(_table(found))
+    _show(found, console)
     if found.parts:
-        console.print(_parts(found))
+        _show_parts(found, console)
     _say(console, verdict(found, asked.steps))
     if json is not None:
         left_out = (*_NOT_HERE, "auto_lr", "tuned")
@@ -107,12 +107,9 @@ def _probe(run: Run, forwards: int, by: str | None, console: Console) -> zk.Prob
         )
 
 
-def _table(found: zk.Probe) -> Table:
-    table = Table(title="Measured", title_justify="left")
-    for column in ("number", "value ± error", "directions", "is"):
-        table.add_column(column, overflow="fold")
+def _show(found: zk.Probe, console: Console) -> None:
     whole = found.whole
-    rows = [
+    measured = [
         ("L", found.loss, "the loss"),
         ("‖g‖²", whole.squared_gradient, "the gradient of all data, squared"),
         ("E[d²]", found.mean_square, "the slope a step sees, squared: signal and noise"),
@@ -120,28 +117,31 @@ def _table(found: zk.Probe) -> Table:
         ("best lr", found.best_rate, "lowers the loss fastest, now"),
         ("largest lr", found.largest_rate, "above it the loss rises"),
     ]
-    for name, number, what in rows:
-        if number is not None:
-            # Brackets would be taken for the table's own marks.
-            table.add_row(escape(name), str(number), str(number.directions), what)
+    rows = [
+        (name, str(number), str(number.directions), what)
+        for name, number, what in measured
+        if number is not None
+    ]
     if found.eps_range is not None:
         low, high = found.eps_range
         # Beyond the ladder nothing was tried.
         less = " or less" if low == found.ladder[0].eps else ""
         more = " or more" if high == found.ladder[-1].eps else ""
         holds = f"{low:.0e}{less} to {high:.0e}{more}"
-        table.add_row("eps", holds, "4", f"where slopes hold; here {found.eps:g}")
-    return table
+        rows.append(("eps", holds, "4", f"where slopes hold; here {found.eps:g}"))
+    numbers = map(show.Column, ("value ± error", "directions"))
+    columns = [show.key("number"), *numbers, show.words("is")]
+    show.table(console, columns, rows, title="Measured")
 
 
-def _parts(found: zk.Probe) -> Table:
-    table = Table(title="By part", title_justify="left")
-    for column in ("part", "weights", "‖g‖²", "E[d²]", "h", "a step of it alone gains"):
-        table.add_column(escape(column), overflow="fold")
+def _show_parts(found: zk.Probe, console: Console) -> None:
+    rows = []
     for part in found.parts:
         numbers = (part.squared_gradient, part.mean_square, part.curvature, part.fall or "–")
-        table.add_row(escape(part.label), f"{part.weights:,}", *map(str, numbers))
-    return table
+        rows.append((part.label, f"{part.weights:,}", *map(str, numbers)))
+    heads = ("weights", "‖g‖²", "E[d²]", "h", "a step of it alone gains")
+    columns = [show.key("part"), *map(show.Column, heads)]
+    show.table(console, columns, rows, title="By part")
 
 
 def verdict(found: zk.Probe, steps: int) -> str:

@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.text import Text
 
 from zokernels.lab import files
+from zokernels.lab.cli import show
 from zokernels.lab.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def command(
     outcomes = _run(cases, console)
     seconds = time.perf_counter() - started
     failed = [o for o in outcomes if o.failure is not None]
-    console.print(_table(outcomes))
+    _show(outcomes, console)
     if not only:
         for name, why in plan.missing.items():
             _say(console, f"Not verified, since it is not here: {name}: {why}")
@@ -100,23 +101,24 @@ def _run(cases: list[Case], console: Console) -> list[Outcome]:
     return outcomes
 
 
-def _table(outcomes: list[Outcome]) -> Table:
+def _show(outcomes: list[Outcome], console: Console) -> None:
     groups: dict[tuple[str, str], list[Outcome]] = {}
     for o in outcomes:
         groups.setdefault(o.case.group, []).append(o)
-    table = Table(
-        "what", "of", "passed", "failed", "seconds", "found", title="Verified", title_justify="left"
-    )
     # A row a group, in the order of the rooms.
     order = list(dict.fromkeys(first for first, _ in groups))
+    rows = []
     for (first, second), mine in sorted(groups.items(), key=lambda g: order.index(g[0][0])):
         failed = sum(o.failure is not None for o in mine)
         notes = list(dict.fromkeys(o.note for o in mine if o.note))
-        table.add_row(
-            first, second, str(len(mine) - failed), f"[bold red]{failed}[/]" if failed else "0",
-            f"{sum(o.seconds for o in mine):.1f}", notes[0] if len(notes) == 1 else "",
+        rows.append(
+            (first, second, str(len(mine) - failed),
+             Text(str(failed), style="bold red" if failed else ""),
+             f"{sum(o.seconds for o in mine):.1f}", notes[0] if len(notes) == 1 else "")
         )  # fmt: skip
-    return table
+    numbers = map(show.Column, ("passed", "failed", "seconds"))
+    columns = [show.key("what"), show.key("of"), *numbers, show.words("found")]
+    show.table(console, columns, rows, title="Verified")
 
 
 def _again(case: Case, deep: bool) -> str:

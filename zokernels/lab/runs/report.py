@@ -117,7 +117,10 @@ def plot(run: Run) -> None:
     upper, lower = figure.subplots(2, 1, sharex=True)
     numbers = range(1, len(history.losses) + 1)
     upper.plot(numbers, history.losses, color="0.8", linewidth=0.7, label="each step")
-    upper.plot(numbers, smoothed(history.losses), color="C0", label="smoothed")
+    # An eighth of a short run to either side, so that its course is not smoothed away.
+    reach = max(1, min(50, len(history.losses) // 8))
+    label = f"mean of {2 * reach + 1} steps"
+    upper.plot(numbers, smoothed(history.losses, reach), color="C0", label=label)
     upper.set_ylabel("training loss")
     upper.legend(loc="upper right", frameon=False)
     upper.set_title(f"{run.settings.title} on {run.task.name}", fontsize=10)
@@ -143,13 +146,18 @@ def plot(run: Run) -> None:
     figure.savefig(run.out.path / folder.PLOT, dpi=150)
 
 
-def smoothed(losses: list[float], weight: float = 0.98) -> list[float]:
-    """The running mean with exponential weights; a loss that is not finite is passed over."""
-    out, top, bottom = [], 0.0, 0.0
-    for loss in losses:
-        if math.isfinite(loss):
-            top, bottom = weight * top + loss, weight * bottom + 1
-        out.append(top / bottom if bottom else math.nan)
+def smoothed(losses: list[float], reach: int) -> list[float]:
+    """The mean of the steps around each; a loss that is not finite is passed over.
+
+    A running mean of what came before begins with one step's loss, whose noise then looks like a
+    jump of the run, and lags behind. Around a step there are at least ``reach`` others, at the ends
+    of the run too.
+    """
+    out = []
+    for place in range(len(losses)):
+        around = losses[max(0, place - reach) : place + reach + 1]
+        finite = [loss for loss in around if math.isfinite(loss)]
+        out.append(math.fsum(finite) / len(finite) if finite else math.nan)
     return out
 
 

@@ -32,9 +32,10 @@ def draw(found: Sequence[Cell], path: Path, title: str) -> bool:
         label="after (± spread over seeds)",
     )
     one = [i for i in places if shown[i].seeds == 1]
+    # An errorbar draws its markers a little above where other lines lie.
     axes.plot(
         [scale * (shown[i].after or 0) for i in one], one, "o",
-        color="white", markeredgecolor="C0", label="after, one seed",
+        color="white", markeredgecolor="C0", label="after, one seed", zorder=3,
     )  # fmt: skip
     axes.plot(
         [math.nan if c.before is None else scale * c.before for c in shown], places, "|",

@@ -4,21 +4,23 @@ import json as json_module
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels.lab import files
 from zokernels.lab.benchmarks import machine, suite
-from zokernels.lab.cli import inputs
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
 SUMMARY = "summary.json"
+# Seconds that an interrupted command may take to write its rows.
+_PATIENCE = 30.0
 
 
 def command(
@@ -31,13 +33,13 @@ def command(
     _check_folder(out)
     runs = suite.runs(full)
     total, most = sum(r.minutes for r in runs), sum(r.limit for r in runs) / 60
-    output.say(
+    show.say(
         f"{', '.join(r.name for r in runs)}: about {total:.0f} minutes on two cores, at most "
         f"{most:.0f}, into {out}. Let nothing else run."
     )
     output.say_tests()
     if how := inputs.lacks("matplotlib"):
-        output.say(f"No pictures: they need matplotlib, {how}.")
+        show.say(f"No pictures: they need matplotlib, {how}.")
     out.mkdir(parents=True, exist_ok=True)
     about = machine.about("cuda" if torch.cuda.is_available() else "cpu")
     results: list[dict[str, Any]] = []
@@ -46,13 +48,13 @@ def command(
         for run in runs:
             results.append(_run(run, out))
     except KeyboardInterrupt:
-        output.say("Interrupted; what was done before is kept.")
+        show.say("Interrupted; what was done before is kept.")
         code = 130
     found = {"environment": about, "runs": results}
     files.write_answer(out / SUMMARY, found)
     if json is not None:
         files.write_answer(json, found)
-    Console().print(_table(results, out))
+    _show(results, out)
     failed = any(r["outcome"] in ("failed", "stopped") for r in results)
     return code or int(failed)
 
@@ -93,13 +95,22 @@ def _run(run: suite.Run, out: Path) -> dict[str, Any]:
 
 
 def _process(command: list[str], limit: float, environment: dict[str, str]) -> int:
-    return subprocess.run(command, timeout=limit, env=environment).returncode
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            return process.wait(limit)
+        except KeyboardInterrupt:
+            # It reached that process too, which writes down what it has.
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)
+            raise
+        finally:
+            process.kill()
 
 
-def _table(results: list[dict[str, Any]], out: Path) -> Table:
-    table = Table("run", "outcome", title=f"Summary; all of it is in {out}", title_justify="left")
+def _show(results: list[dict[str, Any]], out: Path) -> None:
+    rows = []
     for result in results:
         said = result.get("lines") or [f"{result['outcome']}: {result['why']}"]
-        table.add_row(f"{result['name']}\n{result['seconds']:.0f} s", "\n".join(said))
-        table.add_section()
-    return table
+        rows.append((f"{result['name']}\n{result['seconds']:.0f} s", "\n".join(said)))
+    columns = [show.key("run"), show.words("outcome")]
+    show.table(Console(), columns, rows, title=f"Summary; all of it is in {out}", lines=True)

@@ -1,15 +1,15 @@
 """``zokernels bench codegen``: what the compiler makes of the Triton kernels."""
 
+import time
 from dataclasses import asdict
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels import noise
-from zokernels.lab.benchmarks import machine, plots
-from zokernels.lab.cli import inputs
+from zokernels.lab.benchmarks import forecast, machine, plots
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -28,7 +28,7 @@ def command(
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
-) -> None:
+) -> int:
     """Compile the Triton kernels, without a GPU, and count their machine instructions."""
     out = output.Output(csv_file, json, plot, COLUMNS, _ABOUT)
     inputs.check_needs("bench codegen", "triton")
@@ -39,16 +39,24 @@ def command(
     if compiler.INTERPRETED:
         raise InputError("TRITON_INTERPRET is set, so nothing is compiled; unset it.")
     about = {name: machine.about()[name] for name in _ABOUT}
-    rows: list[dict[str, Any]] = []
     wanted = [(capability, case) for capability in sm or (80, 90, 100) for case in _cases(compiler)]
-    with output.progress() as progress:
-        bar = progress.add_task("Compiling", total=len(wanted))
+    rows, expected = output.Rows(out, "codegen"), forecast.Forecast([1.0] * len(wanted))
+    with output.Bar() as bar, rows.until_interrupted():
+        task = bar.task("Compiling", len(wanted))
         for capability, case in wanted:
-            rows.append(about | _row(triton.__version__, capability, case, compiler))
-            progress.advance(bar)
-    Console().print(_table(rows))
+            began = time.perf_counter()
+            rows.add(about | _row(triton.__version__, capability, case, compiler))
+            expected.done(time.perf_counter() - began)
+            if len(rows.all) == 1:
+                bar.say(
+                    f"{len(wanted)} kernels, {forecast.words(expected.left)} by the time of the "
+                    "first; Ctrl-C keeps those that are there."
+                )
+            task.advance()
+            task.show(left=expected.left)
+    _show(rows.all)
     output.say_tests(str(about["tests"]))
-    out.write("codegen", rows, lambda: plots.codegen(rows))
+    return rows.finish(lambda: plots.codegen(rows.all))
 
 
 def _cases(compiler: Any) -> list[Any]:
@@ -75,17 +83,17 @@ def _row(version: str, capability: int, case: Any, compiler: Any) -> dict[str, A
     }
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        title="Machine instructions: a weight, and a weight and further seed", title_justify="left"
-    )
+def _show(rows: list[dict[str, Any]]) -> None:
     shown = {
-        "sm": "sm", "case": "kernel", "instructions_per_weight": "weight",
-        "instructions_per_further_seed": "seed", "registers": "registers",
-        "spills": "spills", "narrowest_store_bits": "stores",
+        "sm": show.Column("sm", key=True), "case": show.key("kernel"),
+        "instructions_per_weight": show.Column("weight"),
+        "instructions_per_further_seed": show.Column("seed"),
+        "registers": show.Column("registers"), "spills": show.Column("spills"),
+        "narrowest_store_bits": show.Column("stores"),
     }  # fmt: skip
-    for name in shown.values():
-        table.add_column(name, justify="left" if name == "kernel" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*(str(row[name]) for name in shown))
-    return table
+    show.table(
+        Console(),
+        list(shown.values()),
+        [[str(row[name]) for name in shown] for row in rows],
+        title="Machine instructions: a weight, and a weight and further seed",
+    )

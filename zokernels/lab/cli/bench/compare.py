@@ -1,17 +1,17 @@
 """``zokernels bench compare``: the passes of another commit beside those of the working tree."""
 
 import tempfile
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels.lab import files
-from zokernels.lab.benchmarks import compare, machine, ops, passes
-from zokernels.lab.cli import inputs
+from zokernels.lab.benchmarks import compare, forecast, machine, ops, passes
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 
 
@@ -36,12 +36,12 @@ def command(
         with tempfile.TemporaryDirectory(prefix="zokernels-base-") as scratch:
             sides = _measure(commit, Path(scratch), plan, runs)
     except KeyboardInterrupt:
-        output.say("Interrupted; the commit's folder is removed, and nothing was compared.")
+        show.say("Interrupted; the commit's folder is removed, and nothing was compared.")
         return 130
     found = compare.differences(*sides)
     here = machine.commit()
     console = Console()
-    console.print(table(found, f"{base} ({commit[:9]})", here))
+    table(console, found, f"{base} ({commit[:9]})", here)
     console.print(_sentence(found, runs), highlight=False, soft_wrap=True)
     if json is not None:
         about = machine.about() | {"base": commit, "runs": runs, "numel": numel}
@@ -51,32 +51,43 @@ def command(
 
 
 def _measure(commit: str, scratch: Path, plan: ops.Plan, runs: int) -> compare.Sides:
-    with output.progress() as progress:
-        bar = progress.add_task(f"Building {commit[:9]}", total=1 + 2 * runs)
+    with output.Bar() as bar:
+        task = bar.task(f"Building {commit[:9]}", 1 + 2 * runs)
         compare.unpack(commit, scratch)
-        progress.update(bar, advance=1, description="Measuring")
-        return compare.alternate(scratch, machine.ROOT, plan, runs, lambda: progress.advance(bar))
+        task.show("Measuring", done=1)
+        expected, began = forecast.Forecast([1.0] * 2 * runs), [time.perf_counter()]
+
+        def done() -> None:
+            began.append(time.perf_counter())
+            expected.done(began[-1] - began[-2])
+            task.advance()
+            task.show(left=expected.left)
+            if len(began) == 2:
+                said = forecast.words(expected.left)
+                bar.say(f"{2 * runs} processes, {said} by the time of the first.")
+
+        return compare.alternate(scratch, machine.ROOT, plan, runs, done)
 
 
-def table(found: list[compare.Difference], base: str, here: str) -> Table:
-    """A line a pass."""
-    made = Table(
-        title=f"Working tree ({here}) over {base}: above 1 is slower\nThe fastest of a "
-        "process in multiples of the memory floor, a floor in ns a weight;\nmedians over "
-        "processes, of the ratio quartiles too",
-        title_justify="left",
-    )
-    made.add_column("pass")
-    for head in ("base", "here", "here / base", ""):
-        made.add_column(head, justify="right" if head else "left", no_wrap=True)
+def table(console: Console, found: list[compare.Difference], base: str, here: str) -> None:
+    """Print a line a pass."""
+    heads = ("base", "here", "here / base")
+    rows = []
     for f in found:
         dtype, op, dist, variant, case = f.key
-        made.add_row(
-            f"{dtype} {passes.words(op, dist, variant)}, {case.removeprefix('native-')}",
-            f"{f.base:.3g}", f"{f.here:.3g}",
-            f"{f.ratio:.3f} ({f.low:.3f}–{f.high:.3f})", f.verdict,
+        rows.append(
+            (f"{dtype} {passes.words(op, dist, variant)}, {case.removeprefix('native-')}",
+             f"{f.base:.3g}", f"{f.here:.3g}", f"{f.ratio:.3f} ({f.low:.3f}–{f.high:.3f})",
+             f.verdict)
         )  # fmt: skip
-    return made
+    show.table(
+        console,
+        [show.key("pass"), *map(show.Column, heads), show.words("")],
+        rows,
+        title=f"Working tree ({here}) over {base}: above 1 is slower\nThe fastest of a process in "
+        "multiples of the memory floor, a floor in ns a weight; medians over processes, of the "
+        "ratio quartiles too",
+    )
 
 
 def _sentence(found: list[compare.Difference], runs: int) -> str:

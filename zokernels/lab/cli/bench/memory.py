@@ -1,17 +1,24 @@
 """``zokernels bench memory``: what each optimizer holds at its peak, by length and batch."""
 
+from __future__ import annotations
+
 import itertools
-from typing import Annotated, Any
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels import noise
-from zokernels.lab.benchmarks import passes, plots
-from zokernels.lab.cli import inputs
+from zokernels.lab.benchmarks import forecast, passes, plots, suite
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
+from zokernels.lab.cli.slow import say_slow
 from zokernels.lab.errors import InputError
+
+if TYPE_CHECKING:
+    from zokernels.lab.benchmarks.instruments import footprint
 
 _OPTIMIZERS = [
     "inference", "zo-sgd", "zo-sgd-sign", "zo-sgd-mmt", "zo-sgd-cons", "zo-adam", "forward-grad",
@@ -70,51 +77,80 @@ def command(
         footprint.Cell(model, name, batch, tokens, dtype, perturb, device, dist, points)
         for name, batch, tokens in itertools.product(wanted, batches, lengths)
     ]
-    found: list[dict[str, Any]] = []
-    with output.progress() as progress:
-        bar = progress.add_task("", total=len(cells))
+    if measure:
+        say_slow(device)
+    kept = output.Rows(out, "memory")
+    with output.Bar() as bar, kept.until_interrupted():
+        expected = _forecast(bar, cells) if measure else forecast.Forecast([1.0] * len(cells))
+        task = bar.task("", len(cells))
         for cell in cells:
-            shape = f"{cell.optimizer}, {cell.rows} × {cell.length}"
-            progress.update(bar, description=shape)
-            found.append(memory.row(cell, measure))
-            progress.advance(bar)
-    Console().print(_table(found, gpu_memory))
+            task.show(f"{cell.optimizer}, {cell.rows} × {cell.length}")
+            began = time.perf_counter()
+            kept.add(memory.row(cell, measure))
+            expected.done(time.perf_counter() - began)
+            bar.say(suite.headline("memory", kept.all[-1:])[0])
+            task.advance()
+            task.show(left=expected.left)
+    found = kept.all
+    _show(found, gpu_memory)
     output.say_tests(str(found[0]["tests"]))
-    out.write("memory", found, lambda: plots.memory(found))
+    code = kept.finish(lambda: plots.memory(found))
     failed = [row for row in found if row["source"].startswith(memory.FAILED)]
     for row in failed:
-        output.say(f"{row['optimizer']}, {row['rows']} × {row['length']} {row['source']}")
-    return int(bool(failed))
+        show.say(f"{row['optimizer']}, {row['rows']} × {row['length']} {row['source']}")
+    return code or int(bool(failed))
 
 
-def _table(rows: list[dict[str, Any]], gpu_memory: float) -> Table:
+def _forecast(bar: output.Bar, cells: Sequence[footprint.Cell]) -> forecast.Forecast:
+    """How long they take, which is said."""
+    from zokernels.lab.benchmarks import memory
+
+    first = cells[0]
+    product = forecast.seconds_of_a_product(passes.DTYPES[first.dtype], first.device)
+    task, found = bar.task("Arithmetic", len(cells)), []
+    for cell in cells:
+        found.append(memory.guess(cell, product))
+        task.advance()
+    expected = forecast.Forecast(found)
+    to_measure = sum(seconds > 0 for seconds in found)
+    bar.say(
+        f"{to_measure} of {len(cells)} cells to measure, each in a process of its own: "
+        f"{forecast.words(expected.left)}, judged by their sizes; Ctrl-C keeps the rows that are "
+        "there."
+    )
+    return expected
+
+
+def _show(rows: list[dict[str, Any]], gpu_memory: float) -> None:
     first = rows[0]
     ways = ", ".join(dict.fromkeys(row["perturb"] for row in rows if row["perturb"]))
     ways += ", ".join(dict.fromkeys(f" by {row['dist']}" for row in rows if row["perturb"]))
-    table = Table(
+    heads = (
+        "measured", "arithmetic", "weights", "state", "scratch", "run", "GPUs", "s a step",
+    )  # fmt: skip
+    lines = []
+    for row in rows:
+        parts = [row[f"{name}_mb"] for name in ("theory", "weights", "state", "scratch", "run")]
+        how = row["source"].split()[0].rstrip(":")
+        lines.append(
+            (
+                row["optimizer"],
+                f"{row['rows']}×{row['length']}",
+                how if how in ("killed", "failed") else _gib(row["peak_mb"]),
+                *(_gib(value) for value in parts),
+                str(_gpus(row, gpu_memory)),
+                row["step_s"] or "–",
+            )
+        )
+    show.table(
+        Console(),
+        [show.key("optimizer"), show.Column("tokens", key=True), *map(show.Column, heads)],
+        lines,
         title=f"{first['model']}, all weights, {first['dtype']}. Peak memory of a step in GiB",
         caption="inference: two forwards. GPUs: of how many the memory together holds the peak, "
         f"{gpu_memory:g} GiB each; as measured, or by arithmetic where the step was not run. "
         f"Weights perturbed {ways or '–'}.",
-        title_justify="left",
-        caption_justify="left",
     )
-    table.add_column("optimizer", no_wrap=True)
-    for name in ("tokens", "measured", "arithm.", "weights", "state", "scratch", "run", "GPUs"):
-        table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("s a step", justify="right")
-    for row in rows:
-        parts = [row[f"{name}_mb"] for name in ("theory", "weights", "state", "scratch", "run")]
-        how = row["source"].split()[0].rstrip(":")
-        table.add_row(
-            row["optimizer"],
-            f"{row['rows']}×{row['length']}",
-            how if how in ("killed", "failed") else _gib(row["peak_mb"]),
-            *(_gib(value) for value in parts),
-            str(_gpus(row, gpu_memory)),
-            row["step_s"] or "–",
-        )
-    return table
 
 
 def _gib(megabytes: str) -> str:

@@ -6,11 +6,10 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 
-from zokernels.lab.benchmarks import machine, ops, passes, plots, results
+from zokernels.lab.benchmarks import forecast, machine, ops, passes, plots, results
 from zokernels.lab.benchmarks.shapes import read as read_shapes
-from zokernels.lab.cli import inputs
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
 
@@ -49,7 +48,7 @@ def command(
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
-) -> None:
+) -> int:
     """Time the passes over the weights in alternation with their memory floors and peers."""
     out = output.Output(csv_file, json, plot, ops.COLUMNS, ops.LATER)
     for name in dtype or ():
@@ -75,10 +74,15 @@ def command(
     )
     _check_memory(plan)
     try:
-        with output.progress() as progress:
-            bar = progress.add_task("Preparing", total=1.0)
+        with output.Bar() as bar:
+            task = bar.task("Preparing", 1.0)
             found = ops.measure(
-                plan, lambda what, share: progress.update(bar, description=what, completed=share)
+                plan,
+                lambda what, share: task.show(what, done=share),
+                said=lambda seconds: bar.say(
+                    f"The repetitions take {forecast.words(seconds)}, by one of each case; Ctrl-C "
+                    "keeps those that are there."
+                ),
             )
     except passes.Unavailable as error:
         raise InputError(str(error)) from None
@@ -91,39 +95,40 @@ def command(
         sep="\n",
         highlight=False,
     )
-    for part in tables(found.rows):
-        console.print(part)
+    tables(console, found.rows)
     for note in found.notes:
-        output.say(note)
+        show.say(note)
     output.say_tests(found.rows[0]["tests"])
-    out.write("ops", found.rows, lambda: plots.ops(found.rows))
+    kept = output.Rows(out, "ops")
+    kept.interrupted = found.interrupted
+    kept.add(*found.rows)
+    return kept.finish(lambda: plots.ops(found.rows))
 
 
 _QUICK = ("float32", "bfloat16")
 
 
-def tables(rows: list[dict[str, Any]]) -> list[Table]:
-    """A table a type, a line a pass: its time, its multiple of the floor, and of the peers."""
-    made = []
+def tables(console: Console, rows: list[dict[str, Any]]) -> None:
+    """Print a table a type: of each pass its time, as a multiple of the floor, and of the peers."""
+    heads = ("ns", "× floor", "× MeZO", "× best")
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
-        table = Table("pass", "by", title=dtype, title_justify="left")
-        for head in ("ns", "× floor", "× MeZO", "× best"):
-            table.add_column(head, justify="right", no_wrap=True)
+        lines = []
         for row in (row for row in rows if row["dtype"] == dtype):
-            what = passes.words(row["op"], row["dist"], row["variant"], row["shape"])
             middle, low, high = (
                 _short(row[name]) for name in ("ratio_to_floor_median", "low", "high")
             )
-            table.add_row(
-                what,
-                row["case"].removeprefix("native-"),
-                row["ns_per_weight"],
-                f"{middle} ({low}–{high})" if row["case"] != passes.FLOOR else "1",
-                _short(row["speedup_over_mezo"]),
-                _short(row["speedup_over_fastest_peer"]),
+            lines.append(
+                (
+                    passes.words(row["op"], row["dist"], row["variant"], row["shape"]),
+                    row["case"].removeprefix("native-"),
+                    row["ns_per_weight"],
+                    f"{middle} ({low}–{high})" if row["case"] != passes.FLOOR else "1",
+                    _short(row["speedup_over_mezo"]),
+                    _short(row["speedup_over_fastest_peer"]),
+                )
             )
-        made.append(table)
-    return made
+        columns = [show.key("pass"), show.key("by"), *map(show.Column, heads)]
+        show.table(console, columns, lines, title=dtype)
 
 
 def _short(number: str) -> str:

@@ -1,18 +1,19 @@
 """``zokernels bench step``: a whole step beside its two forwards, and beside the peers' steps."""
 
+import time
 from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from zokernels import noise
-from zokernels.lab.benchmarks import passes, plots
+from zokernels.lab.benchmarks import forecast, passes, plots, suite, timing
 from zokernels.lab.benchmarks import peers as others
-from zokernels.lab.cli import inputs
+from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
+from zokernels.lab.cli.slow import say_slow
 from zokernels.lab.errors import InputError
 
 
@@ -47,7 +48,7 @@ def command(
     csv_file: output.CSV = None,
     json: output.JSON = None,
     plot: output.PLOT = None,
-) -> None:
+) -> int:
     """Time a step against the forwards it is made of, with random weights and tokens."""
     inputs.check_needs("bench step", "transformers")
     from zokernels.lab.benchmarks import models, step
@@ -62,25 +63,49 @@ def command(
         inputs.check_choice("--perturb", mode, (*step.MODES, *step.GRAPHED))
         _check_graphed(mode, device, loss, mode in step.GRAPHED)
     models.check(model, rows, length, dtype, device)
+    say_slow(device)
     # The peers are timed once, beside the first mode that is no graph.
     waiting = others.available() if peers and queries == 1 else []
-    found: list[dict[str, Any]] = []
-    with output.progress() as progress:
-        for mode in modes:
+    kept, before = output.Rows(out, "step"), timing.busy()
+    with output.Bar() as bar, kept.until_interrupted():
+        for place, mode in enumerate(modes):
             names, waiting = ([], waiting) if mode in step.GRAPHED else (waiting, [])
             case = step.Case(
                 model, rows, length, dtype, device, optimizer, dist, mode, lazy_logits, scheme,
                 loss, queries, points if mode == "paired" else 2, tuple(names),
             )  # fmt: skip
-            bar = progress.add_task(f"{model} {dtype} {mode}", total=repeats)
-            result = step.measure(case, repeats, partial(progress.advance, bar))
-            found.append(step.row(case, result))
-    console = Console()
-    console.print(_table(found))
+            task = bar.task(f"{model} {dtype} {mode}", repeats)
+            done = partial(_repeated, bar, task, repeats, len(modes) - place - 1, [])
+            result = step.measure(case, repeats, done)
+            kept.add(step.row(case, result))
+            bar.say(suite.headline("step", kept.all[-1:])[0])
+    found, console = kept.all, Console()
+    _show(console, found)
     for line in _comparison(others.beside(found)):
         console.print(line, highlight=False)
+    if device == "cpu" and (disturbed := timing.others(before, timing.busy())):
+        show.say(disturbed)
     output.say_tests(str(found[0]["tests"]))
-    out.write("step", found, lambda: plots.step(found))
+    return kept.finish(lambda: plots.step(found))
+
+
+def _repeated(
+    bar: output.Bar, task: output.Task, repeats: int, modes_left: int, ends: list[float]
+) -> None:
+    """A repetition has ended, as those at ``ends`` did."""
+    ends.append(time.perf_counter())
+    task.advance()
+    if len(ends) == 1:
+        return
+    each = (ends[-1] - ends[0]) / (len(ends) - 1)
+    left = each * (repeats - len(ends))
+    task.show(left=left)
+    if len(ends) == 2:
+        more = f", and {modes_left} more of --perturb after it" if modes_left else ""
+        bar.say(
+            f"{repeats} repetitions, {forecast.words(left)} by the time of one{more}; Ctrl-C keeps "
+            "the rows that are there."
+        )
 
 
 def _check_graphed(mode: str, device: str, loss: str, graphed: bool) -> None:
@@ -90,17 +115,8 @@ def _check_graphed(mode: str, device: str, loss: str, graphed: bool) -> None:
         raise InputError(f"--perturb {mode} takes the loss of all tokens; leave --loss out.")
 
 
-def _table(rows: list[dict[str, Any]]) -> Table:
+def _show(console: Console, rows: list[dict[str, Any]]) -> None:
     first, forwards = rows[0], 2 * int(rows[0]["queries"])
-    table = Table(
-        title=f"{first['model']}, {first['scheme']}, {first['dtype']}, {first['rows']} × "
-        f"{first['length']} tokens, {first['optimizer']}\nMultiples of the step's "
-        f"{forwards} plain forwards ({first['forwards_ms']} ms), medians and quartiles",
-        title_justify="left",
-    )
-    table.add_column("what")
-    for row in rows:
-        table.add_column(row["perturb"], justify="right")
     shown = {
         "a step": lambda row: f"{row['ratio']} ({row['low']} to {row['high']})",
         "  its forwards": lambda row: row["forwards"],
@@ -108,16 +124,25 @@ def _table(rows: list[dict[str, Any]]) -> Table:
         "  update": lambda row: row["update"],
         "  rest, Python": lambda row: row["rest"],
         "milliseconds": lambda row: row["step_ms"],
+        f"of {forwards} plain forwards": lambda row: row["forwards_ms"],
         "of plain forwards of the batch repeated": lambda row: row["together_ms"],
         "tokens a second": lambda row: row["tokens_per_s"],
         "nanoseconds a weight": lambda row: row["ns_per_weight"],
         "peak memory beyond the forwards, MiB": lambda row: row["memory_mb"],
     }
+    lines = []
     for name, value in shown.items():
         values = [str(value(row)) for row in rows]
         if any(values):
-            table.add_row(name, *(v or "–" for v in values))
-    return table
+            lines.append((name, *(v or "–" for v in values)))
+    show.table(
+        console,
+        [show.key("what"), *(show.Column(row["perturb"]) for row in rows)],
+        lines,
+        title=f"{first['model']}, {first['scheme']}, {first['dtype']}, {first['rows']} × "
+        f"{first['length']} tokens, {first['optimizer']}\nMultiples of {forwards} plain forwards, "
+        "those timed in turn with the column's own steps; medians and quartiles",
+    )
 
 
 def _comparison(row: Mapping[str, Any]) -> list[str]:
