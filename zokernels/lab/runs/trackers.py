@@ -15,6 +15,7 @@ from zokernels.lab.runs.history import Watcher
 from zokernels.lab.runs.settings import Settings
 
 PROJECT = "zokernels"
+_PACKAGES = {"tensorboard": "'zokernels[trackers]'", "comet_ml": "comet-ml"}
 
 
 class Trackers:
@@ -53,7 +54,7 @@ class Trackers:
             if name not in there:
                 raise InputError(
                     f"--report-to {name} needs a package that is not installed: "
-                    f"pip install {name.replace('_', '-')}."
+                    f"pip install {_PACKAGES.get(name, name)}."
                 )
 
     def begin(self) -> None:
