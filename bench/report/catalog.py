@@ -38,6 +38,7 @@ GPU = ("gpu/check.csv", "gpu/ops.csv", "gpu/step.csv")
 
 PARTS: tuple[Part, ...] = (
     Table("gpu-status", README, GPU, gpu.status, optional=True),
+    Table("memory-summary", README, ("memory.csv", "gpu/memory.csv"), memories.summary, True),
     Table("step-summary", README, ("step.csv",), steps.summary),
     Table("ops", PERFORMANCE, ("ops.csv",), ops.tables),
     Table("instructions", PERFORMANCE, ("instructions.csv",), instructions.table),

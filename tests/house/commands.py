@@ -14,7 +14,7 @@ from zokernels.lab.runs.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 # What the system or another package has; the names after them are not ours to check.
-FOREIGN = ("cd", "git", "source", "nvidia-smi")
+FOREIGN = ("cd", "git", "source", "nvidia-smi", "tensorboard")
 PLACEHOLDER = re.compile(r"[A-Z]+(\.yaml)?|\$\w+")
 
 

@@ -18,6 +18,7 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipP
 from tiny import SPECIAL, WORDS, models
 
 from zokernels.lab.cli import main
+from zokernels.lab.tasks import get_task
 
 pytestmark = [pytest.mark.hf, pytest.mark.usefixtures("one_thread")]
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,8 +30,11 @@ RUN = ("env", "finetune", "tune", "replay", "verify --list", "sweep")
 
 
 def yaml_block(example):
-    """A sweep file in a page is one that `zokernels sweep` plans."""
+    """A sweep file in a page is one that `zokernels sweep` plans, and a task one that is read."""
     Path("page.yaml").write_text(example.parsed, encoding="utf-8")
+    if re.search(r"^prompt:", example.parsed, re.MULTILINE):
+        assert get_task("page.yaml").fields
+        return
     assert main(["sweep", "page.yaml", "--out", "runs/page", "--dry-run"]) == 0
 
 
@@ -67,11 +71,13 @@ def shortened(words):
         if values["resume"]:
             return words if Path(values["resume"]).exists() else None
         elsewhere = re.fullmatch(r"package:.*|.*\.gguf", values["model"] or "")
-        if values["task"] != "sst2" or values["preset"] or elsewhere:
+        own = values["task"] not in (None, "sst2") or values["data"]
+        if own or values["preset"] or elsewhere:
             return None
         return [*words, "--data", "data", "--device", "cpu", "--steps", "2", "--batch-size", "4"]
     if name == "tune":
-        if values["task"] != "sst2" or values["model"].startswith("package:"):
+        own = values["task"] not in (None, "sst2") or values["data"]
+        if own or values["model"].startswith("package:"):
             return None
         few = ["--forwards", "224", "--by", "none", "--batch-size", "4"]
         return [*words, "--data", "data", "--device", "cpu", *few]
@@ -104,6 +110,7 @@ def folders(tmp_path_factory, places):
             (made[page] / "facebook/opt-125m").symlink_to(places / "opt")
             (made[page] / "data").symlink_to(data)
             (made[page] / "runs").mkdir()
+            (made[page] / "examples").symlink_to(ROOT / "examples")
         return made[page]
 
     return folder

@@ -9,6 +9,36 @@ from zokernels.lab.benchmarks import results
 from zokernels.lab.benchmarks.peaks import GPU, NAMES
 from zokernels.lab.benchmarks.results import Row
 
+# What the README has of the two files: model, optimizers, and where a row stands.
+_SHOWN = ("zo-sgd", "fo-sgd", "fo-adam")
+_SIZES = (("opt-125m", 16, 64), ("opt-1.3b", 8, 2048), ("opt-13b", 16, 512))
+
+
+def summary(rows: Sequence[Row], gpu: Sequence[Row]) -> str:
+    """A step's memory beside that of backpropagation, for the README."""
+    lines = []
+    for model, batch, length in _SIZES:
+        found = {
+            row["optimizer"]: row
+            for row in (*rows, *gpu)
+            if row["model"] == model and _shape(row) == (batch, length) and _is_plain(row)
+        }
+        if not {*_SHOWN} <= {*found}:
+            continue
+        last = found[_SHOWN[0]]
+        how = f"on {last['machine']}" if last["peak_mb"] else "by arithmetic"
+        lines.append([
+            f"{model.upper()}, {last['dtype']}, {batch} × {length:,} tokens, {how}",
+            *(f"{float(found[o]['peak_mb'] or found[o]['theory_mb']) / 1024:.1f}" for o in _SHOWN),
+        ])  # fmt: skip
+    head = ["GiB in a step of all weights", *(NAMES[name] for name in _SHOWN)]
+    return document.table(head, lines, "l" + "r" * len(_SHOWN))
+
+
+def _is_plain(row: Row) -> bool:
+    usual = row["perturb"] in ("", "on_entry") and row["points"] in ("", "2")
+    return usual and row["dist"] in ("", "gaussian")
+
 
 def measured(rows: Sequence[Row]) -> str:
     """What was measured on each machine, in MiB, with its multiple of what arithmetic says."""

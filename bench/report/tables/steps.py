@@ -59,18 +59,22 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n\n".join([caption, _steps(rows), _parts(rows), _peers(rows)])
 
 
+_TITLES = {"gaussian": "the default"}
+
+
 def summary(rows: Sequence[Row]) -> str:
     """The step beside its forwards and the peers', for the README."""
     known = latest(rows)
     lines = []
     for row, modes in compared(rows):
-        mode = "on_entry" if row["dist"] == "rank1" else "paired"
+        # What `opt.step` does without a word of how.
+        mode = "on_entry"
         case = dict(zip(_CASE, _case(row), strict=True))
         step = float(modes[mode]["ratio"])
         task = known.get(tuple({**case, "loss": "candidates"}.values()), {}).get(mode)
         many = known.get(tuple({**case, "queries": "8"}.values()), {}).get(mode)
         lines.append((
-            f'`dist="{row["dist"]}"`, `{mode}`', row["dtype"], f"{step:.2f}",
+            _TITLES.get(row["dist"], f'`dist="{row["dist"]}"`'), row["dtype"], f"{step:.2f}",
             *(f"{float(other['ratio']):.2f}" if other else "–" for other in (many, task)),
             *(f"{float(row[peer]) / step:.1f}" if row[peer] else "–" for peer in _SHOWN),
         ))  # fmt: skip
