@@ -12,7 +12,7 @@ import torch
 
 from zokernels.lab import hub
 from zokernels.lab.errors import InputError
-from zokernels.lab.models import gguf_file, packages
+from zokernels.lab.models import gguf_file, packages, quantised
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 KINDS = {"causal": "a causal LM", "masked": "a masked LM", "encoder": "a sentence encoder"}
@@ -43,13 +43,17 @@ class Loaded:
     notes: list[str]
 
 
-def load(name: str, dtype: str = "float32") -> Loaded:
+def load(
+    name: str, dtype: str = "float32", load_in: str | None = None, device: str = "cpu"
+) -> Loaded:
     """The model called ``name``.
 
     Args:
         name: A folder made by ``save_pretrained``, a file in GGUF form, ``package:NAME/INSIDE``, or
             a name on the hub.
         dtype: One of `DTYPES`.
+        load_in: One of `quantised.KINDS`, for a base that stays frozen.
+        device: Where to load a quantised one, which can't be moved; others are loaded on the CPU.
 
     Raises:
         InputError: If it cannot be had, or is of no kind that can be scored.
@@ -62,8 +66,14 @@ def load(name: str, dtype: str = "float32") -> Loaded:
         raise InputError(
             "Fine-tuning needs transformers, which is not installed: pip install 'zokernels[hf]'."
         ) from None
+    more = {} if load_in is None else quantised.options(load_in, DTYPES[dtype], device)
     path = Path(packages.joined(name)).expanduser()
     if gguf_file.is_meant(path):
+        if more:
+            raise InputError(
+                f"--load-in {load_in}: a file in GGUF form has its own form of few bits, which is "
+                "undone when it is read; name a model's folder or its name on the hub."
+            )
         return _read_file(transformers, path, dtype)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -71,18 +81,18 @@ def load(name: str, dtype: str = "float32") -> Loaded:
                 f"{path} has no config.json, so it is not a model folder; "
                 "pass one made by save_pretrained."
             )
-        return _read(transformers, str(path), DTYPES[dtype], cached=True)
+        return _read(transformers, str(path), DTYPES[dtype], more, cached=True)
     if path.exists() or not _HUB_NAME.fullmatch(name):
         raise InputError(
             f"There is no model folder {name}; pass a folder made by save_pretrained, a file in "
             "GGUF form, or the name of a model on the hub."
         )
     try:
-        return _read(transformers, name, DTYPES[dtype], cached=True)
+        return _read(transformers, name, DTYPES[dtype], more, cached=True)
     except InputError:
         why = hub.unreachable()
         if why is None:
-            return _read(transformers, name, DTYPES[dtype], cached=False)
+            return _read(transformers, name, DTYPES[dtype], more, cached=False)
     raise InputError(
         f"Model '{name}' is neither a folder nor in the local cache of the hub, and the hub was "
         f"not used: {why}."
@@ -105,7 +115,9 @@ def kind_of(architecture: str) -> str:
     )
 
 
-def _read(transformers: Any, name: str, dtype: torch.dtype, *, cached: bool) -> Loaded:
+def _read(
+    transformers: Any, name: str, dtype: torch.dtype, more: dict[str, Any], *, cached: bool
+) -> Loaded:
     options = dict(local_files_only=cached, **_OPTIONS)
     # A damaged folder fails in many ways: OSError, ValueError, the safetensors error, KeyError.
     try:
@@ -113,8 +125,10 @@ def _read(transformers: Any, name: str, dtype: torch.dtype, *, cached: bool) -> 
         kind = kind_of((config.architectures or ["None"])[0])
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
         model, info = getattr(transformers, FACTORIES[kind]).from_pretrained(
-            name, dtype=dtype, output_loading_info=True, **options
+            name, dtype=dtype, output_loading_info=True, **options, **more
         )
+        if more:
+            quantised.settle(model.eval())
     except InputError:
         raise
     except Exception as error:

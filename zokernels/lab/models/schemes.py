@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from zokernels.lab.errors import InputError
-from zokernels.lab.models import families, soft
+from zokernels.lab.models import families, quantised, soft
 from zokernels.lab.models.probe import Probe
 
 # Names of biases and of normalisation layers in every family that transformers holds.
@@ -94,8 +94,8 @@ def apply(
             f"--train-only '{train_only}' matches none of the parameters that the scheme "
             f"'{scheme}' trains; their names look like {names[len(names) // 2]}."
         )
-    count = sum(p.numel() for p in trained)
-    return model, Trained(count, sum(p.numel() for p in model.parameters()))
+    whole = sum(quantised.count(p) for p in model.parameters())
+    return model, Trained(sum(p.numel() for p in trained), whole)
 
 
 def _keep(model: torch.nn.Module, pattern: re.Pattern[str]) -> None:

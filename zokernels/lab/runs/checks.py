@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import fields
 
 from zokernels.lab.errors import InputError
+from zokernels.lab.models import quantised
 from zokernels.lab.runs import optimizers
 from zokernels.lab.runs.optimizers import DERIVATIVES, FIRST_ORDER, HYBRID
 from zokernels.lab.runs.settings import LIMIT, Settings, option
@@ -103,6 +104,16 @@ def _check_together(s: Settings) -> None:
     if s.warmup and s.warmup >= s.steps:
         raise InputError(
             f"--warmup {s.warmup} leaves none of the {s.steps} --steps at the full rate; lower it."
+        )
+    if s.load_in and s.scheme not in quantised.SCHEMES:
+        raise InputError(
+            f"--load-in {s.load_in} quantises what stays frozen, and --scheme {s.scheme} trains "
+            f"it; take one of {', '.join(quantised.SCHEMES)}."
+        )
+    if s.load_in and s.merge:
+        raise InputError(
+            f"--merge writes a whole model, and the base is in {s.load_in}; load the adapter with "
+            "the base as it was, and merge there."
         )
     for name in _LORA_ONLY if s.scheme != "lora" else ():
         if getattr(s, name) != getattr(Settings, name):

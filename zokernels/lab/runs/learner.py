@@ -59,9 +59,9 @@ def load(s: Settings) -> Learner:
     # Tensors that a checkpoint lacks start random, and must start the same on a resume.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(s.seed)
-        loaded = loading.load(s.model, s.dtype)
+        loaded = loading.load(s.model, s.dtype, s.load_in, s.device)
     try:
-        model = loaded.model.to(s.device)
+        model = loaded.model if s.load_in else loaded.model.to(s.device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"--device {s.device} cannot hold the model: {reason}") from None

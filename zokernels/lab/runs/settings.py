@@ -14,7 +14,7 @@ import torch
 from zokernels import noise
 from zokernels.estimators import ESTIMATORS, NORMALIZE
 from zokernels.lab.errors import InputError
-from zokernels.lab.models import packages
+from zokernels.lab.models import packages, quantised
 from zokernels.lab.models.loading import DTYPES
 from zokernels.lab.models.schemes import ADAPTERS, SCHEMES
 from zokernels.lab.runs.limits import Count, CountOrAll, Limit, OneOf, Rate, Scale, Share
@@ -61,6 +61,11 @@ class Settings:
     )
     lora_dropout: float = _model(
         0.0, "Before LoRA, with --optimizer fo-adam or fo-sgd.", Share(with_zero=True)
+    )
+    load_in: str | None = _model(
+        None,
+        "Quantise the frozen base by bitsandbytes: 8bit, or 4bit (nf4).",
+        OneOf((None, *quantised.KINDS)),
     )
     dtype: str = _model(
         "float32", "float32, bfloat16 or float16; or fp32, bf16, fp16.", OneOf(tuple(DTYPES))
