@@ -45,8 +45,7 @@ $(STAMP): $(QUICK)
 	$(BIN)/python -m pip install --quiet -e '.[dev]'
 	touch $@
 
-# Threads that spin while they wait take the cores from those they wait for: beside a busy process
-# small products took seven times as long on two cores.
+# Threads that spin while they wait take the cores from those they wait for, where others are busy.
 quickstart: $(QUICK)  ## Fine-tune a real encoder in minutes; STEPS=100 shortens it
 	GOMP_SPINCOUNT=$${GOMP_SPINCOUNT-2000} $(BIN)/python -m zokernels.lab.cli.quickstart
 
