@@ -22,6 +22,7 @@ from zokernels.lab.cli import (
     verify,
 )  # fmt: skip
 from zokernels.lab.errors import InputError, RunError
+from zokernels.lab.runs.processes import is_first
 
 __all__ = ["app", "main"]
 
@@ -110,5 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(sentence: str, code: int) -> int:
-    print(f"zokernels: {' '.join(sentence.split())}", file=sys.stderr)
+    # Of several processes each would say the same.
+    if is_first():
+        print(f"zokernels: {' '.join(sentence.split())}", file=sys.stderr)
     return code

@@ -14,6 +14,8 @@ from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import checks, folder
+from zokernels.lab.runs.history import Watcher
+from zokernels.lab.runs.processes import is_first
 from zokernels.lab.runs.resume import settings_of
 from zokernels.lab.runs.run import Finetune
 from zokernels.lab.runs.settings import Settings, option
@@ -51,7 +53,7 @@ def command(
 
 
 def _report(metrics: dict[str, Any], path: Path | None) -> int:
-    if path is not None:
+    if path is not None and is_first():
         files.write_answer(path, metrics)
     return 130 if metrics["interrupted"] else 0
 
@@ -77,6 +79,8 @@ def train(settings: Settings, command_line: str = "", resume: bool = False) -> d
     checks.check(settings)
     quiet()
     say_slow_run(settings)
+    if not is_first():
+        return Finetune(settings, Watcher(), command_line, resume).run()
     with ProgressWatcher(settings.steps) as watcher:
         metrics = Finetune(settings, watcher, command_line, resume).run()
         where = f"{settings.out}/{folder.REPORT}"

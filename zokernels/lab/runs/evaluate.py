@@ -53,16 +53,19 @@ def stalled(run: Run) -> bool:
 
 def _measure(run: Run, split: str, examples: list[Example]) -> Mean:
     s, began = run.settings, time.perf_counter()
-    metric = run.task.metric
-    found = accuracy(
+    metric, processes = run.task.metric, run.processes
+    own = processes.share(examples)
+    share = accuracy(
         run.scorer,
-        examples,
+        own,
         # Losses want the logits of every token, as training does.
         batch_size=s.batch_size if metric is LOSS else 64,
-        stop=run.stopped.is_set,
+        # Several stop together, or wait for each other.
+        stop=run.stopped.is_set if processes.ranks == 1 else lambda: False,
         calibrate=s.calibrate,
         retry_oom=s.retry_oom,
-    )
+    ) if own else None  # fmt: skip
+    found = share if processes.ranks == 1 and share else processes.mean(share)
     getattr(run.history, split).append((run.done, found))
     record = {
         "step": run.done,

@@ -37,6 +37,32 @@ def is_empty(path: Path) -> bool:
     return all(p.name == lock.NAME or p.name.startswith(f".{CONFIG}.") for p in path.iterdir())
 
 
+class Elsewhere:
+    """The folder of a run of which another process writes it.
+
+    Args:
+        path: Where.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> Elsewhere:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def begin(self, config: dict[str, Any]) -> None:
+        """Nothing."""
+
+    def resume(self, records: list[dict[str, Any]]) -> None:
+        """Nothing."""
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Nothing."""
+
+
 class RunFolder:
     """A folder that one run fills; a context in which no other process does.
 

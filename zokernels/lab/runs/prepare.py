@@ -1,6 +1,5 @@
 """What a run works with, made by its settings; whatever can be refused is refused here."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,14 +38,8 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     """
     s = run.settings
     checks.check(s)
-    run.trackers = Trackers(s, run.watcher)
+    run.trackers = Trackers(s, run.watcher, run.processes.first)
     hand_over.check(s)
-    processes = int(os.environ.get("WORLD_SIZE", 1)) if "TORCHELASTIC_RUN_ID" in os.environ else 1
-    if processes > 1:
-        raise InputError(
-            f"torchrun started {processes} processes, but finetune runs in one; start it "
-            "without torchrun, or train on several with ZOTrainer or a loop of your own."
-        )
     run.task = s.the_task()
     run.splits = data.load(run.task, s.data, s.eval_data, data.parsed(s.columns))
     if s.shots:
@@ -56,7 +49,7 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     order = batches(run.pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=classes)
     run.learner = learner.load(s)
     run.scorer = scorer(run)
-    run.optimizer = optimizer_of(s, run.learner.model)
+    run.optimizer = optimizer_of(s, run.learner.model, run.processes.parallel)
     kind, trained = KINDS[run.learner.loaded.kind], run.learner.trained
     overview = (
         f"Data: {run.splits.source}, {len(run.pool):,} training {run.examples} and "
@@ -125,8 +118,13 @@ def scorer(run: Run) -> Scorer:
     return made
 
 
-def optimizer_of(s: Settings, model: Any) -> Any:
+def optimizer_of(s: Settings, model: Any, parallel: zk.Distributed | None = None) -> Any:
     """The optimizer that the settings name, over a model.
+
+    Args:
+        s: The settings.
+        model: The model.
+        parallel: How its steps are divided over processes.
 
     Raises:
         InputError: If it, or its backend, can't be had.
@@ -137,4 +135,5 @@ def optimizer_of(s: Settings, model: Any) -> Any:
     if s.backend is not None and not states[s.backend].available:
         raise InputError(f"--backend {s.backend} is not there: {states[s.backend].reason}")
     options = {name: getattr(s, name) for name in _OPTIMIZER_OPTIONS}
-    return optimizers.build(s.optimizer, model, {**options, "max_bad_steps": _MAX_BAD_STEPS})
+    options |= {"max_bad_steps": _MAX_BAD_STEPS, "parallel": parallel}
+    return optimizers.build(s.optimizer, model, options)

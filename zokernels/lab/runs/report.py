@@ -102,6 +102,7 @@ def metrics(run: Run) -> dict[str, Any]:
         "seed": s.seed,
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "processes": run.processes.ranks,
         "machine": processor(),
         "weights_of_step": run.best[1] if run.best else run.done,
     }
@@ -213,7 +214,7 @@ def text(run: Run, m: dict[str, Any]) -> str:
         f"| A step | {clock['total'] * per_step:.1f} ms: {split} |",
         f"| Time | {m['seconds']:.0f} s in all, {m['step_seconds']:.0f} s of it in steps |",
         f"| Seed | {s.seed} (order of the data, directions, adapter) |",
-        f"| Machine | {processor()}, {m['threads']} threads; {known} |",
+        f"| Machine | {processor()}, {_threads(run, m)}; {known} |",
         "",
     ]
     if told := signal.sentences(run.history, s):
@@ -225,6 +226,16 @@ def text(run: Run, m: dict[str, Any]) -> str:
     if run.command:
         lines += ["```", run.command, "```", ""]
     return "\n".join(lines)
+
+
+def _threads(run: Run, m: dict[str, Any]) -> str:
+    shared = run.processes.parallel
+    if shared is None:
+        return f"{m['threads']} threads"
+    return (
+        f"{shared.ranks} processes of {m['threads']} threads ({shared.data} shares of the batch, "
+        f"{shared.query} of the directions; passes are those of one)"
+    )
 
 
 def _reported(run: Run, m: dict[str, Any]) -> str:

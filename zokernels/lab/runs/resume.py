@@ -50,7 +50,9 @@ def begin(run: Run) -> None:
     replayable, about = run.optimizer.replayable, run.settings.plain()
     path = run.out.path / (folder.TRAJECTORY if replayable else folder.CHECKPOINT)
     if not (run.resume and path.exists()):
+        run.processes.wait()
         run.out.begin(about)
+        run.processes.wait()
         if replayable:
             run.optimizer.record(path, about={"settings": about, "pool": run.fingerprint})
         return
@@ -58,6 +60,8 @@ def begin(run: Run) -> None:
         kept = _by_trajectory(run, path) if replayable else _by_checkpoint(run, path)
     except zk.TrajectoryError as error:
         raise InputError(f"--resume {run.out.path}: {error}") from None
+    # The others read what is written anew.
+    run.processes.wait()
     run.out.resume(kept)
     run.watcher.say(f"Resumed after step {run.done}.")
 

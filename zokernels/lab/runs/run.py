@@ -1,13 +1,21 @@
 """One run: load, evaluate, train by forward passes, evaluate, and write down what happened."""
 
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import zokernels as zk
 from zokernels.lab import files
 from zokernels.lab.errors import RunError
-from zokernels.lab.runs import checkpoint, folder, hand_over, out_of_memory, report, resume
+from zokernels.lab.runs import (
+    checkpoint,
+    folder,
+    hand_over,
+    out_of_memory,
+    processes,
+    report,
+    resume,
+)
 from zokernels.lab.runs.evaluate import evaluate
 from zokernels.lab.runs.interrupt import stop_on_interrupt
 from zokernels.lab.runs.prepare import prepare
@@ -30,8 +38,17 @@ class Finetune(Run):
                 the folder could not be written; then the run can be resumed.
         """
         s = self.settings
-        with folder.RunFolder(s.out, s.overwrite, self.resume) as self.out:
-            return self._run(prepare(self))
+        with processes.started(s) as self.processes, ExitStack() as stack:
+            if self.processes.first:
+                held: Any = folder.RunFolder(s.out, s.overwrite, self.resume)
+            else:
+                held = folder.Elsewhere(s.out)
+            self.out = self.processes.together(lambda: stack.enter_context(held))
+            order = self.processes.together(lambda: prepare(self))
+            metrics = self._run(order)
+            # None ends while another still wants something of it.
+            self.processes.wait()
+            return metrics
 
     def _run(self, order: Iterator[list[Example]]) -> dict[str, Any]:
         """What is left once everything is prepared."""
@@ -49,7 +66,7 @@ class Finetune(Run):
                     checkpoint.save(self)
                 self._pick()
                 # Without a step the first evaluation is the last.
-                if not self.stopped.is_set() and self.done > 0:
+                if not self.processes.any(self.stopped.is_set()) and self.done > 0:
                     evaluate(self, whole=True)
                 metrics = self._finish()
         except KeyboardInterrupt:
@@ -78,7 +95,8 @@ class Finetune(Run):
                     self.optimizer.trajectory.close()
         if self.failure:
             raise RunError(f"{self.failure} What was done is in {out}.")
-        if self.settings.push_to_hub and not self.stopped.is_set():
+        pushed = self.settings.push_to_hub and self.processes.first
+        if pushed and not self.stopped.is_set():
             self.watcher.say(f"Uploaded: {hand_over.push(self, metrics)}")
         return metrics
 
@@ -90,6 +108,8 @@ class Finetune(Run):
 
     def _finish(self) -> dict[str, Any]:
         """Writes the weights and the report; returns the metrics."""
+        if not self.processes.first:
+            return report.metrics(self)
         if self.settings.save_weights:
             files.write_folder(self.out.path / folder.WEIGHTS, self.learner.save)
         metrics = report.write(self)

@@ -155,6 +155,10 @@ class Settings:
     points: int | str = _method(
         2, "Points of a forward with --perturb paired: a number, or all.", CountOrAll(2)
     )
+    parallel: str | None = _method(
+        None,
+        "What several processes share: data (the batch), query (the directions), or D,Q of both.",
+    )
     backend: str | None = _method(None, "Kernels to use; see zokernels env.")
 
     out: Path = _run(MISSING, "Run folder; without it runs/TASK-TIME.")

@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 
-from zokernels.lab.runs.folder import RunFolder
+from zokernels.lab.runs.folder import Elsewhere, RunFolder
 from zokernels.lab.runs.history import History, Watcher
 from zokernels.lab.runs.learner import Learner
+from zokernels.lab.runs.processes import Processes
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.runs.trackers import Trackers
 from zokernels.lab.scoring import Scorer
@@ -47,6 +48,7 @@ class Run:
         optimizer: Of the learner's parameters.
         out: The run folder.
         trackers: Who is told the run's numbers besides.
+        processes: Those of which this is one.
     """
 
     settings: Settings
@@ -65,8 +67,9 @@ class Run:
     learner: Learner = field(init=False)
     scorer: Scorer = field(init=False)
     optimizer: Any = field(init=False)
-    out: RunFolder = field(init=False)
+    out: RunFolder | Elsewhere = field(init=False)
     trackers: Trackers = field(init=False)
+    processes: Processes = field(default_factory=Processes)
 
     def record(self, line: dict[str, Any]) -> None:
         """Writes a line of the run's log, and tells the trackers."""

@@ -24,18 +24,21 @@ class Trackers:
     Args:
         settings: Of the run.
         watcher: Is told if one of them fails, which does not end the run.
+        first: Whether this process is the one that reports.
 
     Raises:
         InputError: If one is unknown or not installed.
     """
 
-    def __init__(self, settings: Settings, watcher: Watcher) -> None:
+    def __init__(self, settings: Settings, watcher: Watcher, first: bool = True) -> None:
         self.settings = settings
         self.watcher = watcher
         self.names = [n.strip() for n in (settings.report_to or "").split(",") if n.strip()]
         self._accelerator: Any = None
         if self.names:
             self._check()
+        if not first:
+            self.names = []
 
     def _check(self) -> None:
         try:

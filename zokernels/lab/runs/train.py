@@ -33,7 +33,8 @@ def train(run: Run, order: Iterator[list[Example]]) -> None:
         falling = zk.EpsSchedule(optimizer, LambdaLR, lr_lambda=lambda n: s.eps_factor(n + before))
         schedules.append(falling)
     for step, batch in enumerate(islice(order, before, s.steps), before + 1):
-        if run.stopped.is_set():
+        if run.processes.any(run.stopped.is_set()):
+            run.stopped.set()
             return
         if evaluate.stalled(run):
             run.watcher.say(
@@ -43,7 +44,7 @@ def train(run: Run, order: Iterator[list[Example]]) -> None:
         lr = float(schedules[0].get_last_lr()[0])
         try:
             loss, halved = out_of_memory.take_step(
-                optimizer, run.scorer, batch, s.retry_oom, run.history.count
+                optimizer, run.scorer, run.processes.batch(batch), s.retry_oom, run.history.count
             )
         except (InputError, zk.TrajectoryError):
             raise
