@@ -65,7 +65,7 @@ def _measure(run: Run, split: str, examples: list[Example]) -> Mean:
         calibrate=s.calibrate,
         retry_oom=s.retry_oom,
     ) if own else None  # fmt: skip
-    found = share if processes.ranks == 1 and share else processes.mean(share)
+    found = processes.mean(share)
     getattr(run.history, split).append((run.done, found))
     record = {
         "step": run.done,

@@ -47,7 +47,7 @@ def prepare(run: Run) -> Iterator[list[Example]]:
     run.pool = data.by_words(run.splits.train, s.min_words, s.max_words)
     classes = len(run.task.words) or 2
     order = batches(run.pool, s.batch_size, seed=s.seed, balanced=s.balanced, classes=classes)
-    run.learner = learner.load(s)
+    run.learner = learner.load(s, run.processes.shard)
     run.scorer = scorer(run)
     run.optimizer = optimizer_of(s, run.learner.model, run.processes.parallel)
     kind, trained = KINDS[run.learner.loaded.kind], run.learner.trained

@@ -42,10 +42,12 @@ class Processes:
         parallel: How a step is divided; None for one process.
         ranks: How many there are.
         rank: Which this is.
+        shard: Whether each holds a part of the weights, so that all run every forward together.
     """
 
-    def __init__(self, parallel: zk.Distributed | None = None) -> None:
+    def __init__(self, parallel: zk.Distributed | None = None, shard: bool = False) -> None:
         self.parallel = parallel
+        self.shard = shard
         self.ranks = parallel.ranks if parallel else 1
         self.rank = parallel.rank if parallel else 0
 
@@ -62,10 +64,12 @@ class Processes:
 
     def share(self, examples: Sequence[T]) -> Sequence[T]:
         """This process's share of what is evaluated."""
-        return examples[self.rank :: self.ranks]
+        return examples if self.shard else examples[self.rank :: self.ranks]
 
     def mean(self, own: Mean | None) -> Mean:
         """The mean over all shares, in every process the same number."""
+        if own is not None and (self.shard or self.ranks == 1):
+            return own
         found = [m for m in self._gathered(own) if m is not None]
         count = sum(m.examples for m in found)
         squares = sum((m.value if m.squares is None else m.squares) * m.examples for m in found)
@@ -119,6 +123,11 @@ def started(s: Settings) -> Iterator[Processes]:
     """
     ranks = launched()
     if ranks == 1:
+        if s.shard:
+            raise InputError(
+                "--shard cuts the weights over processes, and there is one; start several with "
+                "torchrun -m zokernels finetune, or leave it out."
+            )
         if s.parallel not in (None, "data", "1,1"):
             raise InputError(
                 f"--parallel {s.parallel} divides a step over processes, and there is one; start "
@@ -135,7 +144,7 @@ def started(s: Settings) -> Iterator[Processes]:
     if own:
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
-        yield Processes(_divided(s, ranks))
+        yield Processes(_divided(s, ranks), s.shard)
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()
@@ -152,6 +161,11 @@ def _divided(s: Settings, ranks: int) -> zk.Distributed:
     data, query = (
         (int(n) for n in pair.groups()) if pair else ((ranks, 1) if how == "data" else (1, ranks))
     )
+    if s.shard and query > 1:
+        raise InputError(
+            "--shard: processes that hold parts of one weight run the same directions; leave out "
+            f"--parallel {how}."
+        )
     if data * query != ranks:
         raise InputError(
             f"--parallel {how} makes {data * query} processes, and {ranks} were started; make them "
@@ -170,6 +184,9 @@ def _divided(s: Settings, ranks: int) -> zk.Distributed:
 
 
 def _check(s: Settings) -> None:
+    if s.shard and (s.scheme == "probe" or s.load_in or s.merge):
+        what = "--merge" if s.merge else f"--load-in {s.load_in}" if s.load_in else "--scheme probe"
+        raise InputError(f"--shard and {what} do not go together; leave one out.")
     plain = key(s.optimizer)
     if plain in FIRST_ORDER or plain == HYBRID:
         raise InputError(

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from functools import partial
 from typing import Any
 
 import zokernels as zk
 from zokernels.lab import files
 from zokernels.lab.errors import RunError
+from zokernels.lab.models import sharding
 from zokernels.lab.runs import (
     checkpoint,
     folder,
@@ -108,10 +110,14 @@ class Finetune(Run):
 
     def _finish(self) -> dict[str, Any]:
         """Writes the weights and the report; returns the metrics."""
+        save = self.settings.save_weights
+        cut = save and self.processes.shard
+        weights = sharding.whole(self.learner.model) if cut else None
         if not self.processes.first:
             return report.metrics(self)
-        if self.settings.save_weights:
-            files.write_folder(self.out.path / folder.WEIGHTS, self.learner.save)
+        if save:
+            keep = partial(self.learner.save, weights=weights)
+            files.write_folder(self.out.path / folder.WEIGHTS, keep)
         metrics = report.write(self)
         if self.settings.save_weights:
             hand_over.save(self, metrics)

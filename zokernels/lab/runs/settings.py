@@ -159,6 +159,7 @@ class Settings:
         None,
         "What several processes share: data (the batch), query (the directions), or D,Q of both.",
     )
+    shard: bool = _method(False, "Cut the weights over several processes (FSDP2).")
     backend: str | None = _method(None, "Kernels to use; see zokernels env.")
 
     out: Path = _run(MISSING, "Run folder; without it runs/TASK-TIME.")
