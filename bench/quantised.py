@@ -1,7 +1,8 @@
 """Bytes of a frozen base in few bits: ``python -m bench.quantised``, half a minute.
 
-By arithmetic for the models of the presets, and of OPT-125M beside what its tensors hold, quantised
-by bitsandbytes. Writes bench/results/quantised.csv; `make report` makes the table of docs/memory.md.
+By arithmetic for the models of the presets, and of OPT-125M beside what its tensors hold once
+bitsandbytes made them. Writes bench/results/quantised.csv; `make report` makes the table of
+docs/memory.md.
 """
 
 from __future__ import annotations
