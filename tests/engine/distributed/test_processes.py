@@ -80,19 +80,6 @@ def test_torchrun_without_a_process_group_is_noticed(monkeypatch):
         ranks.make(ranks.network(), parallel="data")
 
 
-@pytest.mark.hf
-def test_finetune_under_torchrun_is_refused_before_anything_is_written(
-    tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a run")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    from zokernels.lab.cli import main
-
-    assert main(["finetune", "--model", "x", "--out", str(tmp_path / "run")]) == 2
-    assert "torchrun started 2 processes" in capsys.readouterr().err
-    assert not any(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize(
     "options, message",
     [

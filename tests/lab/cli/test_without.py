@@ -13,7 +13,8 @@ from zokernels.lab.cli import main, slow
 # `zokernels.backends` is the function.
 backends = sys.modules["zokernels.backends"]
 
-WHY = "there is no C++ compiler ('c++' was not found)"
+# As setup.py leaves it.
+WHY = "there is no C++ compiler ('c++' was not found). Install a C++ compiler and reinstall."
 
 
 @pytest.fixture
@@ -50,7 +51,7 @@ def test_a_run_in_plain_pytorch_says_so_once_and_why(no_compiler, run, capfd):
     assert main(["finetune", *run]) == 0
     count, words = said(capfd.readouterr())
     assert count == 1
-    assert WHY in words and "Install a C++ compiler and reinstall." in words
+    assert WHY in words
     assert "UserWarning" not in words
 
 
