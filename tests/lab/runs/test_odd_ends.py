@@ -60,7 +60,7 @@ def test_a_second_ctrl_c_says_what_is_kept(places, tmp_path, monkeypatch, capsys
 def test_a_ctrl_c_before_the_run_says_that_nothing_is_kept(places, tmp_path, monkeypatch, capsys):
     from zokernels.lab.runs import learner
 
-    def load(settings):
+    def load(*_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(learner, "load", load)
