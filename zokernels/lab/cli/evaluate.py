@@ -39,14 +39,14 @@ def command(
 ) -> None:
     """Measure a saved run, a model or an adapter, on its dev split or on the rows of --data."""
     files.check_json(json)
-    s, console = _settings(context, settings, saved_as), Console()
+    s, sayer = _settings(context, settings, saved_as), Sayer(Console())
     quiet()
     task = s.the_task()
     named = settings["data"] if options.is_given(context, "data") else None
     # Of a file all is meant, and of a folder what it has to report on.
     whole = named is not None and not Path(named).is_dir() and s.eval_data is None
     rows = data.rows_of(task, named, data.parsed(s.columns)) if named and whole else None
-    run = saved.opened(s, rows, Sayer(console))
+    run = saved.opened(s, rows, sayer)
     examples = data.part(run.splits.dev, s.eval_examples)
     if not examples:
         raise InputError("--eval-examples 0 leaves nothing to measure; raise it.")
@@ -55,11 +55,10 @@ def command(
         run.scorer, examples, s.batch_size, calibrate=s.calibrate, retry_oom=s.retry_oom
     )
     metric, source = run.task.metric, named if rows is not None else run.splits.source
-    console.print(
+    sayer.say(
         f"{metric.name} {metric.text(found.value, found.error)} ({found.examples:,} examples of "
-        f"{source}, {time.perf_counter() - began:.1f} s)",
-        highlight=False, markup=False, soft_wrap=True,
-    )  # fmt: skip
+        f"{source}, {time.perf_counter() - began:.1f} s)"
+    )
     if json is not None:
         files.write_answer(
             json,

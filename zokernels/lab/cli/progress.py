@@ -29,7 +29,7 @@ class Sayer(Watcher):
         self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
 
-class ProgressWatcher(Watcher):
+class ProgressWatcher(Sayer):
     """Draws a run on the terminal; outside one, prints a line each tenth of the run.
 
     Args:
@@ -38,7 +38,7 @@ class ProgressWatcher(Watcher):
     """
 
     def __init__(self, steps: int, console: Console | None = None) -> None:
-        self.console = console or Console()
+        super().__init__(console or Console())
         self.steps = steps
         self._loss = self._weight = self._total = self._outside = 0.0
         self._began: float | None = None
@@ -66,10 +66,6 @@ class ProgressWatcher(Watcher):
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
-
-    def say(self, sentence: str) -> None:
-        """Prints above the bar."""
-        self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def probing(self, done: int, total: int) -> None:
         """Moves the bar of the probe, which is that of the training until there is any."""

@@ -76,13 +76,14 @@ def command(
     quiet()
     say_slow_run(asked)
     console = Console()
-    run = Run(asked, Sayer(console))
+    sayer = Sayer(console)
+    run = Run(asked, sayer)
     prepare(run)
     found = _probe(run, forwards, None if by == "none" else by, console)
     _show(found, console)
     if found.parts:
         _show_parts(found, console)
-    _say(console, verdict(found, asked.steps))
+    sayer.say(verdict(found, asked.steps))
     if json is not None:
         left_out = (*_NOT_HERE, "auto_lr", "tuned")
         own = {k: v for k, v in asked.plain().items() if k not in left_out}
@@ -164,7 +165,3 @@ def verdict(found: zk.Probe, steps: int) -> str:
         f"{found.largest_rate.value:.2g}; over a run their noise adds up, so that less is best. A "
         f"step then lowers the loss, {found.loss.value:.3g} now, by {first}{more} ({took})."
     )
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

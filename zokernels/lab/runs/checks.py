@@ -115,9 +115,8 @@ def _check_together(s: Settings) -> None:
             f"--merge writes a whole model, and the base is in {s.load_in}; load the adapter with "
             "the base as it was, and merge there."
         )
-    for name in _LORA_ONLY if s.scheme != "lora" else ():
-        if getattr(s, name) != getattr(Settings, name):
-            raise InputError(f"{option(name)} is for --scheme lora; got --scheme {s.scheme}.")
+    for name in _given(s, _LORA_ONLY) if s.scheme != "lora" else ():
+        raise InputError(f"{option(name)} is for --scheme lora; got --scheme {s.scheme}.")
 
 
 def _check_optimizer(s: Settings) -> None:

@@ -45,10 +45,7 @@ def stalled(run: Run) -> bool:
     patience, found = run.settings.patience, [point.value for _, point in run.history.valid]
     if patience is None or len(found) <= patience:
         return False
-    better, best = run.task.metric.better, found[0]
-    for value in found[1:-patience]:
-        best = value if better(value, best) else best
-    return not any(better(value, best) for value in found[-patience:])
+    return run.task.metric.best(found) < len(found) - patience
 
 
 def _measure(run: Run, split: str, examples: list[Example]) -> Mean:

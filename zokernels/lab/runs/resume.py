@@ -133,11 +133,8 @@ def _rewind(run: Run, records: list[dict[str, Any]], step: int) -> list[dict[str
 
 def _replay_best(run: Run, path: Path) -> None:
     """The weights of the step that was the best on valid, from a replay until there."""
-    # Of equals the first, as in the run.
-    step, found = run.history.valid[0]
-    for later, value in run.history.valid[1:]:
-        if run.task.metric.better(value.value, found.value):
-            step, found = later, value
+    values = [found.value for _, found in run.history.valid]
+    step, found = run.history.valid[run.task.metric.best(values)]
     base = run.learner.copy()
     zk.replay(run.learner.model, path, until=step)
     run.best = (found.value, step, run.learner.copy())

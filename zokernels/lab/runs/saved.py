@@ -9,7 +9,7 @@ from typing import Any
 import zokernels as zk
 from zokernels.lab import files
 from zokernels.lab.errors import InputError
-from zokernels.lab.models import loading, probe, schemes, soft
+from zokernels.lab.models import probe, schemes, soft
 from zokernels.lab.runs import folder, learner, prepare
 from zokernels.lab.runs.history import Watcher
 from zokernels.lab.runs.learner import Learner
@@ -114,8 +114,3 @@ def _replayed(s: Settings, run: Path) -> Learner:
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
     return made
-
-
-def kind(run: Run) -> str:
-    """How the model is scored, in words."""
-    return loading.KINDS[run.learner.loaded.kind]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -24,6 +25,13 @@ class Metric:
     def better(self, one: float, other: float) -> bool:
         """Whether the first of two values is better than the second."""
         return one > other if self.share else one < other
+
+    def best(self, values: Sequence[float]) -> int:
+        """The place of the best of some values, of equals the first."""
+        place = 0
+        for i, value in enumerate(values):
+            place = i if self.better(value, values[place]) else place
+        return place
 
     def text(self, value: float, error: float | None = None) -> str:
         """A value, and its standard error if there is one, for reading."""
