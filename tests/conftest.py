@@ -54,6 +54,18 @@ needs_native = pytest.mark.skipif(
 )
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_gpu(request):
+    """Outside tests/gpu no test sees a GPU: what it finds depends on no machine."""
+    if request.path.parent.name == "gpu":
+        yield
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setenv("CUDA_VISIBLE_DEVICES", "")  # for processes that a test starts
+        yield
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """For a module: matrices this small only wait for a second thread, and sums depend on it."""

@@ -16,7 +16,9 @@ from bench.gpu import deadline
 from bench.gpu.part import CHECKED, Job, Part
 from zokernels.lab.benchmarks import machine, results
 
-FILES = ("test_passes.py", "test_steps.py", "test_graphs.py", "test_variants.py")
+FILES = tuple(
+    f"test_{name}.py" for name in ("passes", "steps", "graphs", "runs", "placed", "variants")
+)
 # A test that hangs is ended, with its process; one that is begun last may take some seconds.
 HANGS, LAST = 90, 12
 # Lines of failures in the summary; check.log has all.

@@ -265,13 +265,3 @@ def test_indices_end_before_2_to_the_63(kind):
 def test_shares_out_of_range_are_named(keep):
     with pytest.raises(ValueError, match=rf"^keep is {keep}, but .*\.$"):
         noise.mask(8, keep, seed=1)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("kind", DRAWS)
-def test_device_changes_nothing(kind):
-    where = {"seed": 2**63 + 5, "stream": 2**32 - 1, "offset": 8 * 2**32 - 5001}
-    on_device = DRAWS[kind](100_003, device="cuda", **where)
-    assert on_device.device.type == "cuda"
-    assert torch.equal(on_device.cpu(), DRAWS[kind](100_003, **where))

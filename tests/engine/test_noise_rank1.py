@@ -153,12 +153,3 @@ def test_there_are_no_elements_from_2_to_the_63_on():
         noise.rank1((2**32, 2**31), seed=1)
     with pytest.raises(ValueError, match=rf"^offset \+ numel is {2**63}, but .*\.$"):
         noise.signs_of_rank1(9, 3, seed=1, stream=0, offset=2**63 - 9, device="cpu")
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("shape", [(300, 1001), (7, 5, 3, 3), (1000,)], ids=str)
-def test_device_changes_nothing(shape):
-    on_device = noise.rank1(shape, device="cuda", **WHERE)
-    assert on_device.device.type == "cuda"
-    assert torch.equal(on_device.cpu(), noise.rank1(shape, **WHERE))

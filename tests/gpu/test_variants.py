@@ -3,6 +3,8 @@
 The longest of the checks, each case a kernel of its own to compile; so it comes last.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from conftest import varied
@@ -11,6 +13,7 @@ from test_ops import DTYPES, mask_of, unaligned
 from test_update import RULES, flat, states_of
 
 import zokernels as zk
+from zokernels import noise
 
 pytestmark = marks
 
@@ -18,6 +21,15 @@ pytestmark = marks
 SIZES = [9, 103] if DRY else [0, 1, 7, 8, 9, 127, 1003, 4099, 100_003]
 WHOLE = 8192 + 77 if DRY else 100_003
 MASKS, ROUNDINGS = ["none", "random", "magnitude", "bits"], ["nearest", "stochastic"]
+FAR = 8 * 2**32 - 5001
+DRAWS = {
+    "gaussian": partial(noise.gaussian, 100_003, offset=FAR),
+    "rademacher": partial(noise.rademacher, 100_003, offset=FAR),
+    "mask": partial(noise.mask, 100_003, 0.3, offset=FAR),
+    "rank1": partial(noise.rank1, (300, 1001)),
+    "rank1 of a convolution": partial(noise.rank1, (7, 5, 3, 3)),
+    "rank1 of a vector": partial(noise.rank1, (1000,)),
+}
 OFFSETS = [0, 3, 8, 2**35 - 4, 129, 1, 2**40 + 5, 2**35 - 2000, 2**32 - 50_000]
 COLUMNS = [8, 100, 3, 2**33, 0, 1, 128, 300, 768]
 
@@ -32,6 +44,14 @@ def mask_on(kind, tensors, device):
     if isinstance(made, zk.masks.Bits):
         made.packed = [p.to(device) for p in made.packed]
     return made
+
+
+@pytest.mark.parametrize("draw", DRAWS)
+def test_raw_noise(draw):
+    where = dict(seed=2**63 + 5, stream=2**32 - 1)
+    there = DRAWS[draw](**where, device=DEVICE)
+    assert there.device.type == DEVICE
+    assert_same([DRAWS[draw](**where)], [there])
 
 
 def numbers(each_step, rounding, dist):

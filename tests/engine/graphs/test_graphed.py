@@ -337,7 +337,6 @@ def test_a_rule_of_ones_own_is_refused():
         zk.GraphedStep(Mine(model := Model()), loss_fn(model), batches(1)[0], capture=False)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="is about weights on a CPU")
 def test_a_graph_needs_cuda():
     (_, _), (model, opt) = pair()
     with pytest.raises(ValueError, match="on cpu, but a graph is captured on CUDA.*capture=False"):

@@ -81,7 +81,6 @@ def test_replay_and_benchmarks_say_it_too(no_compiler, run, tmp_path, capfd):
 
 def test_env_does_not_send_tensors_to_a_backend_that_is_not_there(no_compiler, monkeypatch):
     monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
-    monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(backends, "_triton", lambda: type("module", (), {"INTERPRETED": False}))
     reason = zk.backends()["triton"].reason
     assert "CPU tensors take the reference, since the native backend is missing." in reason
@@ -89,7 +88,6 @@ def test_env_does_not_send_tensors_to_a_backend_that_is_not_there(no_compiler, m
 
 def test_env_says_which_backend_cpu_tensors_take(monkeypatch):
     monkeypatch.setattr(backends, "_why_no_triton", lambda: None)
-    monkeypatch.setattr(backends.torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(backends, "_triton", lambda: type("module", (), {"INTERPRETED": False}))
     monkeypatch.setattr(native, "why_missing", lambda: None)
     assert "CPU tensors take the native backend." in zk.backends()["triton"].reason
