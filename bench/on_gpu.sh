@@ -11,8 +11,9 @@
 #   part    seconds  what, and how the time is made up
 #   build        20  the native library, if it is not there: a dozen C++ files on all cores
 #   check       150  every Triton kernel against the CPU, bit for bit; steps in every mode, graphs,
-#                    replay: some 700 cases, a kernel to compile in most, 1 to 2 s each: 800 to
-#                    1,300 s on 16 cores are 50 to 80 s, and 30 s to start 16 processes
+#                    replay, the command line's runs: some 460 cases, kernels to compile in most, 1
+#                    to 2 s each: 460 to 920 s on 16 cores are 30 to 60 s, and 30 s to start 16
+#                    processes
 #   ops         100  each pass at 1e9 weights beside a copy of the same bytes, shapes of groups, and
 #                    MeZO's expressions: 25 s to compile ours, 30 s MeZO's, 30 s timing, 15 s start
 #   step        150  OPT-1.3B and OPT-13B in bfloat16, 16 x 64 and 16 x 512 tokens, every mode,

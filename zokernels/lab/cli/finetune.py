@@ -78,9 +78,9 @@ def train(settings: Settings, command_line: str = "", resume: bool = False) -> d
 
     checks.check(settings)
     quiet()
-    say_slow_run(settings)
     if not is_first():
         return Finetune(settings, Watcher(), command_line, resume).run()
+    say_slow_run(settings)
     with ProgressWatcher(settings.steps) as watcher:
         metrics = Finetune(settings, watcher, command_line, resume).run()
         where = f"{settings.out}/{folder.REPORT}"
