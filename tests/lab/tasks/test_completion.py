@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from own import examples, write
 
 from zokernels.lab.cli import main
 from zokernels.lab.errors import InputError
@@ -14,15 +15,6 @@ from zokernels.lab.scoring import CausalScorer
 from zokernels.lab.tasks import COMPLETION, chat, rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def examples(task, *given):
-    return [e for i, row in enumerate(given) for e in task.read(row, f"row {i}")]
 
 
 def test_pairs_and_conversations_are_read_as_trl_takes_them():

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from own import described, write
 
 from zokernels.lab.errors import InputError
 from zokernels.lab.tasks import data, get_task, rows
@@ -14,15 +15,6 @@ REVIEWS = """
 prompt: "{sentence} It was"
 words: [terrible, great]
 """
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def described(tmp_path, text, name="own.yaml"):
-    return get_task(str(write(tmp_path / name, text)))
 
 
 CSV = '\ufeffid,review,stars\n1,"A film,\nin two ""lines""",1\n2,Dull,0\n'

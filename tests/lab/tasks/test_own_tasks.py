@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from own import described, examples, write
 
 from zokernels.lab.cli import main
 from zokernels.lab.errors import InputError
@@ -22,19 +23,6 @@ plain_cloze: "{sentence} {mask}"
 label_text: "It was {word}."
 words: [terrible, great]
 """
-
-
-def write(path, text):
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def described(tmp_path, text, name="own.yaml"):
-    return get_task(str(write(tmp_path / name, text)))
-
-
-def examples(task, *given):
-    return [e for i, row in enumerate(given) for e in task.read(row, f"row {i}")]
 
 
 def test_sst2_described_is_sst2(tmp_path):
