@@ -19,6 +19,7 @@ pytest.importorskip("xdist", reason="needs pytest-xdist: pip install '.[dev]'")
 from bench.gpu import check, deadline, memory, ops, step
 from bench.gpu.part import Part
 from bench.report.__main__ import main as report
+from zokernels.backends import why_not_interpreted
 from zokernels.lab.benchmarks import memory as memories
 from zokernels.lab.benchmarks import ops as passes
 from zokernels.lab.benchmarks import results
@@ -52,6 +53,8 @@ def rows_of(path):
 @pytest.fixture(scope="module")
 def dry(tmp_path_factory):
     """All parts, tried out once for all tests."""
+    if reason := why_not_interpreted():
+        pytest.skip(reason)
     out = tmp_path_factory.mktemp("gpu")
     done = run("all", "--dry", "--out", out)
     assert done.returncode == 0, done.stdout[-6000:] + (out / "errors.log").read_text()[-3000:]

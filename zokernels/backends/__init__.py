@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -17,6 +17,8 @@ NAMES = ("reference", "native", "triton")
 
 # Older ones flush subnormals in division and square root.
 _OLDEST_TRITON = (3, 6)
+# Older ones' interpreter takes an array of one number for that number, which this NumPy refuses.
+_INTERPRETER, _NUMPY = (3, 7), (2, 5)
 
 
 @dataclass(frozen=True)
@@ -141,14 +143,30 @@ def _why_no_triton() -> str | None:
         import triton
     except ImportError as error:
         return f"the triton backend is missing: {error}; pip install triton (Linux)."
-    version = tuple(int(x) for x in triton.__version__.split("+")[0].split(".")[:2])
-    if version < _OLDEST_TRITON:
+    if _version(triton) < _OLDEST_TRITON:
         wanted = ".".join(map(str, _OLDEST_TRITON))
         return (
             f"the triton backend needs triton {wanted} or newer, and {triton.__version__} is "
             "installed, whose division flushes subnormals; pip install -U triton."
         )
-    return None
+    return why_not_interpreted() if _triton().INTERPRETED else None
+
+
+def why_not_interpreted() -> str | None:
+    """None if triton, which must be there, can interpret kernels, else one sentence."""
+    import numpy
+    import triton
+
+    if _version(triton) >= _INTERPRETER or _version(numpy) < _NUMPY:
+        return None
+    return (
+        f"triton {triton.__version__} can't interpret kernels beside numpy {numpy.__version__}; "
+        "pip install 'numpy<2.5', or triton 3.7 or newer."
+    )
+
+
+def _version(module: Any) -> tuple[int, ...]:
+    return tuple(int(x) for x in module.__version__.split("+")[0].split(".")[:2])
 
 
 def _why_no_device() -> str | None:
@@ -161,8 +179,10 @@ def _why_no_device() -> str | None:
 
 
 def _what_triton_is() -> str:
+    import triton
+
     where = "for CPU tensors, in its interpreter" if _triton().INTERPRETED else "for CUDA tensors"
-    return f"Triton {importlib.metadata.version('triton')} kernels {where}."
+    return f"Triton {triton.__version__} kernels {where}."
 
 
 def _triton() -> ModuleType:

@@ -13,7 +13,7 @@ import torch
 
 import zokernels as zk
 from zokernels import backends as backends_function
-from zokernels.backends import select
+from zokernels.backends import select, why_not_interpreted
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
@@ -23,6 +23,8 @@ triton = pytest.importorskip("triton", reason="needs triton: pip install triton 
 
 
 def run_interpreted(*options: str) -> str:
+    if reason := why_not_interpreted():
+        pytest.skip(reason)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
     # Each test on one core, so that two processes halve the time.
     command += ["-n", "2"] if importlib.util.find_spec("xdist") else []
@@ -191,6 +193,16 @@ def test_an_old_triton_is_refused(monkeypatch):
     finally:
         monkeypatch.undo()
         _why_no_triton.cache_clear()
+
+
+def test_an_interpreter_that_a_newer_numpy_breaks_is_refused():
+    versions = "import triton, numpy; triton.__version__, numpy.__version__ = '3.6.0+x', '2.5.1'\n"
+    ask = "import zokernels as zk; print(zk.backends()['triton'].reason)"
+    done = subprocess.run(
+        [sys.executable, "-c", versions + ask], env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert "triton 3.6.0+x can't interpret kernels beside numpy 2.5.1; pip install" in done.stdout
 
 
 def test_importing_zokernels_imports_no_triton():

@@ -12,7 +12,7 @@ from conftest import needs_native
 from tiny import environment
 
 import zokernels as zk
-from zokernels.backends import native, reference
+from zokernels.backends import native, reference, why_not_interpreted
 from zokernels.lab import verification
 from zokernels.lab.cli import main
 from zokernels.lab.verification import exact, passes, training
@@ -227,6 +227,8 @@ def test_list_prints_ids_and_runs_nothing(capsys, monkeypatch):
 
 def test_triton_is_verified_where_its_interpreter_is_asked_for():
     pytest.importorskip("triton", reason="needs triton: pip install triton (Linux)")
+    if reason := why_not_interpreted():
+        pytest.skip(reason)
     only = "passes/triton.interpreted/add_noise/*"
     done = subprocess.run(
         [sys.executable, "-m", "zokernels.lab.cli", "verify", "--list", "--only", only],
