@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import environment
 
+from zokernels.lab.errors import InputError
 from zokernels.lab.models import loading
 from zokernels.lab.runs.history import Mean
 from zokernels.lab.runs.run import Finetune
@@ -173,10 +174,18 @@ def test_one_refusal_is_enough(places, tmp_path):
 
 
 def test_several_processes_are_asked_for_by_their_number(places, tmp_path):
-    from zokernels.lab.errors import InputError
-
     with pytest.raises(InputError, match="--parallel query divides a step over processes"):
         alone(places, tmp_path / "run", parallel="query")
+
+
+def test_each_process_takes_a_gpu_of_its_own(places, tmp_path, monkeypatch):
+    started = {"RANK": "0", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(InputError, match="2 were started on a machine that has 1.*--device cpu"):
+        alone(places, tmp_path / "run", device="cuda")
+    assert not (tmp_path / "run").exists()
 
 
 def test_means_of_shares_are_the_mean(monkeypatch):

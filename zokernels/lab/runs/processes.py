@@ -138,7 +138,7 @@ def started(s: Settings) -> Iterator[Processes]:
     _check(s)
     on_gpu = s.device.startswith("cuda")
     if on_gpu:
-        s.device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        s.device = _own_gpu()
         torch.cuda.set_device(s.device)
     own = not dist.is_initialized()
     if own:
@@ -148,6 +148,17 @@ def started(s: Settings) -> Iterator[Processes]:
     finally:
         if own and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _own_gpu() -> str:
+    rank = int(os.environ.get("LOCAL_RANK", 0))
+    here, there = int(os.environ.get("LOCAL_WORLD_SIZE", rank + 1)), torch.cuda.device_count()
+    if here > there:
+        raise InputError(
+            f"Each process takes a GPU of its own; {here} were started on a machine that has "
+            f"{there}. Start as many as it has, or give --device cpu."
+        )
+    return f"cuda:{rank}"
 
 
 def _divided(s: Settings, ranks: int) -> zk.Distributed:
