@@ -18,7 +18,7 @@ NAMES = ("reference", "native", "triton")
 # Older ones flush subnormals in division and square root.
 _OLDEST_TRITON = (3, 6)
 # Older ones' interpreter takes an array of one number for that number, which this NumPy refuses.
-_INTERPRETER, _NUMPY = (3, 7), (2, 5)
+_INTERPRETER, _NUMPY = (3, 7), (2, 4)
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def why_not_interpreted() -> str | None:
         return None
     return (
         f"triton {triton.__version__} can't interpret kernels beside numpy {numpy.__version__}; "
-        "pip install 'numpy<2.5', or triton 3.7 or newer."
+        "pip install 'numpy<2.4', or triton 3.7 or newer."
     )
 
 

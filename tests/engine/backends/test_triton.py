@@ -196,13 +196,13 @@ def test_an_old_triton_is_refused(monkeypatch):
 
 
 def test_an_interpreter_that_a_newer_numpy_breaks_is_refused():
-    versions = "import triton, numpy; triton.__version__, numpy.__version__ = '3.6.0+x', '2.5.1'\n"
+    versions = "import triton, numpy; triton.__version__, numpy.__version__ = '3.6.0+x', '2.4.0'\n"
     ask = "import zokernels as zk; print(zk.backends()['triton'].reason)"
     done = subprocess.run(
         [sys.executable, "-c", versions + ask], env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
-    assert "triton 3.6.0+x can't interpret kernels beside numpy 2.5.1; pip install" in done.stdout
+    assert "triton 3.6.0+x can't interpret kernels beside numpy 2.4.0; pip install" in done.stdout
 
 
 def test_importing_zokernels_imports_no_triton():
