@@ -28,7 +28,8 @@
 # `make report`. Where the checkout has no history, or an older one, COMMIT=abc1234 in the environment
 # goes into the rows.
 #
-# --dry runs the same code on the CPU, on tiny sizes and with interpreted kernels: two minutes.
+# --dry runs the same code on the CPU, on tiny sizes and with interpreted kernels: three minutes on
+# two cores; a part has twice its time there.
 #
 # It needs Python with torch for CUDA, triton, transformers, peft, typer, rich, pytest,
 # pytest-xdist, pytest-timeout and hypothesis, and g++. Nothing is installed. PYTHON names the
@@ -83,7 +84,7 @@ code=0
 for part in "${chosen[@]}"; do
   rm -f "$OUT/$part.csv"
   # The part itself stops in time; this stops one that hangs.
-  limit=${SECONDS_OF[$part]}
+  limit=$((SECONDS_OF[$part] * (1 + ${#dry[@]})))
   timeout --signal=INT --kill-after=5 "$limit" "$PYTHON" -m "bench.gpu.$part" \
     --began "$(date +%s)" --seconds $((limit - 5)) --out "$OUT" "${dry[@]}" 2>> "$OUT/errors.log"
   ended=$?
