@@ -21,36 +21,27 @@ Turns = tuple[tuple[str, str], ...]
 class Completions(Task):
     """The task of such rows: what follows the prompt is learned, its end included."""
 
-    def read(self, row: Row, where: str) -> list[Example]:
-        """The example of a pair, or one for each answer of the assistant in a conversation.
+    def _examples(self, row: Row, where: str) -> list[Example]:
+        """The example of a pair, or one for each answer of the assistant in a conversation."""
+        if "messages" not in row:
+            return [self._pair(row, where)]
+        turns = _turns(row["messages"], "messages", where)
+        if self.asked:
+            return [_example("", "", turns)]
+        answers = [i for i, (role, _) in enumerate(turns) if role == "assistant" and i]
+        if not answers:
+            raise InputError(
+                f"{where}: no message of the assistant follows another, so there is nothing to "
+                "learn; give one or remove the row."
+            )
+        return [_example("", turns[i][1], turns[:i]) for i in answers]
 
-        Raises:
-            InputError: As of any task.
-        """
-        if "messages" in row:
-            turns = _turns(row["messages"], "messages", where)
-            if self.asked:
-                return [_example("", "", turns)]
-            answers = [i for i, (role, _) in enumerate(turns) if role == "assistant"]
-            if not [i for i in answers if i]:
-                raise InputError(
-                    f"{where}: no message of the assistant follows another, so there is nothing to "
-                    "learn; give one or remove the row."
-                )
-            found = [_example("", turns[i][1], turns[:i]) for i in answers if i]
-        else:
-            found = [self._pair(row, where)]
-        for example in found:
-            if not (self.asked or example.answers[0].strip()):
-                raise InputError(
-                    f"{where}: the completion is empty; give it words or remove the row."
-                )
-            texts = [example.sentence, *example.answers, *(text for _, text in example.turns)]
-            try:
-                "".join(texts).encode()
-            except UnicodeEncodeError as error:
-                raise InputError(f"{where}: this is no row of {self.name} ({error}).") from None
-        return found
+    def _check(self, example: Example, where: str) -> None:
+        if not (self.asked or example.answers[0].strip()):
+            raise InputError(f"{where}: the completion is empty; give it words or remove the row.")
+        texts = [example.sentence, *example.answers, *(text for _, text in example.turns)]
+        # Half of a surrogate pair, which JSON can hold and no tokenizer takes.
+        "".join(texts).encode()
 
     def _pair(self, row: Row, where: str) -> Example:
         if self.asked:

@@ -252,9 +252,7 @@ class Task:
             InputError: One sentence that says where and what is wrong.
         """
         try:
-            rows = list(self.unfold(row)) if self.unfold is not None else [row]
-            made = [self._example(r, where) for r in rows]
-            found = [e for e in made if e is not None]
+            found = self._examples(row, where)
             for example in found:
                 self._check(example, where)
         except InputError:
@@ -265,6 +263,11 @@ class Task:
                 f"docs/tasks.md says what its columns are."
             ) from None
         return found
+
+    def _examples(self, row: Row, where: str) -> list[Example]:
+        rows = list(self.unfold(row)) if self.unfold is not None else [row]
+        made = [self._example(r, where) for r in rows]
+        return [e for e in made if e is not None]
 
     def _check(self, example: Example, where: str) -> None:
         """Raise unless every text of a row is one: what a run would find out in its middle."""
