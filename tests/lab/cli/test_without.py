@@ -1,5 +1,6 @@
 """What a command says where something is not installed: once, in a sentence, and no more."""
 
+import importlib.util
 import subprocess
 import sys
 
@@ -62,6 +63,21 @@ def test_a_run_without_passes_or_with_a_backend_of_its_own_says_nothing(
 ):
     assert main(["finetune", *run, *more]) == 0
     assert said(capfd.readouterr())[0] == 0
+
+
+@pytest.mark.hf
+def test_without_matplotlib_a_run_has_a_report_without_a_plot(run, tmp_path, monkeypatch, capfd):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *a: None if name == "matplotlib" else find(name, *a),
+    )
+    assert main(["finetune", *run]) == 0
+    words = said(capfd.readouterr())[1]
+    assert words.count("no plot, which needs matplotlib: pip install 'matplotlib>=3.8'") == 1
+    assert not (tmp_path / "run" / "plot.png").exists()
+    assert "plot.png" not in (tmp_path / "run" / "report.md").read_text()
 
 
 @pytest.mark.hf

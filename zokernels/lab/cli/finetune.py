@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from zokernels.lab import files
-from zokernels.lab.cli import options, presets
+from zokernels.lab.cli import inputs, options, presets, show
 from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
@@ -81,6 +81,8 @@ def train(settings: Settings, command_line: str = "", resume: bool = False) -> d
     if not is_first():
         return Finetune(settings, Watcher(), command_line, resume).run()
     say_slow_run(settings)
+    if how := inputs.lacks("matplotlib"):
+        show.say(f"The report will have no plot, which needs matplotlib: {how}.")
     with ProgressWatcher(settings.steps) as watcher:
         metrics = Finetune(settings, watcher, command_line, resume).run()
         where = f"{settings.out}/{folder.REPORT}"

@@ -1,5 +1,6 @@
 """What a run leaves to read: its metrics, a plot and a short report."""
 
+import importlib.util
 import math
 import platform
 import time
@@ -109,7 +110,9 @@ def metrics(run: Run) -> dict[str, Any]:
 
 
 def plot(run: Run) -> None:
-    """Draws loss and accuracy against the step."""
+    """Draws loss and accuracy against the step, where there is matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return
     history = run.history
     # Figure and its Agg canvas directly: pyplot would choose a backend for the whole process.
     from matplotlib.figure import Figure
@@ -186,14 +189,14 @@ def text(run: Run, m: dict[str, Any]) -> str:
     if m["stopped_early"]:
         early = f" of {s.steps:,}, ended by --patience {s.patience}"
     rising = f" after {s.warmup:,} steps of rising" if s.warmup else ""
+    plotted = (run.out.path / folder.PLOT).exists()
     lines = [
         f"# {s.title} on {run.task.name}",
         "",
         _verdict(m),
         "",
         *([f"**{m['diverged']}**", ""] if m["diverged"] else []),
-        f"![Loss and accuracy]({folder.PLOT})",
-        "",
+        *([f"![Loss and accuracy]({folder.PLOT})", ""] if plotted else []),
         "| | |",
         "|---|---|",
         f"| Trained | {m['trained_weights']:,} of {m['all_weights']:,} weights"
