@@ -8,7 +8,7 @@ from tiny import SPECIAL, WORDS, build
 
 from zokernels.lab.cli import main
 from zokernels.lab.errors import InputError
-from zokernels.lab.models import quantised
+from zokernels.lab.models import loading, quantised
 from zokernels.lab.runs.run import Finetune
 from zokernels.lab.runs.settings import Settings
 
@@ -42,7 +42,8 @@ def settings(wide, places, out, **extra):
 @pytest.mark.parametrize("kind", quantised.KINDS)
 def test_a_run_beside_a_quantised_base(wide, places, tmp_path, kind, scheme):
     out = tmp_path / "run"
-    run = Finetune(settings(wide, places, out, load_in=kind, scheme=scheme, eval_examples=40))
+    options = dict(load_in=kind, scheme=scheme, eval_examples=40, metric="loss")
+    run = Finetune(settings(wide, places, out, **options))
     metrics = run.run()
     packed = [p for p in run.learner.model.parameters() if not p.is_floating_point()]
     # Six matrices in each of two layers.
@@ -67,6 +68,17 @@ def test_every_mode_sees_the_same_slopes(wide, places, tmp_path, kind, perturb):
     one, other = slopes(tmp_path / "a"), slopes(tmp_path / "b", perturb=perturb)
     # In 8 bits inputs are rounded by the greatest of a row, and sums are taken in another order.
     assert one == pytest.approx(other, rel=1e-3, abs=2e-2)
+
+
+@pytest.mark.parametrize("kind", quantised.KINDS)
+def test_saving_a_base_leaves_it_as_it_is(wide, kind):
+    """Packed for a CPU with bfloat16 products, 4-bit weights were others after it."""
+    ids = torch.arange(5, 15)[None]
+    model = loading.load(str(wide), "float32", kind, "cpu").model
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+        model.state_dict()
+        assert torch.equal(model(input_ids=ids).logits, before)
 
 
 BAD = [

@@ -42,13 +42,18 @@ def options(kind: str, dtype: torch.dtype, device: str) -> dict[str, Any]:
 
 @torch.no_grad()
 def settle(model: Any) -> None:
-    """Runs a model once, since bitsandbytes packs 4-bit weights anew as a CPU first uses them.
+    """Has packed weights stay as they were read, and runs the model once to see that it does.
 
-    What records or replays a run wants them as they stay.
+    On a CPU with bfloat16 products bitsandbytes packs 4-bit weights anew at their first use, rounds
+    inputs and scales to bfloat16 from then on, and mixes up the scales of a layer whose
+    `state_dict` is asked for.
 
     Raises:
         InputError: If its layers are of a size that bitsandbytes does not take.
     """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     ids = torch.zeros((1, 2), dtype=torch.long, device=next(model.parameters()).device)
     try:
         model(input_ids=ids)
