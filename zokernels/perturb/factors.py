@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from zokernels import noise
 from zokernels.backends import of_products
@@ -98,8 +99,17 @@ class Vectors(NamedTuple):
                 plan = Shift.of(x, taken, given, self.scale, bias)
                 self.backend.shift(plan)
                 return plan.y
-        if bias is None:
-            bias = x.new_zeros(())
+        with torch.autocast(x.device.type, enabled=False):
+            return self._by_torch(x.to(taken.dtype), taken, given, bias)
+
+    def _by_torch(
+        self,
+        x: torch.Tensor,
+        taken: torch.Tensor,
+        given: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        bias = x.new_zeros(()) if bias is None else bias.to(x.dtype)
         if len(x) == 1 and self.number is not None:
             dots = torch.mv(x[0], taken[0]).view(1, -1, 1)
             return torch.addcmul(bias, dots, given.unsqueeze(1), value=self.number)
@@ -107,12 +117,13 @@ class Vectors(NamedTuple):
         return torch.addcmul(bias, dots, given.unsqueeze(1))
 
     def _is_in_memory(self, t: torch.Tensor) -> bool:
-        """Whether a backend may read it: its values are there, and nobody's tape is on."""
+        """Whether a backend may read it: its values are there, and no derivative goes through."""
         return (
             type(t) in (torch.Tensor, torch.nn.Parameter)
             and t.dtype is self.left.dtype
             and not (torch.is_grad_enabled() and t.requires_grad)
             and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+            and forward_ad.unpack_dual(t).tangent is None
         )
 
     def add(self, y: torch.Tensor, factor: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:

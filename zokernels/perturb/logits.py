@@ -64,6 +64,8 @@ class PerturbedLogits(torch.Tensor):
             and stored.shape[0] >= _FEWEST_ROWS
             and entry.filler.can_split
             and not torch.is_autocast_enabled(x.device.type)
+            # A derivative would read parts of the head that are there no longer.
+            and not (torch.is_grad_enabled() and x.requires_grad)
         )
 
     @classmethod
@@ -296,7 +298,9 @@ def _to(logits: PerturbedLogits, *args: Any, **kwargs: Any) -> Any:
     return NotImplemented
 
 
-def _view(logits: PerturbedLogits, *shape: Any) -> Any:
+def _view(logits: PerturbedLogits, *shape: Any, **kwargs: Any) -> Any:
+    if kwargs:
+        return NotImplemented
     if len(shape) == 1 and not isinstance(shape[0], int):
         shape = tuple(shape[0])
     if not all(isinstance(n, int) for n in shape) or len(shape) < 2 or not logits.in_order:
@@ -310,9 +314,9 @@ def _view(logits: PerturbedLogits, *shape: Any) -> Any:
     return logits.view_by(lambda t: t.view(*rows, logits.vocabulary), hidden, in_order=True)
 
 
-def _reshape(logits: PerturbedLogits, *shape: Any) -> Any:
+def _reshape(logits: PerturbedLogits, *shape: Any, **kwargs: Any) -> Any:
     """A view where there are no gaps, and else a copy."""
-    return _view(_contiguous(logits), *shape)
+    return _view(_contiguous(logits), *shape, **kwargs)
 
 
 def _take(logits: PerturbedLogits, index: Any) -> Any:

@@ -3,7 +3,8 @@
 They are here for speed: what is known of an operation is made in scratch memory, and without the
 weights of all lanes in one tensor; or, along a direction of rank one, with the stored weights alone
 (`zokernels.perturb.structured`). An operation returns NotImplemented where it meets what it
-doesn't know; it is then done on weights with memory of their own.
+doesn't know; it is then done on weights with memory of their own. Operands have torch's own names,
+by which a model may give them.
 """
 
 from __future__ import annotations
@@ -23,18 +24,18 @@ from zokernels.perturb.weight import Entry, Unshareable, is_perturbed, resolve, 
 _FEW_POINTS, _FEW_NUMBERS = 4, 1 << 16
 
 
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     entry = _entry(weight, bias)
-    if entry is None or not _is_known(x, entry):
+    if entry is None or not _is_known(input, entry):
         return NotImplemented
-    if is_perturbed(weight) and PerturbedLogits.can_wait(x, weight):
-        return PerturbedLogits.waiting(x, weight, bias)
+    if is_perturbed(weight) and PerturbedLogits.can_wait(input, weight):
+        return PerturbedLogits.waiting(input, weight, bias)
     vectors = structured.vectors_of(weight)
-    if vectors is not None and vectors.pay_for(x.shape[:-1].numel()):
-        return structured.linear(x, weight, bias, vectors)
-    if entry.points is not None and _can_write_apart(x):
-        return _linear_apart(x, weight, bias, entry)
-    return _each(x, (weight, bias), F.linear)
+    if vectors is not None and vectors.pay_for(input.shape[:-1].numel()):
+        return structured.linear(input, weight, bias, vectors)
+    if entry.points is not None and _can_write_apart(input):
+        return _linear_apart(input, weight, bias, entry)
+    return _each(input, (weight, bias), F.linear)
 
 
 def _can_write_apart(x: torch.Tensor) -> bool:
@@ -51,42 +52,44 @@ def _linear_apart(x: torch.Tensor, weight: Any, bias: Any, entry: Entry) -> torc
     assert points is not None
     values = resolve(weight, bias)
     lead, whole = x.shape[:-1], points.whole(x)
+    # Said in numbers: of no rows at all, as an expert may get, torch would not know how many.
+    rows = lead.numel()
     if whole is None:
-        flat = [x.reshape(-1, x.shape[-1])] * points.count
+        flat = [x.reshape(rows, x.shape[-1])] * points.count
     else:
-        flat = list(whole.reshape(points.count, -1, x.shape[-1]).unbind())
-    out = flat[0].new_empty((points.count, len(flat[0]), weight.shape[0]))
-    for rows, place, (w, b) in zip(flat, out.unbind(), values, strict=True):
+        flat = list(whole.reshape(points.count, rows, x.shape[-1]).unbind())
+    out = flat[0].new_empty((points.count, rows, weight.shape[0]))
+    for own, place, (w, b) in zip(flat, out.unbind(), values, strict=True):
         assert w is not None
         if b is None:
-            torch.mm(rows, w.t(), out=place)
+            torch.mm(own, w.t(), out=place)
         else:
-            torch.addmm(b, rows, w.t(), out=place)
-    return points.wrap(out.view(points.count, *lead, -1))
+            torch.addmm(b, own, w.t(), out=place)
+    return points.wrap(out.view(points.count, *lead, out.shape[-1]))
 
 
-def _addmm(bias: Any, x: Any, weight: Any, **kwargs: Any) -> Any:
+def _addmm(input: Any, mat1: Any, mat2: Any, **kwargs: Any) -> Any:
     # Conv1D of transformers.
     if kwargs:
         return NotImplemented
-    found = _matmul(x, weight, bias)
+    found = _matmul(mat1, mat2, input)
     if found is not NotImplemented:
         return found
-    return _each(x, (bias, weight), lambda own, b, w: torch.addmm(b, own, w))
+    return _each(mat1, (input, mat2), lambda own, b, w: torch.addmm(b, own, w))
 
 
-def _matmul(x: Any, weight: Any, bias: Any = None) -> Any:
-    vectors = structured.vectors_of(weight)
-    if vectors is None or weight.dim() != 2 or not _is_known(x, weight.entry):
+def _matmul(input: Any, other: Any, bias: Any = None) -> Any:
+    vectors = structured.vectors_of(other)
+    if vectors is None or other.dim() != 2 or not _is_known(input, other.entry):
         return NotImplemented
-    if not vectors.pay_for(x.shape[:-1].numel(), transposed=True):
+    if not vectors.pay_for(input.shape[:-1].numel(), transposed=True):
         return NotImplemented
-    return structured.matmul(x, weight, bias, vectors)
+    return structured.matmul(input, other, bias, vectors)
 
 
 def _convolution(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     def run(
-        x: Any,
+        input: Any,
         weight: Any,
         bias: Any = None,
         stride: Any = 1,
@@ -95,32 +98,32 @@ def _convolution(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
         groups: int = 1,
     ) -> Any:
         vectors = structured.vectors_of(weight)
-        if vectors is None or not _is_known(x, weight.entry):
+        if vectors is None or not _is_known(input, weight.entry):
             return NotImplemented
         at = weight.dim() - 2  # of the input's last dimensions are positions
-        positions = x.shape[: -at - 1].numel() * x.shape[-at:].numel()
+        positions = input.shape[: -at - 1].numel() * input.shape[-at:].numel()
         if not vectors.pay_for(positions):
             return NotImplemented
         place = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
-        return structured.convolution(operation, x, weight, bias, vectors, place)
+        return structured.convolution(operation, input, weight, bias, vectors, place)
 
     return run
 
 
 def _layer_norm(
-    x: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+    input: Any, normalized_shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Any:
-    if _is_of_many(x, weight, bias):
-        return _scaled(F.layer_norm(x, normalized_shape, None, None, eps), weight, bias)
+    if _is_of_many(input, weight, bias):
+        return _scaled(F.layer_norm(input, normalized_shape, None, None, eps), weight, bias)
     return _each(
-        x, (weight, bias), lambda own, w, b: F.layer_norm(own, normalized_shape, w, b, eps)
+        input, (weight, bias), lambda own, w, b: F.layer_norm(own, normalized_shape, w, b, eps)
     )
 
 
-def _rms_norm(x: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
-    if _is_of_many(x, weight):
-        return _scaled(F.rms_norm(x, normalized_shape, None, eps), weight)
-    return _each(x, (weight,), lambda own, w: F.rms_norm(own, normalized_shape, w, eps))
+def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+    if _is_of_many(input, weight):
+        return _scaled(F.rms_norm(input, normalized_shape, None, eps), weight)
+    return _each(input, (weight,), lambda own, w: F.rms_norm(own, normalized_shape, w, eps))
 
 
 def _is_of_many(x: Any, *weights: Any) -> bool:
@@ -155,8 +158,8 @@ def _as_seen(weight: Any) -> torch.Tensor:
 def _elementwise(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
     """A product or sum of what a layer got and a weight: a norm's."""
 
-    def run(a: Any, b: Any, **kwargs: Any) -> Any:
-        weight, x = (a, b) if is_perturbed(a) else (b, a)
+    def run(input: Any, other: Any, **kwargs: Any) -> Any:
+        weight, x = (input, other) if is_perturbed(input) else (other, input)
         if kwargs or is_perturbed(x):
             return NotImplemented
         # Outside of the model's own forward each closure sees its own lane's weights.
@@ -165,13 +168,13 @@ def _elementwise(operation: Callable[..., torch.Tensor]) -> Callable[..., Any]:
             return NotImplemented
         # One operation at all points.
         own = weight.entry.of([w for (w,) in resolve(weight)])
-        return operation(own, x) if weight is a else operation(x, own)
+        return operation(own, x) if weight is input else operation(x, own)
 
     return run
 
 
 def _embedding(
-    numbers: Any,
+    input: Any,
     weight: Any,
     padding_idx: int | None = None,
     max_norm: float | None = None,
@@ -185,12 +188,12 @@ def _embedding(
         # It scales the rows that it looks up, where they are.
         entry.warn_of_write(weight.place)
         return NotImplemented
-    if not _is_known(numbers, entry):
+    if not _is_known(input, entry):
         return NotImplemented
     entry.used.add(weight.place)
     if entry.points is None:
-        return entry.filler.rows(weight.place, [numbers])[0]
-    return entry.points.join(entry.filler.rows(weight.place, entry.points.parts(numbers)))
+        return entry.filler.rows(weight.place, [input])[0]
+    return entry.points.join(entry.filler.rows(weight.place, entry.points.parts(input)))
 
 
 def _item(weight: Any, index: Any) -> Any:
@@ -220,7 +223,7 @@ def _is_known(x: Any, entry: Entry) -> bool:
     Raises:
         Unshareable: If lanes that run together meet a layer outside of the model's own forward.
     """
-    if type(x) is not torch.Tensor:
+    if type(x) is not torch.Tensor or x.layout is not torch.strided:
         return False
     if entry.points is not None:
         return entry.points.is_plain(x)

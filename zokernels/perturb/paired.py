@@ -11,11 +11,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from zokernels.perturb.filling import Lane
@@ -78,13 +80,14 @@ class Paired(OnEntry):
             Unshareable: If the points can't share one.
         """
         found = []
-        with self.standing(lanes) as entry, self._shared_forward(entry) as shared:
-            for lane in range(len(lanes)):
-                shared.closure_of(lane)
-                found.append(forward())
-            # Whoever called the model may have caught it.
-            if shared.failed is not None:
-                raise shared.failed
+        with _as_before_a_failure(self.model):
+            with self.standing(lanes) as entry, self._shared_forward(entry) as shared:
+                for lane in range(len(lanes)):
+                    shared.closure_of(lane)
+                    found.append(forward())
+                # Whoever called the model may have caught it.
+                if shared.failed is not None:
+                    raise shared.failed
         return found
 
     @contextlib.contextmanager
@@ -133,6 +136,11 @@ class _SharedForward:
             if id(p) in perturbed
         ]
 
+    def __deepcopy__(self, memo: dict) -> NoReturn:
+        """A copy of the model would share its forward's memory."""
+        self.failed = Unshareable("the closure copies the model")
+        raise self.failed
+
     def closure_of(self, lane: int) -> None:
         """The closure of this lane begins."""
         self._call = 0
@@ -160,7 +168,7 @@ class _SharedForward:
         given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in given):
             raise Unshareable("the closure runs the model inside of a transform of torch.func")
-        if torch.is_grad_enabled() and any(t.requires_grad for t in given):
+        if any(_is_derived(t) for t in given):
             raise Unshareable("the closure takes a derivative by what it gives the model")
         if self.model._forward_pre_hooks:
             raise Unshareable("what the model's own hooks do before it can't be shared")
@@ -216,6 +224,36 @@ class _Known(NamedTuple):
     random: RandomState | None
 
 
+@contextlib.contextmanager
+def _as_before_a_failure(model: nn.Module) -> Iterator[None]:
+    """Where the block raises, the model's modules have the attributes that they had before it.
+
+    A forward that is given up halfway has not taken back what it did to the model: a counter, a
+    parametrization, a hook. Weights and buffers keep their values, which are others' to put back.
+    """
+    before = [(m, type(m), vars(m).copy(), _contents(m)) for m in model.modules()]
+    try:
+        yield
+    except BaseException:
+        for module, kind, own, held in before:
+            module.__class__ = kind
+            vars(module).clear()
+            vars(module).update(own)
+            for value, inside in held:
+                value.clear()
+                (value.extend if type(value) is list else value.update)(inside)
+        raise
+
+
+_CONTAINERS = {list, dict, set, OrderedDict}
+
+
+def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
+    """The containers among a module's attributes, most of them empty, and what is in each."""
+    held = (x for x in vars(module).values() if type(x) in _CONTAINERS)
+    return [(x, x.copy() if x else ()) for x in held]
+
+
 def _leave_the_last(model: nn.Module, points: Points) -> None:
     """What the model keeps of a forward at all points becomes what the last one left."""
 
@@ -249,6 +287,12 @@ def _split(output: Any, points: Points) -> list[Any]:
     return [tree_unflatten(list(own), kind) for own in zip(*each, strict=True)] or (
         [output] * points.count
     )
+
+
+def _is_derived(t: torch.Tensor) -> bool:
+    """Whether a derivative by it may be taken, from either end."""
+    by_tape = torch.is_grad_enabled() and t.requires_grad
+    return by_tape or forward_ad.unpack_dual(t).tangent is not None
 
 
 def _equal(one: Any, other: Any) -> bool:

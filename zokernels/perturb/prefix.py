@@ -202,7 +202,9 @@ class Prefix:
 
 def _goes_on_from_a_cache(args: tuple, kwargs: dict[str, Any]) -> bool:
     caches = (x for x in (*args, *kwargs.values()) if hasattr(x, "get_seq_length"))
-    return any(int(cache.get_seq_length()) > 0 for cache in caches)
+    # Reformer's says None of its length, and wants every layer to have filled it.
+    lengths = [cache.get_seq_length() for cache in caches]
+    return any(n is None or int(n) > 0 for n in lengths)
 
 
 def _copy(output: object) -> object:

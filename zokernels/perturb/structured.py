@@ -46,7 +46,8 @@ def _product(
     if points is not None:
         known, lanes = points.whole(x), points.count
         whole = x.expand(lanes, *x.shape) if known is None else known
-    rows = whole.reshape(lanes, -1, whole.shape[-1])
+    # Said in numbers: of no rows at all, as an expert may get, torch would not know how many.
+    rows = whole.reshape(lanes, x.shape[:-1].numel(), whole.shape[-1])
     # What is added lies there before the product is, and so the sum is rounded once: a product that
     # has been rounded to 16 bits would lose what is less than half of its last place.
     y = vectors.shift(rows, taken, given, _bias(entry, bias))
@@ -55,8 +56,8 @@ def _product(
         product = rows @ matrix
         y = product + y.to(product.dtype)
     else:
-        y.view(-1, y.shape[-1]).addmm_(rows.flatten(0, 1), matrix)
-    y = y.view(*whole.shape[:-1], -1)
+        y.flatten(0, 1).addmm_(rows.flatten(0, 1), matrix)
+    y = y.view(*whole.shape[:-1], y.shape[-1])
     return y if points is None else points.wrap(y)
 
 

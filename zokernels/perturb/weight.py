@@ -236,13 +236,16 @@ _ALIASES = frozenset([torch.Tensor.data_ptr, DATA.__get__])
 def resolve(*tensors: torch.Tensor | None) -> list[list[torch.Tensor | None]]:
     """The values of an operation's weights: for each lane, one a weight.
 
-    What isn't perturbed is each lane's own part of it. They are in scratch.
+    What isn't perturbed is each lane's own part of it. They are in scratch, and in memory of their
+    own where a derivative may be taken: it reads them when the next layer has used the scratch.
     """
     ours: list[Any] = [t for t in tensors if is_perturbed(t)]
     entry = ours[0].entry
     places = [w.place for w in ours]
     entry.used.update(places)
-    values = iter(entry.filler.values(places))
+    filler = entry.filler
+    of_places = map(filler.fresh, places) if torch.is_grad_enabled() else filler.values(places)
+    values = iter(of_places)
     each = [next(values) if is_perturbed(t) else _parts(entry, t) for t in tensors]
     return [list(of_lane) for of_lane in zip(*each, strict=True)]
 
