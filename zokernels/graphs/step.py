@@ -169,7 +169,7 @@ class GraphedStep:
             # Its own, since the graph holds the addresses of its memory. Logits that wait ask how
             # many positions count, and only the host could say it.
             self._perturber = opt._perturbers.make(self._params, lazy_logits=False, keep=True)
-            with opt._buffers.kept(), opt._perturbers.forwards():
+            with opt._buffers.kept() as buffers, opt._perturbers.forwards(), buffers.looking():
                 kind = self._try()
             opt._look()
         return kind
@@ -212,7 +212,7 @@ class GraphedStep:
         sides = [self._direction(0, 1.0), self._direction(0, -1.0)]
         with self._perturber.session():
             if isinstance(self._perturber, Paired):
-                found = self._perturber.run_all(sides, self._forward)
+                found = self._perturber.run_all(sides, self._forward, self._forward)
             else:
                 found = [self._perturber.run(s, lambda: float(self._forward())) for s in sides]
         if not all(map(math.isfinite, [here, *found])):
@@ -284,7 +284,8 @@ class GraphedStep:
             self._graph.replay()
         else:
             alike = same_randomness(self.opt.model, self._params)
-            with self.opt._buffers.kept(), alike, self._as_compiled():
+            kept = self.opt._buffers.kept()
+            with kept as buffers, alike, self._as_compiled(), buffers.looking():
                 self._body()
         # Autograd then notices when a tensor it saved was written behind its back.
         torch.autograd.graph.increment_version([p for p in self._params if not p.is_inference()])

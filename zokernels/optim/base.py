@@ -37,6 +37,7 @@ from zokernels.optim.forward import (
     same_randomness,
 )
 from zokernels.optim.groups import Chosen, check_group, join_masks, moment_of
+from zokernels.optim.weights import Weights
 from zokernels.optim.world import World, check_states, take_over
 from zokernels.perturb import Direction, Move
 
@@ -144,8 +145,8 @@ class ZOOptimizer(Asking, Constructed):
         in_blocks = self.param_groups[0]["blocks"] is not None
         forwards = self._perturbers.forwards(in_blocks)
         alike = same_randomness(self.model, params)
-        with self._buffers.kept() as put_back, alike as replay_random, forwards:
-            forward = Forward(closure, replay_random, put_back)
+        with self._buffers.kept() as buffers, alike as replay_random, forwards:
+            forward = Forward(closure, replay_random, buffers, self._weights.keeper(params))
             self._batches.has_more = self._is_partial(in_blocks)
             if self._batches.has_more:
                 return forward.tensor(self._estimate(forward, None).loss)
@@ -226,6 +227,7 @@ class ZOOptimizer(Asking, Constructed):
     def _forget(self) -> None:
         """Drop what was made for the model as it was."""
         self._perturbers.clear()
+        self._weights = Weights(self.model)
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
         """Every block's estimate, and its update: at once, or when all of them are known."""
@@ -314,15 +316,14 @@ class ZOOptimizer(Asking, Constructed):
 
     @contextlib.contextmanager
     def _losses(
-        self, forward: Callable[[], Any], block: int | None, groups: Chosen
+        self, forward: Callable[..., Any], block: int | None, groups: Chosen
     ) -> Iterator[Losses]:
         params = [g["params"][i] for g, chosen in groups for i in chosen]
         directions = self._directions(groups)
 
         def run(perturbed: list[nn.Parameter]) -> torch.Tensor | float:
-            if block is None:
-                return forward()
-            return self._perturbers.prefix.run(forward, perturbed)
+            at = partial(forward, perturbed)
+            return at() if block is None else self._perturbers.prefix.run(at, perturbed)
 
         perturber = self._perturbers.of(params)
         with perturber.session():

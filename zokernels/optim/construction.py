@@ -25,12 +25,15 @@ from zokernels.optim.perturbers import Perturbers
 from zokernels.optim.recording import Recorded
 from zokernels.optim.signal import Signal
 from zokernels.optim.state import check_loadable, own_states, restore_states
+from zokernels.optim.weights import Weights
 from zokernels.optim.world import World
 from zokernels.perturb import choose_mode
 
 # What a copy does not take over: the log, which goes on with the original; caches, which are of its
 # own parameters; and the method that a scheduler has wrapped, which steps the original.
-_NOT_COPIED = {"trajectory", "_perturbers", "_layers", "_buffers", "_world", "_population", "step"}
+_NOT_COPIED = {
+    "trajectory", "_perturbers", "_layers", "_buffers", "_weights", "_world", "_population", "step",
+}  # fmt: skip
 
 
 class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
@@ -184,6 +187,10 @@ class Constructed(Accumulating, Recorded, torch.optim.Optimizer):
     @functools.cached_property
     def _buffers(self) -> Buffers:
         return Buffers(self.model)
+
+    @functools.cached_property
+    def _weights(self) -> Weights:
+        return Weights(self.model)
 
     @functools.cached_property
     def _world(self) -> World:

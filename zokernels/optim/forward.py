@@ -13,9 +13,13 @@ import torch
 from torch import nn
 
 from zokernels.backends import shards
+from zokernels.optim.written import Kept
 from zokernels.perturb import Direction, InPlace, Move, OnEntry, Paired, RandomState
 
 Closure = Callable[[], torch.Tensor | float]
+# Around a forward, given the parameters that are perturbed in it: the others stay as they are. And
+# whether its operations may be looked at.
+Keeper = Callable[[Sequence[nn.Parameter], bool], contextlib.AbstractContextManager[None]]
 
 
 @dataclass
@@ -67,7 +71,14 @@ def check_closure(closure: Closure | None) -> Closure:
 class Forward:
     """The closure as a forward to be repeated: same random numbers, same buffers, and a scalar.
 
+    Args:
+        closure: Runs a forward and returns the loss.
+        replay_random: Makes it draw as the first did.
+        buffers: The model's, which it may write.
+        weights: Keeps those that it sees as they are stored.
+
     Attributes:
+        looks: Whether operations are looked at for what they write, where that is not yet known.
         kind: A tensor of the last loss's type and device.
         rows: Where the closure gives a loss an example: those of each forward so far, in float64 on
             the CPU, by their mean, which is the forward's loss.
@@ -77,20 +88,23 @@ class Forward:
         self,
         closure: Closure,
         replay_random: Callable[[], None],
-        put_back: Callable[[], None] = lambda: None,
+        buffers: Kept,
+        weights: Keeper,
     ):
-        self.closure = closure
-        self.replay_random, self.put_back = replay_random, put_back
+        self.closure, self.replay_random = closure, replay_random
+        self.buffers, self.weights = buffers, weights
+        self.looks = True
         self.kind = torch.zeros((), dtype=torch.float32)
         self.rows: dict[float, torch.Tensor] = {}
 
-    def __call__(self) -> torch.Tensor | float:
-        """The loss at the weights as they are."""
+    def __call__(self, perturbed: Sequence[nn.Parameter] = ()) -> torch.Tensor | float:
+        """The loss at the weights as they are, of which these are perturbed."""
         self.replay_random()
-        self.put_back()
+        self.buffers.put_back()
         # Of weights that have moved it would go on with the casts that it made before.
         torch.clear_autocast_cache()
-        with explaining_gradients():
+        looking = self.buffers.looking() if self.looks else contextlib.nullcontext()
+        with explaining_gradients(), self.weights(perturbed, self.looks), looking:
             loss = self.closure()
         if isinstance(loss, torch.Tensor):
             loss = shards.whole(loss)
@@ -209,7 +223,9 @@ class Losses:
         ]
         if self.together > 1 and len(lanes) > 1:
             assert isinstance(self.perturber, Paired)
-            found = self.perturber.run_all(lanes, lambda: self.run(self.perturber.params))
+            found = self.perturber.run_all(
+                lanes, lambda: self.run(self.perturber.params), lambda: self.run([])
+            )
             if None in lanes:
                 self.base = found[lanes.index(None)]
         else:
@@ -257,5 +273,10 @@ def same_randomness(
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         shards.settle(model)
+        known = set(modules)
         for m in switched:
             m.training = True
+            # A module that a forward has made took after the one around it.
+            for child in m.children():
+                if child not in known:
+                    child.train()

@@ -47,6 +47,7 @@ class ForwardGrad(ZOSGD):
 
     accumulates = False
     _layers: CarryingTangents | None = None
+    _has_looked = False
 
     def __init__(
         self,
@@ -86,11 +87,17 @@ class ForwardGrad(ZOSGD):
     def _forget(self) -> None:
         super()._forget()
         self._layers = None
+        self._has_looked = False
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
         # All forwards of a step go the same way, those without a tangent too; what is compiled has
         # no forward-mode derivative.
         with _differentiable_attention(), tracer.eager():
+            if not self._has_looked:
+                # Of its own: while it is looked at, torch takes other formulas for derivatives.
+                forward()
+                self._has_looked = True
+            forward.looks = False
             return super()._sweep(forward)
 
     def _estimate(self, forward: Forward, block: int | None) -> Estimate:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -214,9 +214,9 @@ class _FirstWithGradient:
     def __init__(self, forward: Forward, optimizer: HybridZO):
         self.forward, self.optimizer, self.done = forward, optimizer, False
 
-    def __call__(self) -> torch.Tensor | float:
+    def __call__(self, perturbed: Sequence[nn.Parameter] = ()) -> torch.Tensor | float:
         if self.done:
-            return self.forward()
+            return self.forward(perturbed)
         self.done = True
         return self.optimizer._backward(self.forward)
 

@@ -120,7 +120,9 @@ def _layer_norm(
     )
 
 
-def _rms_norm(input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None) -> Any:
+def _rms_norm(
+    input: Any, normalized_shape: Any, weight: Any = None, eps: float | None = None
+) -> Any:
     if _is_of_many(input, weight):
         return _scaled(F.rms_norm(input, normalized_shape, None, eps), weight)
     return _each(input, (weight,), lambda own, w: F.rms_norm(own, normalized_shape, w, eps))

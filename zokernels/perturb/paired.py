@@ -43,16 +43,29 @@ class Paired(OnEntry):
     off: str | None = None
 
     def run_all(
-        self, lanes: Sequence[Lane], forward: Callable[[], torch.Tensor | float]
+        self,
+        lanes: Sequence[Lane],
+        forward: Callable[[], torch.Tensor | float],
+        base: Callable[[], torch.Tensor | float],
     ) -> list[float]:
-        """``forward()`` at every point: what `run` gives for each."""
+        """``forward()`` at every point: what `run` gives for each.
+
+        Args:
+            lanes: The points.
+            forward: Runs the model and returns the loss.
+            base: The same where nothing is perturbed.
+        """
+
+        def alone(lane: Lane) -> float:
+            return float(base()) if lane is None else self.run(lane, lambda: float(forward()))
+
         if self.off is not None or len(lanes) == 1:
-            return [self._run_alone(lane, forward) for lane in lanes]
+            return [alone(lane) for lane in lanes]
         known: dict[int, float] = {}
         if not self._is_settled:
             # A perturbed forward of its own tells which parameters no operation asks for.
             k = next((k for k, lane in enumerate(lanes) if lane is not None), 0)
-            known[k] = self._run_alone(lanes[k], forward)
+            known[k] = alone(lanes[k])
         try:
             self.check_watched()
             return [float(loss) for loss in self.run_shared(lanes, forward)]
@@ -60,16 +73,10 @@ class Paired(OnEntry):
             if not (isinstance(error, Unshareable) or is_about_points(error)):
                 raise
             why = str(error)
-        found = [
-            known[k] if k in known else self._run_alone(lane, forward)
-            for k, lane in enumerate(lanes)
-        ]
+        found = [known[k] if k in known else alone(lane) for k, lane in enumerate(lanes)]
         # What a forward of its own raises as well has been raised by now.
         self._give_up(why)
         return found
-
-    def _run_alone(self, lane: Lane, forward: Callable[[], torch.Tensor | float]) -> float:
-        return float(forward()) if lane is None else self.run(lane, lambda: float(forward()))
 
     def run_shared(
         self, lanes: Sequence[Lane], forward: Callable[[], torch.Tensor | float]

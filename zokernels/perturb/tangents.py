@@ -56,7 +56,9 @@ class _Tangents(Filler):
     has_factors = False
 
     def fresh(self, i: int) -> Values:
-        """A parameter with its tangent."""
+        """A parameter with its tangent, as it was written if it was."""
+        if i in self._held:
+            return self._held[i]
         (direction,) = self.lanes
         assert direction is not None
         with self._timed():

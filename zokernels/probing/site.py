@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from zokernels.optim.base import ZOOptimizer
-from zokernels.optim.forward import Forward, Losses, StepTiming, same_randomness
+from zokernels.optim.forward import Forward, Keeper, Losses, StepTiming, same_randomness
 from zokernels.optim.groups import Chosen
+from zokernels.optim.written import Kept
 from zokernels.perturb import InPlace, Move, OnEntry, RandomState
 
 # A seed and a scale; scale 0 is θ itself.
@@ -40,7 +41,8 @@ class Site:
         self.opt, self.loss_fn, self.told = opt, loss_fn, told
         self.forwards = 0
         self.groups: Chosen = []
-        self._put_back: Callable[[], None] = lambda: None
+        self._buffers: Kept
+        self._keep: Keeper
         self._devices: set[torch.device] = set()
 
     @contextlib.contextmanager
@@ -60,12 +62,14 @@ class Site:
         try:
             opt._look()
             self.groups = opt._chosen(None)
+            trained = [g["params"][i] for g, chosen in self.groups for i in chosen]
+            self._keep = opt._weights.keeper(trained)
             model = () if opt.model is None else opt.model.parameters()
             held = (p for g in opt.param_groups for p in g["params"])
             self._devices = {p.device for p in (*model, *held)}
             before = RandomState(self._devices)
             try:
-                with opt._buffers.kept() as self._put_back, opt._perturbers.forwards():
+                with opt._buffers.kept() as self._buffers, opt._perturbers.forwards():
                     yield
             finally:
                 before.restore()
@@ -103,10 +107,10 @@ class Site:
         batch: Any,
         points: Sequence[Point],
     ) -> list[float]:
-        forward = Forward(lambda: self.loss_fn(batch), replay, self._put_back)
+        forward = Forward(lambda: self.loss_fn(batch), replay, self._buffers, self._keep)
         directions = self.opt._directions(groups)
         together = self.opt._together
-        losses = Losses(lambda _: forward(), directions, perturber, StepTiming(), None, together)
+        losses = Losses(forward, directions, perturber, StepTiming(), None, together)
         places = [
             ([Move((scale,))] * len(perturber.params) if scale else None, [seed], 0)
             for seed, scale in points

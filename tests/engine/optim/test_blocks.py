@@ -251,6 +251,41 @@ class Router(Counted):
         return loss + (torch.stack(self.left).sum() if self.fails else sum(self.left))
 
 
+class Listing:
+    """A cache that every layer adds to in its turn, and that does not know its length."""
+
+    def __init__(self):
+        self.states = []
+
+    def get_seq_length(self):
+        return None
+
+
+class Filling(Counted):
+    def _counting(self, forward):
+        def run(h, cache, i):
+            cache.states.append(h)
+            return forward(cache.states[i])
+
+        return run
+
+    def forward(self, x, y):
+        h, cache = self.embed(x), Listing()
+        for i, layer in enumerate(self.layers):
+            h = h + layer(h, cache, i).tanh()
+        return nn.functional.cross_entropy(self.head(h), y)
+
+
+def test_layers_that_fill_a_cache_of_unknown_length_run_whole():
+    model, twin = Filling(), Counted()
+    opt = zk.ZOSGD(model, lr=0.01, blocks="layer")
+    other = zk.ZOSGD(twin, lr=0.01, blocks="layer")
+    with pytest.warns(UserWarning, match="run whole.*goes on from a cache"):
+        opt.step(lambda: model(X, Y))
+    other.step(lambda: twin(X, Y))
+    assert opt.projected_gradients == other.projected_gradients
+
+
 @pytest.mark.parametrize("fails", [True, False])
 def test_layers_that_do_more_run_whole_and_it_is_said_once(fails):
     model, twin = Router(fails), Router(fails)

@@ -134,3 +134,70 @@ def test_buffers_are_put_back_when_a_forward_fails():
         with pytest.raises(KeyError):
             opt.step(closure)
         assert not model.counted.any() and not model.hidden.any() and not model.small.any()
+
+
+class Normed(nn.Module):
+    """The root itself takes a batch's statistics, which no version of its buffers tells."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.layer = nn.Linear(8, size)
+        self.register_buffer("mean", torch.zeros(size))
+        self.register_buffer("var", torch.ones(size))
+
+    def forward(self, x):
+        return F.batch_norm(self.layer(x), self.mean, self.var, training=self.training)
+
+
+@pytest.mark.parametrize("size", [6, 1024, 1025])
+@pytest.mark.parametrize("rule", ["on_entry", "paired", "in_place"])
+def test_statistics_of_a_batch_are_put_back_whatever_their_size(rule, size):
+    torch.manual_seed(0)
+    model, x = Normed(size), torch.randn(4, 8)
+    opt = RULES[rule](model)
+    for _ in range(2):
+        opt.step(lambda: (model(x) ** 3).mean())
+        assert not model.mean.any() and torch.equal(model.var, torch.ones(size))
+
+
+def test_a_closure_that_trains_batch_norm_leaves_its_statistics():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6)), torch.randn(4, 8)
+    opt = zk.ZOSGD(model, lr=1e-3, eps=1e-2)
+
+    def closure():
+        model.train()
+        return model(x).pow(3).mean()
+
+    opt.step(closure)
+    assert model[1].num_batches_tracked == 0 and not model[1].running_mean.any()
+
+
+def test_a_buffer_whose_elements_share_memory_is_left_alone():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 2)), torch.randn(4, 8)
+    model.register_buffer("spread", torch.ones(1).expand(7))
+    zk.ZOSGD(model, lr=1e-3, eps=1e-2).step(lambda: (model(x) * model.spread[0]).square().mean())
+    assert torch.equal(model.spread, torch.ones(7))
+
+
+class Making(nn.Module):
+    """Its inner module makes another one in its first forward, as BigBird does."""
+
+    def __init__(self, width=4):
+        super().__init__()
+        self.layer = nn.Linear(width, width)
+
+    def forward(self, x):
+        if not hasattr(self, "made"):
+            self.made = nn.Sequential(nn.Dropout(0.5)).train(self.training)
+        return self.made(self.layer(x))
+
+
+def test_a_module_that_a_forward_makes_trains_as_the_one_around_it():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Making(), Making()), torch.randn(3, 4)
+    model[1].eval()
+    zk.ZOSGD(model, lr=0.0).step(lambda: model(x).square().mean())
+    assert all(m.training for m in model[0].modules())
+    assert not any(m.training for m in model[1].modules())
