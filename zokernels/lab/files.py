@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -45,9 +46,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def json_of(value: Any, **form: Any) -> str:
+    """A value as JSON, which has no NaN and no ∞: they are null.
+
+    Args:
+        value: What `json.dumps` takes.
+        form: Its keywords.
+    """
+    return json.dumps(finite(value), allow_nan=False, **form)
+
+
+def finite(value: Any) -> Any:
+    """The value with None in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes ``value`` whole or not at all, without the NaN that JSON does not have."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Writes ``value`` whole or not at all, as `json_of` has it."""
+    write_text(path, json_of(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:

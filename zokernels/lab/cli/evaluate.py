@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_form
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -86,7 +85,7 @@ def predict(
     examples = data.rows_of(s.the_task(), rows, data.parsed(s.columns), labelled=False)
     run = saved.opened(s, examples, Sayer(Console(stderr=True)))
     lines = [
-        json_form.dumps(line, ensure_ascii=False, default=str) + "\n"
+        files.json_of(line, ensure_ascii=False, default=str) + "\n"
         for line in predictions(run.scorer, examples, s.batch_size, s.calibrate)
     ]
     if out is None:

@@ -172,9 +172,10 @@ class Display:
         self._progress.reset(self._bars[number], description=f"worker {number}", loss="")
         said = f"[{self._done}/{self._runs}] {run.name}: {outcome.status}"
         if (metrics := table.metrics_of(run)) is not None and not metrics["failure"]:
-            before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
-            metric = METRICS[metrics["metric"]]
-            said += f", {metric.text(before)} -> {metric.text(after)} in {metrics['seconds']:.0f} s"
+            metric, ends = METRICS[metrics["metric"]], ("before", "after")
+            numbers = [metrics[f"dev_accuracy_{end}"] for end in ends]
+            shown = ["none" if n is None else metric.text(n) for n in numbers]
+            said += f", {' -> '.join(shown)} in {metrics['seconds']:.0f} s"
         if outcome.reason:
             said += f": {outcome.reason}"
         self.console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -1,5 +1,6 @@
 """The metric on a split, in batches of texts of like length, and when a run measures it."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -34,7 +35,8 @@ def evaluate(run: Run, whole: bool) -> None:
         _measure(run, "dev", data.part(run.splits.dev, count))
         if s.keep_best and not whole:
             found = _measure(run, "valid", data.part(run.splits.valid, count))
-            if run.best is None or run.task.metric.better(found.value, run.best[0]):
+            best = math.nan if run.best is None else run.best[0]
+            if run.task.metric.better(found.value, best):
                 run.best = (found.value, run.done, run.learner.copy())
     except Interrupted:
         return

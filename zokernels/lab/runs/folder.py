@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from contextlib import suppress
 from pathlib import Path
@@ -150,7 +149,7 @@ class RunFolder:
 
     def resume(self, records: list[dict[str, Any]]) -> None:
         """Goes on with an earlier run's log, of which these records stay."""
-        lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records)
+        lines = "".join(files.json_of(r) + "\n" for r in records)
         try:
             self._remove_drafts()
             files.write_text(self.path / LOG, lines)
@@ -168,5 +167,5 @@ class RunFolder:
         """Appends a line to the metrics, readable at once."""
         if self._log is None:
             raise RuntimeError("The run folder has not begun.")
-        self._log.write(json.dumps(record, allow_nan=False) + "\n")
+        self._log.write(files.json_of(record) + "\n")
         self._log.flush()
