@@ -108,20 +108,17 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_answer(path: Path, value: dict[str, Any] | str, option: str = "--json") -> None:
-    """Writes what an option asks for: a text, or JSON as `write_json` does.
+def write_answer(path: Path, value: dict[str, Any]) -> None:
+    """Writes what ``--json`` asks for, as `write_json` does.
 
     Raises:
         RunError: If it cannot be written; what was there before is there still.
     """
     try:
-        if isinstance(value, str):
-            write_text(path, value)
-        else:
-            write_json(path, value)
+        write_json(path, value)
     except OSError as error:
         raise RunError(
-            f"{option} {path} could not be written: {error.strerror}. All else is done."
+            f"--json {path} could not be written: {error.strerror}. All else is done."
         ) from None
 
 
@@ -135,4 +132,10 @@ def check_json(path: Path | None, option: str = "--json") -> None:
     if path.exists() and not path.is_file():
         raise InputError(f"{option} {path} is no ordinary file; name one, or a new one.")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist; create it.")
+        raise InputError(f"{option} {path}: its folder does not exist; make it first.")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise InputError(
+            f"{option} {path} cannot be written: {error.strerror}; name a file elsewhere."
+        ) from None

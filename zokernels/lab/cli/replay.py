@@ -9,6 +9,7 @@ from rich.console import Console
 from zokernels.lab import files
 from zokernels.lab.cli.finetune import quiet
 from zokernels.lab.cli.slow import say_slow
+from zokernels.lab.runs import answers
 
 
 def command(
@@ -29,7 +30,7 @@ def command(
     # transformers takes seconds to load, and --help needs none of it.
     from zokernels.lab.runs.rebuild import rebuild
 
-    files.check_json(json)
+    answers.check(json, reads=[path for path in (Path(base), run) if path.exists()])
     quiet()
     say_slow(device, backend)
     found = rebuild(

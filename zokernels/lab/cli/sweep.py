@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError, RunError
-from zokernels.lab.files import check_json, write_answer, write_text
+from zokernels.lab.files import write_answer, write_text
+from zokernels.lab.runs import answers
 from zokernels.lab.sweeps import file, plots, table
 from zokernels.lab.sweeps.folder import SweepFolder
 from zokernels.lab.sweeps.plan import Run, plan
@@ -34,11 +36,12 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write how many ended how here.")] = None,
 ) -> int:
     """Do every run of a grid that is not done yet, and write the table of all of them."""
-    check_json(json)
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
     found = file.read(sweep)
     runs, skipped = plan(found, out, sweep)
+    if json is not None:
+        answers.check(json, reads={sweep, *chain(*(answers.read_by(r.settings) for r in runs))})
     wanted = set(part or (known.name for known in found.parts))
     if unknown := wanted - {known.name for known in found.parts}:
         names = ", ".join(known.name for known in found.parts)
