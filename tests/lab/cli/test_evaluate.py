@@ -61,6 +61,15 @@ def test_a_saved_run_has_the_number_that_it_reported(runs, tmp_path, name, capsy
         assert f"accuracy {found['value']:.1%} ± " in shown
 
 
+def test_a_run_that_measured_all_of_dev_at_its_ends_is_measured_so(places, tmp_path):
+    given = dict(steps=2, max_length=32, whole_dev=True, eval_examples=10, metric="loss")
+    made = Settings(model=str(places / "opt"), data=str(places), out=tmp_path / "run", **given)
+    metrics = Finetune(made).run()
+    found = evaluated(tmp_path, tmp_path / "run")
+    assert (found["value"], found["examples"]) == (metrics["dev_accuracy_after"], 160)
+    assert evaluated(tmp_path, tmp_path / "run", "--eval-examples", 10)["examples"] == 10
+
+
 def test_an_adapter_and_a_model_are_measured_too(runs, places, tmp_path):
     out, metrics = runs["lora"]
     options = ("--data", places, "--max-length", 32, "--metric", "loss")

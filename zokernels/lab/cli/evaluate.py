@@ -46,7 +46,7 @@ def command(
     whole = named is not None and not Path(named).is_dir() and s.eval_data is None
     rows = data.rows_of(task, named, data.parsed(s.columns)) if named and whole else None
     run = saved.opened(s, rows, sayer)
-    examples = data.part(run.splits.dev, s.eval_examples)
+    examples = data.part(run.splits.dev, s.measured)
     if not examples:
         raise InputError("--eval-examples 0 leaves nothing to measure; raise it.")
     began = time.perf_counter()
