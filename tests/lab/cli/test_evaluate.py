@@ -106,6 +106,19 @@ def test_rows_without_labels_are_answered_in_their_order(runs, tmp_path, capsys)
     assert [json.loads(line) for line in shown.splitlines()] == found
 
 
+def test_columns_of_the_rows_stay_theirs(runs, tmp_path, capsys):
+    rows = [{"sentence": "the film good", "label": "mine", "probability": 7, "predicted_label": 1}]
+    rows.append({"sentence": "the film bad"})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["predict", str(runs["full"][0]), str(tmp_path / "own.jsonl")]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, line in zip(rows, found, strict=True):
+        assert {name: line[name] for name in row} == row
+        own = {*line} - {*row}
+        assert own == {"prediction", "predicted_predicted_label", "predicted_probability"}
+        assert line["predicted_predicted_label"] in ("0", "1")
+
+
 def test_written_answers_are_predicted(places, tmp_path, capsys):
     (tmp_path / "own.jsonl").write_text('{"prompt": "the film"}\n{"prompt": "a plot"}\n')
     words = [str(places / "opt"), str(tmp_path / "own.jsonl"), "--task", "completion"]
