@@ -68,7 +68,7 @@ def command(
     if preset == "list":
         return presets.show()
     asked = Settings(**options.resolved(context, settings, preset), out=Path("unused"))
-    reads = answers.read_by(asked)
+    reads = [*answers.read_by(asked)]
     answers.check(json, reads=reads)
     if plot is not None:
         check_plot(plot, reads)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from zokernels.lab import files
@@ -12,12 +12,12 @@ from zokernels.lab.runs.settings import Settings
 from zokernels.lab.tasks import data, description
 
 
-def read_by(s: Settings) -> list[Path]:
+def read_by(s: Settings) -> Iterator[Path]:
     """The files that a run with these settings reads, and the folder of its model."""
     found = [Path(s.model), *data.places(s.the_task(), s.data, s.eval_data)]
     if s.task.endswith(description.ENDINGS):
         found.append(Path(s.task))
-    return [path for path in found if path.exists()]
+    yield from (path for path in found if path.exists())
 
 
 def check(
