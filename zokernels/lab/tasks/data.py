@@ -231,14 +231,15 @@ def few(splits: Splits, shots: int, seed: int) -> Splits:
     valid: list[Example] = []
     for label, pool in sorted(pools.items()):
         if len(pool) < 2 * shots:
+            has = f"of each label, but label {label} has" if len(pools) > 1 else "and there are"
             raise InputError(
-                f"--shots {shots} needs {2 * shots} training examples of each label, but label "
-                f"{label} has {len(pool)}; lower it."
+                f"--shots {shots} needs {2 * shots} training examples {has} {len(pool)}; lower it."
             )
         chosen = source.sample(pool, 2 * shots)
         train += chosen[:shots]
         valid += chosen[shots:]
-    words = f"{splits.source}, {shots} examples a label by seed {seed}"
+    each = " a label" if len(pools) > 1 else ""
+    words = f"{splits.source}, {shots} examples{each} by seed {seed}"
     return replace(splits, train=train, valid=valid, source=words)
 
 
