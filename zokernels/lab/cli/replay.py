@@ -17,7 +17,8 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run folder, or trajectory file.")],
     out: Annotated[Path | None, typer.Option(help="New folder for the model.")] = None,
     until: Annotated[
-        int | None, typer.Option(help="Steps to replay [those of the saved weights, or all].")
+        int | None,
+        typer.Option(help="Steps; without it those of the saved weights, or all."),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with the weights that the run saved.")

@@ -14,6 +14,7 @@ from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError, RunError
 from zokernels.lab.files import write_answer, write_text
 from zokernels.lab.runs import answers
+from zokernels.lab.runs.interrupt import raised_by_sigterm
 from zokernels.lab.sweeps import file, plots, table
 from zokernels.lab.sweeps.folder import SweepFolder
 from zokernels.lab.sweeps.plan import Run, plan
@@ -53,7 +54,7 @@ def command(
             console.print(run.name, highlight=False, markup=False, soft_wrap=True)
         console.print(f"{len(chosen)} runs.", highlight=False)
         return 0
-    with SweepFolder(out, found.text):
+    with SweepFolder(out, found.text), raised_by_sigterm():
         began = time.monotonic()
         outcomes, stopped = _do(runs, wanted, out, workers, console)
         cells = table.cells(runs, skipped, outcomes)

@@ -33,7 +33,7 @@ class Rule:
         when: Settings and the values that each may have.
         set: Settings that those cells have.
         seeds: Their seeds, where they differ.
-        skip: Why they are left out.
+        skip: Why they are left out; "" if an earlier rule's word does not hold for them.
     """
 
     where: str
@@ -134,7 +134,13 @@ def _rule(rule: Any, path: Path, where: str, grid: set[str]) -> Rule:
             f"{path}: {where}.set.{both[0]} is a key of the grid too; leave it out of one."
         )
     seeds = _seeds(rule["seeds"], path, f"{where}.seeds") if "seeds" in rule else None
-    skip = str(rule["skip"]) if "skip" in rule else None
+    skip = rule.get("skip")
+    if isinstance(skip, bool):
+        skip = "by the file" if skip else ""
+    elif "skip" in rule and not (isinstance(skip, str) and skip.strip()):
+        raise InputError(
+            f"{path}: {where}.skip must be true, false or a text that says why, got {shown(skip)}."
+        )
     return Rule(where, when, given, seeds, skip)
 
 
