@@ -105,14 +105,12 @@ def places(
         named = [variable]
     found: list[Path] = []
     for place in map(Path, named):
-        found.append(place) if not place.is_dir() else found.extend(
-            path
-            for folder in {place, place / task.folder}
-            if folder.is_dir()
-            for path in folder.iterdir()
-            if path.suffix in rows.READERS
-            and (path.stem in (task.train_file, *_STEMS) or path == _only_file(folder))
-        )
+        folders = [p for p in {place, place / task.folder} if p.is_dir()]
+        for folder in folders:
+            own = [p for p in folder.iterdir() if p.suffix in rows.READERS]
+            known = {task.train_file, *_STEMS}
+            found += [p for p in own if len(own) == 1 or p.stem in known]
+        found += [] if folders else [place]
     return found
 
 
