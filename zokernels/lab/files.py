@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -45,9 +46,28 @@ def write_bytes(path: Path, data: bytes) -> None:
         raise
 
 
+def json_of(value: Any, **form: Any) -> str:
+    """A value as JSON, which has no NaN and no ∞: they are null.
+
+    Args:
+        value: What `json.dumps` takes.
+        form: Its keywords.
+    """
+    return json.dumps(finite(value), allow_nan=False, **form)
+
+
+def finite(value: Any) -> Any:
+    """The value with None in place of every number that is not finite."""
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Writes ``value`` whole or not at all, without the NaN that JSON does not have."""
-    write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+    """Writes ``value`` whole or not at all, as `json_of` has it."""
+    write_text(path, json_of(value, indent=2) + "\n")
 
 
 def read_json(path: Path) -> Any:
@@ -88,20 +108,17 @@ def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def write_answer(path: Path, value: dict[str, Any] | str, option: str = "--json") -> None:
-    """Writes what an option asks for: a text, or JSON as `write_json` does.
+def write_answer(path: Path, value: dict[str, Any]) -> None:
+    """Writes what ``--json`` asks for, as `write_json` does.
 
     Raises:
         RunError: If it cannot be written; what was there before is there still.
     """
     try:
-        if isinstance(value, str):
-            write_text(path, value)
-        else:
-            write_json(path, value)
+        write_json(path, value)
     except OSError as error:
         raise RunError(
-            f"{option} {path} could not be written: {error.strerror}. All else is done."
+            f"--json {path} could not be written: {error.strerror}. All else is done."
         ) from None
 
 
@@ -115,4 +132,10 @@ def check_json(path: Path | None, option: str = "--json") -> None:
     if path.exists() and not path.is_file():
         raise InputError(f"{option} {path} is no ordinary file; name one, or a new one.")
     if not path.absolute().parent.is_dir():
-        raise InputError(f"{option} {path}: the folder {path.parent} does not exist; create it.")
+        raise InputError(f"{option} {path}: its folder does not exist; make it first.")
+    try:
+        tempfile.TemporaryFile(dir=path.absolute().parent).close()
+    except OSError as error:
+        raise InputError(
+            f"{option} {path} cannot be written: {error.strerror}; name a file elsewhere."
+        ) from None

@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, shown
 
 
 class Keys(dict[Any, Any]):
@@ -87,7 +87,7 @@ def mapping(given: Any, path: Path, where: str) -> Mapping[str, Any]:
         InputError: If it does not.
     """
     if not isinstance(given, Mapping):
-        got = "nothing" if given is None else repr(given)
+        got = "nothing" if given is None else shown(given)
         raise InputError(f"{path}: {where} must hold keys and values, got {got}.")
     return given
 

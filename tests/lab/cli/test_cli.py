@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import torch
+import typer
 from tiny import build, environment
 
 import zokernels as zk
 from zokernels.backends import native
 from zokernels.lab.benchmarks import timing
-from zokernels.lab.cli import main
+from zokernels.lab.cli import app, main
 from zokernels.lab.cli import quickstart as quick
 
 pytestmark = pytest.mark.hf
@@ -199,6 +200,15 @@ def test_the_version_is_the_packages(capsys):
 def test_env_refuses_a_json_it_cannot_write(place, capsys):
     assert main(["env", "--json", "gone/env.json"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_no_word_of_the_help_is_lost():
+    """rich takes what stands in brackets for a style, and shows nothing of it."""
+    todo = [typer.main.get_command(app)]
+    for command in todo:
+        todo += getattr(command, "commands", {}).values()
+        assert not [p.name for p in command.params if "[" in (getattr(p, "help", "") or "")]
+    assert len(todo) > 10
 
 
 @pytest.mark.parametrize("argv", [["--help"], ["finetune", "--help"], ["env", "--help"]])

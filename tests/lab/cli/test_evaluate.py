@@ -61,6 +61,15 @@ def test_a_saved_run_has_the_number_that_it_reported(runs, tmp_path, name, capsy
         assert f"accuracy {found['value']:.1%} ± " in shown
 
 
+def test_a_run_that_measured_all_of_dev_at_its_ends_is_measured_so(places, tmp_path):
+    given = dict(steps=2, max_length=32, whole_dev=True, eval_examples=10, metric="loss")
+    made = Settings(model=str(places / "opt"), data=str(places), out=tmp_path / "run", **given)
+    metrics = Finetune(made).run()
+    found = evaluated(tmp_path, tmp_path / "run")
+    assert (found["value"], found["examples"]) == (metrics["dev_accuracy_after"], 160)
+    assert evaluated(tmp_path, tmp_path / "run", "--eval-examples", 10)["examples"] == 10
+
+
 def test_an_adapter_and_a_model_are_measured_too(runs, places, tmp_path):
     out, metrics = runs["lora"]
     options = ("--data", places, "--max-length", 32, "--metric", "loss")
@@ -95,6 +104,19 @@ def test_rows_without_labels_are_answered_in_their_order(runs, tmp_path, capsys)
     assert main(words) == 0
     shown = capsys.readouterr().out
     assert [json.loads(line) for line in shown.splitlines()] == found
+
+
+def test_columns_of_the_rows_stay_theirs(runs, tmp_path, capsys):
+    rows = [{"sentence": "the film good", "label": "mine", "probability": 7, "predicted_label": 1}]
+    rows.append({"sentence": "the film bad"})
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert main(["predict", str(runs["full"][0]), str(tmp_path / "own.jsonl")]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    for row, line in zip(rows, found, strict=True):
+        assert {name: line[name] for name in row} == row
+        own = {*line} - {*row}
+        assert own == {"prediction", "predicted_predicted_label", "predicted_probability"}
+        assert line["predicted_predicted_label"] in ("0", "1")
 
 
 def test_written_answers_are_predicted(places, tmp_path, capsys):

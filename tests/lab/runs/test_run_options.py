@@ -168,6 +168,8 @@ BAD = [
     (dict(patience=2), "--patience needs --keep-best"),
     (dict(warmup=5), "--warmup 5 leaves none of the 5 --steps at the full rate"),
     (dict(keep_best=True, eval_every=1, eval_examples=0), "--eval-examples that are not 0"),
+    (dict(task="squad", objective="candidates"), "squad are written; take --objective tokens"),
+    (dict(data="own.jsonl", objective="accuracy"), "completion are written; take --objective tok"),
     (dict(eval_examples=-1), "--eval-examples must be at least 0"),
 ]
 

@@ -186,6 +186,42 @@ parts:
     assert {s.reason for s in skipped} == {"too long"} and len(skipped) == 2
 
 
+def test_a_later_rule_takes_in_again_what_an_earlier_one_left_out(tmp_path):
+    text = """
+base: {model: m}
+grid: {lr: [1e-4, 1e-5, 1e-6]}
+rules:
+  - skip: true
+  - when: {lr: 1e-5}
+    skip: false
+  - when: {lr: 1e-6}
+    skip: too low
+"""
+    runs, skipped = planned(text, tmp_path)
+    assert [r.settings.lr for r in runs] == [1e-5]
+    assert [(s.cell["lr"], s.reason) for s in skipped] == [(1e-4, "by the file"), (1e-6, "too low")]
+    for other in ("3", "", "[no]", "' '"):
+        with pytest.raises(InputError, match="rules.0..skip must be true, false or a text"):
+            planned(f"base: {{model: m}}\nrules:\n  - skip: {other}\n", tmp_path)
+
+
+def test_sigterm_ends_a_sweep_as_ctrl_c_does(tmp_path, monkeypatch):
+    grid, out, sent = written(SWEEP.replace("STEPS", "500")), tmp_path / "out", []
+
+    def terminate(self, number, run, what):
+        if what.get("step", 0) > 1 and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+
+    monkeypatch.setattr(command.Display, "told", terminate)
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["sweep", grid, "--out", str(out), "--json", "counts.json"]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    counts = json.loads((tmp_path / "counts.json").read_text())
+    assert counts == {"runs": 3, "interrupted": 1, "not run": 2}
+    (cut,) = (out / "grid").glob("zo-sgd-seed0-*")
+    assert json.loads((cut / "metrics.json").read_text())["interrupted"]
+
+
 def test_other_settings_are_another_run_and_the_same_are_the_same(tmp_path):
     names = [
         [r.settings.out.name for r in planned(SWEEP.replace("STEPS", steps), tmp_path)[0]]
@@ -229,7 +265,7 @@ BAD = [
     ),
     ("part", BASE + "parts: {a: {gird: {}}}", "there is no key parts.a.gird"),
     ("package", "base: {model: 'package:no_such/x'}", "no installed package 'no_such'"),
-    ("all skipped", BASE + "rules: [{skip: no}]", "no run that is not skipped"),
+    ("all skipped", BASE + "rules: [{skip: yes}]", "no run that is not skipped"),
 ]
 
 

@@ -42,6 +42,8 @@ def test_pairs_and_conversations_are_read_as_trl_takes_them():
     [
         ({"prompt": "a"}, "line 1: a row must have prompt and completion, or messages; it has"),
         ({"prompt": "a", "completion": " "}, "line 1: the completion is empty"),
+        ({"prompt": None, "completion": "x"}, "line 1: the prompt is null; give it a text"),
+        ({"prompt": "a", "completion": None}, "line 1: the completion is null; give it a text"),
         ({"prompt": 3, "completion": "x"}, "line 1: the prompt must be a text, got 3"),
         ({"messages": "hi"}, "line 1: messages must be a list of messages"),
         ({"messages": [{"role": "user", "content": "x"}]}, "no message of the assistant follows"),

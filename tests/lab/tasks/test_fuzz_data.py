@@ -115,7 +115,7 @@ def test_parquet_with_a_byte_changed(folder, case, flip, bits):
     [
         ("rte", "a.jsonl", b'{"premise": 3, "hypothesis": "b", "label": 0}', "no row of rte"),
         ("rte", "a.jsonl", b'{"premise": "a", "hypothesis": 3, "label": 0}', "be a text, got 3"),
-        ("rte", "a.jsonl", b'{"premise": "a", "hypothesis": null, "label": 0}', "is missing"),
+        ("rte", "a.jsonl", b'{"premise": "a", "hypothesis": null, "label": 0}', "is null"),
         ("rte", "a.jsonl", b'{"premise": "a", "hypothesis": "b"}', "column 'label' is missing"),
         ("rte", "a.jsonl", b'{"premise": "a", "hypothesis": "b", "label": 7}', "got '7'"),
         ("rte", "a.jsonl", b'{"premise": "a\\ud800", "hypothesis": "b", "label": 0}', "surrogate"),

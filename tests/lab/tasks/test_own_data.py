@@ -6,7 +6,7 @@ import pytest
 from own import described, write
 
 from zokernels.lab.errors import InputError
-from zokernels.lab.tasks import data, get_task, rows
+from zokernels.lab.tasks import COMPLETION, data, get_task, rows
 from zokernels.lab.tasks.data import parsed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,6 +33,59 @@ def test_a_csv_with_a_header_quotes_and_a_byte_order_mark(tmp_path):
     write(path, "sentence,label\na,1,2\n")
     with pytest.raises(InputError, match=r"own.csv, line 2: expected sentence,label, got 3"):
         rows.read(task, path)
+
+
+LONG = ["a film " * 20] * 500
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        (
+            "a.csv",
+            "sentence,label,sentence\na,1,b\n",
+            "line 1: the column 'sentence' is there 2 times",
+        ),
+        (
+            "a.tsv",
+            "label\tlabel\tsentence\n1\t0\tb\n",
+            "line 1: the column 'label' is there 2 times",
+        ),
+        (
+            "a.json",
+            json.dumps({"data": LONG}),
+            "rows must be a list at the top, .* whose 'data' holds",
+        ),
+        ("a.json", json.dumps([LONG]), "row 0: a row must be an object with named columns, got"),
+        ("a.jsonl", json.dumps({"sentence": LONG, "label": 1}), "the sentence must be a text, got"),
+        ("a.jsonl", json.dumps({"sentence": "a", "label": LONG}), "the label must be 0 or 1"),
+        ("a.jsonl", json.dumps({"x": 1, **dict.fromkeys(map(str, range(999)))}), "it has x, 0, 1"),
+        ("a.jsonl", '{"sentence": null, "label": 1}', "the sentence is null; give it a value"),
+        ("a.jsonl", '{"sentence": "a", "label": null}', "the label is null; give it a value"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(tmp_path, name, text, words):
+    task, path = described(tmp_path, REVIEWS), write(tmp_path / name, text)
+    with pytest.raises(InputError, match=words) as error:
+        rows.read(task, path)
+    assert len(str(error.value).replace(str(path), "")) < 300
+
+
+def test_columns_without_a_name_are_nobodys(tmp_path):
+    path = write(tmp_path / "a.csv", "sentence,label,,\na,1,,\n")
+    assert len(rows.read(described(tmp_path, REVIEWS), path)) == 1
+
+
+def test_shots_speak_of_labels_where_there_are_some(tmp_path):
+    lines = [json.dumps({"prompt": f"film {i}", "completion": "x"}) for i in range(20)]
+    path = write(tmp_path / "own.jsonl", "\n".join(lines))
+    found = data.load(COMPLETION, path)
+    with pytest.raises(InputError, match="needs 40 training examples and there are 17; lower it"):
+        data.few(found, 20, 0)
+    assert data.few(found, 4, 0).source.endswith("own.jsonl, 4 examples by seed 0")
+    reviews(path, 20)
+    with pytest.raises(InputError, match="of each label, but label 0 has"):
+        data.few(data.load(described(tmp_path, REVIEWS), path), 20, 0)
 
 
 @pytest.mark.parametrize("given", ["a", "a=", "=b", "a=b,c", ","])

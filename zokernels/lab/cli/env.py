@@ -14,7 +14,7 @@ from rich.console import Console
 import zokernels as zk
 from zokernels.lab import files
 from zokernels.lab.cli import show
-from zokernels.lab.runs import report
+from zokernels.lab.runs import answers, report
 
 _PACKAGES = ("accelerate", "datasets", "safetensors", "tokenizers", "trl", "matplotlib")
 # What changes speed or which code runs; no variable that names a place of the user's.
@@ -28,7 +28,7 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write it to this file.")] = None,
 ) -> None:
     """Show what a bug report needs: versions, the machine, and each backend, or why not."""
-    files.check_json(json)
+    answers.check(json)
     found = collect()
     if json is not None:
         files.write_answer(json, found)

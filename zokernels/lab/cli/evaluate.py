@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_form
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,9 +12,9 @@ from rich.console import Console
 from zokernels.lab import files
 from zokernels.lab.cli import options
 from zokernels.lab.cli.progress import Sayer
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, RunError
 from zokernels.lab.models.loading import quiet
-from zokernels.lab.runs import checks, saved
+from zokernels.lab.runs import answers, checks, saved
 from zokernels.lab.runs.evaluate import accuracy, predictions
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.tasks import data
@@ -38,8 +37,8 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write what was found here.")] = None,
 ) -> None:
     """Measure a saved run, a model or an adapter, on its dev split or on the rows of --data."""
-    files.check_json(json)
     s, sayer = _settings(context, settings, saved_as), Sayer(Console())
+    answers.check(json, reads=answers.read_by(s))
     quiet()
     task = s.the_task()
     named = settings["data"] if options.is_given(context, "data") else None
@@ -47,7 +46,7 @@ def command(
     whole = named is not None and not Path(named).is_dir() and s.eval_data is None
     rows = data.rows_of(task, named, data.parsed(s.columns)) if named and whole else None
     run = saved.opened(s, rows, sayer)
-    examples = data.part(run.splits.dev, s.eval_examples)
+    examples = data.part(run.splits.dev, s.measured)
     if not examples:
         raise InputError("--eval-examples 0 leaves nothing to measure; raise it.")
     began = time.perf_counter()
@@ -80,19 +79,26 @@ def predict(
     ] = None,
 ) -> None:
     """Answer rows that need no label: each row, with what the model says, as a line of JSON."""
-    files.check_json(out, "--out")
     s = _settings(context, settings, saved_as)
+    given = [Path(rows)] if Path(rows).exists() else []
+    answers.check(out, "--out", [*answers.read_by(s), *given])
     quiet()
     examples = data.rows_of(s.the_task(), rows, data.parsed(s.columns), labelled=False)
     run = saved.opened(s, examples, Sayer(Console(stderr=True)))
     lines = [
-        json_form.dumps(line, ensure_ascii=False, default=str) + "\n"
+        files.json_of(line, ensure_ascii=False, default=str) + "\n"
         for line in predictions(run.scorer, examples, s.batch_size, s.calibrate)
     ]
-    if out is None:
-        print("".join(lines), end="")
-    else:
-        files.write_answer(out, "".join(lines), "--out")
+    text = "".join(lines)
+    try:
+        if out is not None:
+            return files.write_text(out, text)
+    except OSError as error:
+        print(text, end="")
+        raise RunError(
+            f"--out {out} could not be written: {error.strerror}. The answers are on the screen."
+        ) from None
+    print(text, end="")
 
 
 def _settings(context: typer.Context, settings: dict[str, Any], saved_as: str) -> Settings:

@@ -13,7 +13,7 @@ from zokernels.lab.cli import inputs, options, presets, show
 from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
-from zokernels.lab.runs import checks, folder
+from zokernels.lab.runs import answers, checks, folder
 from zokernels.lab.runs.history import Watcher
 from zokernels.lab.runs.processes import is_first
 from zokernels.lab.runs.resume import settings_of
@@ -39,22 +39,20 @@ def command(
     ] = None,
 ) -> int:
     """Fine-tune a model on a task by forward passes and write a run folder."""
-    files.check_json(json)
+    if preset == "list" and resume is None:
+        return presets.show()
     if resume is not None:
         _check_alone(context)
-        return _report(train(settings_of(resume), _words(), resume=True), json)
-    if preset == "list":
-        return presets.show()
-    chosen = options.resolved(context, settings, preset)
-    asked = Settings(**{**chosen, "out": chosen["out"] or Path()})
-    if chosen["out"] is None:
-        asked.out = Path("runs") / f"{Path(asked.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
-    return _report(train(asked, _words()), json)
-
-
-def _report(metrics: dict[str, Any], path: Path | None) -> int:
-    if path is not None and is_first():
-        files.write_answer(path, metrics)
+        asked = settings_of(resume)
+    else:
+        chosen = options.resolved(context, settings, preset)
+        asked = Settings(**{**chosen, "out": chosen["out"] or Path()})
+        if chosen["out"] is None:
+            asked.out = Path("runs") / f"{Path(asked.task).stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    answers.check(json, reads=answers.read_by(asked), out=asked.out)
+    metrics = train(asked, _words(), resume=resume is not None)
+    if json is not None and is_first():
+        files.write_answer(json, metrics)
     return 130 if metrics["interrupted"] else 0
 
 

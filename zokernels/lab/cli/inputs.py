@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from zokernels.lab.errors import InputError
+from zokernels.lab.runs import answers
 from zokernels.lab.runs.limits import OneOf
 
 _FORMS = (".png", ".svg", ".pdf")
@@ -39,12 +40,9 @@ def lacks(package: str) -> str:
     return "" if there else f"pip install {named.get(package, package)}"
 
 
-def check_plot(path: Path) -> None:
-    """Refuses, before anything is measured, a ``--plot`` that could not be written."""
+def check_plot(path: Path, reads: Iterable[Path] = ()) -> None:
+    """Refuses, before anything is measured, a ``--plot`` as `answers.check` refuses a file."""
     check_needs("--plot", "matplotlib")
     if path.suffix.lower() not in _FORMS:
         raise InputError(f"--plot {path} must end in {', '.join(_FORMS[:-1])} or {_FORMS[-1]}.")
-    if path.is_dir() or (path.exists() and not path.is_file()):
-        raise InputError(f"--plot {path} is no ordinary file; name one, or a new one.")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--plot {path}: its folder does not exist; make it first.")
+    answers.check(path, "--plot", reads)

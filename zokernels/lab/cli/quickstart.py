@@ -121,7 +121,7 @@ def main() -> int:
         return 130
     if metrics["interrupted"]:
         return 130
-    if metrics["dev_accuracy_after"] <= metrics["dev_accuracy_before"]:
+    if not metrics["dev_accuracy_after"] > metrics["dev_accuracy_before"]:
         print("quickstart: the dev accuracy did not rise.", file=sys.stderr)
         return 1
     return 0

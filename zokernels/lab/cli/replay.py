@@ -9,6 +9,7 @@ from rich.console import Console
 from zokernels.lab import files
 from zokernels.lab.cli.finetune import quiet
 from zokernels.lab.cli.slow import say_slow
+from zokernels.lab.runs import answers
 
 
 def command(
@@ -16,7 +17,8 @@ def command(
     run: Annotated[Path, typer.Argument(help="Run folder, or trajectory file.")],
     out: Annotated[Path | None, typer.Option(help="New folder for the model.")] = None,
     until: Annotated[
-        int | None, typer.Option(help="Steps to replay [those of the saved weights, or all].")
+        int | None,
+        typer.Option(help="Steps; without it those of the saved weights, or all."),
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Compare with the weights that the run saved.")
@@ -29,7 +31,7 @@ def command(
     # transformers takes seconds to load, and --help needs none of it.
     from zokernels.lab.runs.rebuild import rebuild
 
-    files.check_json(json)
+    answers.check(json, reads=[path for path in (Path(base), run) if path.exists()])
     quiet()
     say_slow(device, backend)
     found = rebuild(

@@ -2,6 +2,7 @@
 
 import time
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError, RunError
-from zokernels.lab.files import check_json, write_answer, write_text
+from zokernels.lab.files import write_answer, write_text
+from zokernels.lab.runs import answers
+from zokernels.lab.runs.interrupt import raised_by_sigterm
 from zokernels.lab.sweeps import file, plots, table
 from zokernels.lab.sweeps.folder import SweepFolder
 from zokernels.lab.sweeps.plan import Run, plan
@@ -34,11 +37,12 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write how many ended how here.")] = None,
 ) -> int:
     """Do every run of a grid that is not done yet, and write the table of all of them."""
-    check_json(json)
     if workers < 1:
         raise InputError(f"--workers must be at least 1, got {workers}.")
     found = file.read(sweep)
     runs, skipped = plan(found, out, sweep)
+    if json is not None:
+        answers.check(json, reads={sweep, *chain(*(answers.read_by(r.settings) for r in runs))})
     wanted = set(part or (known.name for known in found.parts))
     if unknown := wanted - {known.name for known in found.parts}:
         names = ", ".join(known.name for known in found.parts)
@@ -50,7 +54,7 @@ def command(
             console.print(run.name, highlight=False, markup=False, soft_wrap=True)
         console.print(f"{len(chosen)} runs.", highlight=False)
         return 0
-    with SweepFolder(out, found.text):
+    with SweepFolder(out, found.text), raised_by_sigterm():
         began = time.monotonic()
         outcomes, stopped = _do(runs, wanted, out, workers, console)
         cells = table.cells(runs, skipped, outcomes)
@@ -172,9 +176,10 @@ class Display:
         self._progress.reset(self._bars[number], description=f"worker {number}", loss="")
         said = f"[{self._done}/{self._runs}] {run.name}: {outcome.status}"
         if (metrics := table.metrics_of(run)) is not None and not metrics["failure"]:
-            before, after = metrics["dev_accuracy_before"], metrics["dev_accuracy_after"]
-            metric = METRICS[metrics["metric"]]
-            said += f", {metric.text(before)} -> {metric.text(after)} in {metrics['seconds']:.0f} s"
+            metric, ends = METRICS[metrics["metric"]], ("before", "after")
+            numbers = [metrics[f"dev_accuracy_{end}"] for end in ends]
+            shown = ["none" if n is None else metric.text(n) for n in numbers]
+            said += f", {' -> '.join(shown)} in {metrics['seconds']:.0f} s"
         if outcome.reason:
             said += f": {outcome.reason}"
         self.console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -18,7 +18,7 @@ from zokernels.lab.cli.progress import Sayer
 from zokernels.lab.cli.slow import say_slow_run
 from zokernels.lab.errors import InputError
 from zokernels.lab.models.loading import quiet
-from zokernels.lab.runs import checks, tuning
+from zokernels.lab.runs import answers, checks, tuning
 from zokernels.lab.runs.prepare import prepare
 from zokernels.lab.runs.settings import PANEL, Settings, described
 from zokernels.lab.runs.state import Run
@@ -64,13 +64,14 @@ def command(
     json: Annotated[Path | None, typer.Option(help="Also write all numbers here.")] = None,
 ) -> int:
     """Measure which learning rate and eps a run of finetune with these options wants."""
-    files.check_json(json)
-    if plot is not None:
-        check_plot(plot)
     check_choice("--by", by, BY)
     if preset == "list":
         return presets.show()
     asked = Settings(**options.resolved(context, settings, preset), out=Path("unused"))
+    reads = [*answers.read_by(asked)]
+    answers.check(json, reads=reads)
+    if plot is not None:
+        check_plot(plot, reads)
     checks.check(asked)
     checks.check_probed(asked, "tune")
     quiet()

@@ -15,6 +15,7 @@ from rich.text import Text
 from zokernels.lab import files
 from zokernels.lab.cli import show
 from zokernels.lab.errors import InputError
+from zokernels.lab.runs import answers
 
 if TYPE_CHECKING:
     from zokernels.lab.verification import Case, Outcome, Plan
@@ -39,7 +40,7 @@ def command(
     ] = None,
 ) -> int:
     """Verify every backend, the noise, and whole runs on this machine; 1 if something differs."""
-    files.check_json(json)
+    answers.check(json)
     # The models and the noise's file need not be loaded for --help.
     from zokernels.lab import verification
 

@@ -105,6 +105,11 @@ def _check_together(s: Settings) -> None:
         raise InputError(
             f"--warmup {s.warmup} leaves none of the {s.steps} --steps at the full rate; lower it."
         )
+    if s.objective not in (None, "tokens") and s.the_task().generates:
+        raise InputError(
+            f"--objective {s.objective} compares candidates, and the answers of task {s.task} are "
+            "written; take --objective tokens, or leave it out."
+        )
     if s.load_in and s.scheme not in quantised.SCHEMES:
         raise InputError(
             f"--load-in {s.load_in} quantises what stays frozen, and --scheme {s.scheme} trains "

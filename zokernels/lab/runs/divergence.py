@@ -47,9 +47,11 @@ def rise(losses: Sequence[float]) -> tuple[float, float] | None:
 
 
 def worse(before: Mean | None, after: Mean | None, metric: Metric) -> bool:
-    """Whether a metric is worse than before by two standard errors of the difference."""
+    """Whether a metric is worse than before by two standard errors, or not finite any more."""
     if before is None or after is None:
         return False
+    if not math.isfinite(after.value):
+        return math.isfinite(before.value)
     error = math.hypot(before.error, after.error)
     return metric.better(before.value, after.value) and abs(before.value - after.value) > 2 * error
 
@@ -72,6 +74,8 @@ def sentence(
         found.append(
             f"dev {metric.name} {way} from {metric.text(before.value)} to "
             f"{metric.text(after.value)}"
+            if math.isfinite(after.value)
+            else f"dev {metric.name} is not finite any more"
         )
     if not found:
         return None

@@ -1,7 +1,8 @@
 """The metric on a split, in batches of texts of like length, and when a run measures it."""
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ def evaluate(run: Run, whole: bool) -> None:
         _measure(run, "dev", data.part(run.splits.dev, count))
         if s.keep_best and not whole:
             found = _measure(run, "valid", data.part(run.splits.valid, count))
-            if run.best is None or run.task.metric.better(found.value, run.best[0]):
+            best = math.nan if run.best is None else run.best[0]
+            if run.task.metric.better(found.value, best):
                 run.best = (found.value, run.done, run.learner.copy())
     except Interrupted:
         return
@@ -133,6 +135,8 @@ def predictions(
 ) -> Iterator[dict[str, Any]]:
     """What the model answers, in the examples' order: each row with its answer, in plain values.
 
+    Where a row has a column with the name of an answer's, that of all answers is another.
+
     Args:
         scorer: The model and its way of scoring.
         examples: Which.
@@ -140,19 +144,28 @@ def predictions(
         calibrate: As for `Scorer.predict`.
     """
     task = scorer.task
+    taken = {name for example in examples for name in _row(example)}
+
+    def answered(example: Example, **said: Any) -> dict[str, Any]:
+        return _row(example) | {_free(name, taken): value for name, value in said.items()}
+
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         if task.generates:
             for example, text in zip(batch, generation.answers(scorer, batch), strict=True):
-                yield {**_row(example), "prediction": text}
+                yield answered(example, prediction=text)
             continue
         shares = scorer.judged(batch, calibrate).softmax(-1)
         for example, share in zip(batch, shares, strict=True):
             best = int(share.argmax())
             label = {"label": task.label_name(best)} if task.words else {"index": best}
             words = task.candidates(example)[best].strip()
-            said = {"prediction": words, **label, "probability": round(float(share[best]), 4)}
-            yield {**_row(example), **said}
+            probability = round(float(share[best]), 4)
+            yield answered(example, prediction=words, **label, probability=probability)
+
+
+def _free(name: str, taken: Set[str]) -> str:
+    return name if name not in taken else _free(f"predicted_{name}", taken)
 
 
 def _row(example: Example) -> dict[str, Any]:

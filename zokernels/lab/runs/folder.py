@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
@@ -18,12 +18,29 @@ CHECKPOINT, MERGED = "checkpoint.pt", "merged"
 # Of TensorBoard, where a run reports to it.
 EVENTS = "tensorboard"
 MARK = "zokernels_run"
+_FILES = (METRICS, LOG, PLOT, REPORT, TRAJECTORY, CHECKPOINT)
+_FOLDERS = (WEIGHTS, MERGED, EVENTS)
 
 
 def is_run(path: Path) -> bool:
     """Whether a run has begun in this folder."""
     config = files.read_json(path / CONFIG)
     return isinstance(config, dict) and MARK in config
+
+
+def holder(path: Path, out: Path | None = None) -> Path | None:
+    """The run folder of which a path is one of the run's own files, or lies in one of its own.
+
+    Args:
+        path: Any; it may be absent.
+        out: A folder that a run is to begin in.
+    """
+    whole, own = path.resolve(), {CONFIG, *_FILES, *_FOLDERS}
+    beginning = out.resolve() if out else None
+    for parent in whole.parents:
+        if whole.relative_to(parent).parts[0] in own and (parent == beginning or is_run(parent)):
+            return parent
+    return None
 
 
 def is_finished(path: Path) -> bool:
@@ -70,14 +87,23 @@ class RunFolder:
         path: Where; it may be absent or empty.
         overwrite: Whether an earlier run there may be replaced.
         resume: Whether an earlier run there is to go on.
+        reads: Files and folders that the new run reads.
 
     Raises:
-        InputError: On entry, if it holds something else, an earlier run and not ``overwrite``, or
-            another process is at work in it. Nothing is written or removed before ``begin``.
+        InputError: On entry, if it holds something else, an earlier run and not ``overwrite``, an
+            earlier run with what the new one reads, or another process is at work in it. Nothing is
+            written or removed before ``begin``.
     """
 
-    def __init__(self, path: Path, overwrite: bool = False, resume: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        overwrite: bool = False,
+        resume: bool = False,
+        reads: Iterable[Path] = (),
+    ) -> None:
         self.path = path
+        self._reads = reads
         self._kept = not (overwrite or resume)
         self._resumed = resume
         self._lock: lock.FolderLock | None = None
@@ -125,6 +151,13 @@ class RunFolder:
             raise InputError(
                 f"--out {self.path} holds an earlier run; choose another or pass --overwrite."
             )
+        if not self._resumed and is_run(self.path):
+            for source in self._reads:
+                if holder(source) == self.path.resolve():
+                    raise InputError(
+                        f"--overwrite would remove {source}, which the new run reads; choose "
+                        f"another --out, or move it out of {self.path} first."
+                    )
         if self._resumed and is_finished(self.path):
             raise InputError(
                 f"--resume {self.path}: that run is finished; see {self.path / REPORT}."
@@ -138,9 +171,9 @@ class RunFolder:
         try:
             self._take()
             self._remove_drafts()
-            for name in (METRICS, LOG, PLOT, REPORT, TRAJECTORY, CHECKPOINT):
+            for name in _FILES:
                 (self.path / name).unlink(missing_ok=True)
-            for name in (WEIGHTS, MERGED, EVENTS):
+            for name in _FOLDERS:
                 if (self.path / name).is_dir():
                     shutil.rmtree(self.path / name)
             files.write_json(self.path / CONFIG, {MARK: 1, **config})
@@ -150,7 +183,7 @@ class RunFolder:
 
     def resume(self, records: list[dict[str, Any]]) -> None:
         """Goes on with an earlier run's log, of which these records stay."""
-        lines = "".join(json.dumps(r, allow_nan=False) + "\n" for r in records)
+        lines = "".join(files.json_of(r) + "\n" for r in records)
         try:
             self._remove_drafts()
             files.write_text(self.path / LOG, lines)
@@ -168,5 +201,5 @@ class RunFolder:
         """Appends a line to the metrics, readable at once."""
         if self._log is None:
             raise RuntimeError("The run folder has not begun.")
-        self._log.write(json.dumps(record, allow_nan=False) + "\n")
+        self._log.write(files.json_of(record) + "\n")
         self._log.flush()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from dataclasses import replace
@@ -115,7 +116,7 @@ def card(run: Run, m: dict[str, Any], place: str | None = None) -> str:
     if not Path(s.model).exists() and not s.model.startswith(packages.PREFIX):
         head["base_model"] = s.model
     before, after = m["dev_accuracy_before"], m["dev_accuracy_after"]
-    if after is not None:
+    if after is not None and math.isfinite(after):
         value = {"type": metric.name, "value": round(after, 6), "name": f"dev {metric.name}"}
         data = {"name": run.task.name, "type": run.task.name, "split": "dev"}
         result = {"task": {"type": "text-generation"}, "dataset": data, "metrics": [value]}

@@ -49,13 +49,15 @@ class Mean:
     @property
     def error(self) -> float:
         """The standard error: for right and wrong the binomial one."""
+        if not math.isfinite(self.value):
+            return math.nan
         squares = self.value if self.squares is None else self.squares
         return math.sqrt(max(0.0, squares - self.value**2) / self.examples)
 
 
 @dataclass
 class History:
-    """What was measured, for the plot and the report. Lost losses are NaN here."""
+    """What was measured, for the plot and the report. What was not finite is NaN here."""
 
     losses: list[float] = field(default_factory=list)
     # Of each step its rate, and where there is one what its slopes were made of.
@@ -90,11 +92,12 @@ class History:
     def add(self, record: dict[str, Any]) -> None:
         """Takes in a line of the run's log, be it of a step or of an evaluation."""
         if "loss" not in record:
-            value, examples = record["value"], record["examples"]
-            found = Mean(value, examples, record["standard_error"] ** 2 * examples + value**2)
+            value, error = (_number(record[name]) for name in ("value", "standard_error"))
+            examples = record["examples"]
+            found = Mean(value, examples, error**2 * examples + value**2)
             getattr(self, record["split"]).append((record["step"], found))
             return
-        self.losses.append(math.nan if record["loss"] is None else record["loss"])
+        self.losses.append(_number(record["loss"]))
         self.rates.append(record["lr"])
         if record.get("signal"):
             self.signals.append(record["signal"])
@@ -103,3 +106,7 @@ class History:
             self.seconds[part] += seconds
         self.forwards = record.get("forwards", 0)
         self.backwards = record.get("backwards", 0)
+
+
+def _number(logged: float | None) -> float:
+    return math.nan if logged is None else logged

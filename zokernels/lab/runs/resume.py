@@ -5,6 +5,7 @@ one holds more steps than the other, those are done again, with the same bits.
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,8 @@ def _replay_best(run: Run, path: Path) -> None:
     """The weights of the step that was the best on valid, from a replay until there."""
     values = [found.value for _, found in run.history.valid]
     step, found = run.history.valid[run.task.metric.best(values)]
+    if not math.isfinite(found.value):
+        return
     base = run.learner.copy()
     zk.replay(run.learner.model, path, until=step)
     run.best = (found.value, step, run.learner.copy())

@@ -10,6 +10,7 @@ from zokernels.lab import files
 from zokernels.lab.errors import RunError
 from zokernels.lab.models import sharding
 from zokernels.lab.runs import (
+    answers,
     checkpoint,
     folder,
     hand_over,
@@ -42,7 +43,8 @@ class Finetune(Run):
         s = self.settings
         with processes.started(s) as self.processes, ExitStack() as stack:
             if self.processes.first:
-                held: Any = folder.RunFolder(s.out, s.overwrite, self.resume)
+                reads = answers.read_by(s)
+                held: Any = folder.RunFolder(s.out, s.overwrite, self.resume, reads)
             else:
                 held = folder.Elsewhere(s.out)
             self.out = self.processes.together(lambda: stack.enter_context(held))

@@ -36,6 +36,8 @@ def settings_of(model: str, given: dict[str, Any]) -> Settings:
     own = read_settings(path)
     if "task" in given:
         own.described = None
+    if "eval_examples" in given:
+        own.whole_dev = False
     plain = {**own.plain(), **given, "out": path}
     # An auto rate was found, and is a number.
     return Settings(**plain)

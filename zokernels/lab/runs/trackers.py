@@ -119,7 +119,8 @@ class Trackers:
 def numbers(record: dict[str, Any]) -> dict[str, float]:
     """What is reported of a line of the run's log."""
     if "loss" not in record:
-        return {f"{record['split']}/{record['metric']}": record["value"]}
+        value = record["value"]
+        return {} if value is None else {f"{record['split']}/{record['metric']}": value}
     found = {
         "train/loss": record["loss"],
         "train/lr": record["lr"],

@@ -95,11 +95,11 @@ def _signal(run: Run) -> dict[str, float] | None:
 
 def _record(run: Run, loss: float, lr: float, halved: bool) -> dict[str, Any]:
     timing = run.optimizer.timing
-    slopes = [d if math.isfinite(d) else None for d in run.optimizer.projected_gradients]
+    slopes = list(run.optimizer.projected_gradients)
     return {
         "step": run.done,
-        "loss": loss if math.isfinite(loss) else None,
-        "finite": math.isfinite(loss) and None not in slopes,
+        "loss": loss,
+        "finite": all(map(math.isfinite, (loss, *slopes))),
         "lr": lr,
         "halved": halved,
         "projected_gradients": slopes,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernels.lab import yaml_file
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, shown
 from zokernels.lab.runs.settings import Settings
 from zokernels.lab.yaml_file import known, mapping
 
@@ -33,7 +33,7 @@ class Rule:
         when: Settings and the values that each may have.
         set: Settings that those cells have.
         seeds: Their seeds, where they differ.
-        skip: Why they are left out.
+        skip: Why they are left out; "" if an earlier rule's word does not hold for them.
     """
 
     where: str
@@ -105,7 +105,7 @@ def _part(
             grid[key] = PUBLISHED
             continue
         if not isinstance(values, list) or not values:
-            raise InputError(f"{path}: {at} must be a list of values, got {values!r}.")
+            raise InputError(f"{path}: {at} must be a list of values, got {shown(values)}.")
         grid[key] = [value(key, v, path, f"{at}[{i}]") for i, v in enumerate(values)]
         for i, v in enumerate(grid[key]):
             if v in grid[key][:i]:
@@ -134,14 +134,20 @@ def _rule(rule: Any, path: Path, where: str, grid: set[str]) -> Rule:
             f"{path}: {where}.set.{both[0]} is a key of the grid too; leave it out of one."
         )
     seeds = _seeds(rule["seeds"], path, f"{where}.seeds") if "seeds" in rule else None
-    skip = str(rule["skip"]) if "skip" in rule else None
+    skip = rule.get("skip")
+    if isinstance(skip, bool):
+        skip = "by the file" if skip else ""
+    elif "skip" in rule and not (isinstance(skip, str) and skip.strip()):
+        raise InputError(
+            f"{path}: {where}.skip must be true, false or a text that says why, got {shown(skip)}."
+        )
     return Rule(where, when, given, seeds, skip)
 
 
 def _seeds(seeds: Any, path: Path, where: str) -> list[int]:
     found = seeds if isinstance(seeds, list) else [seeds]
     if not found or any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in found):
-        raise InputError(f"{path}: {where} must be whole numbers from 0 up, got {seeds!r}.")
+        raise InputError(f"{path}: {where} must be whole numbers from 0 up, got {shown(seeds)}.")
     return list(dict.fromkeys(found))
 
 
@@ -185,7 +191,7 @@ def value(key: str, given: Any, path: Path, where: str) -> Any:
             pass
     names = {bool: "true or false", str: "a text", int: "a whole number", float: "a number"}
     wanted = next(names[k] for k in (bool, str, int, float) if k in kinds)
-    raise InputError(f"{path}: {where} must be {wanted}, got {given!r}.")
+    raise InputError(f"{path}: {where} must be {wanted}, got {shown(given)}.")
 
 
 def _expanded(text: str, path: Path, where: str) -> str:
@@ -201,5 +207,5 @@ def _expanded(text: str, path: Path, where: str) -> str:
 
 def _list(given: Any, path: Path, where: str) -> list[Any]:
     if not isinstance(given, list):
-        raise InputError(f"{path}: {where} must be a list, got {given!r}.")
+        raise InputError(f"{path}: {where} must be a list, got {shown(given)}.")
     return given

@@ -71,8 +71,8 @@ def plan(file: SweepFile, out: Path, path: Path) -> tuple[list[Run], list[Skippe
                     unused.discard(rule.where)
                     given |= rule.set
                     seeds = rule.seeds or seeds
-                    why = rule.skip or why
-            if why is not None:
+                    why = why if rule.skip is None else rule.skip
+            if why:
                 skipped.append(Skipped(part.name, cell, why))
                 continue
             for turn, seed in enumerate(seeds):

@@ -100,7 +100,7 @@ def cells(
 
 def _cell(group: Sequence[Run], outcomes: dict[Path, Outcome]) -> Cell:
     done = [m for m in map(metrics_of, group) if m is not None and not m["failure"]]
-    after = [m["dev_accuracy_after"] for m in done]
+    after = [m["dev_accuracy_after"] for m in done if m["dev_accuracy_after"] is not None]
     notes = []
     for run in group:
         metrics = metrics_of(run)

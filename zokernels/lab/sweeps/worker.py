@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from zokernels.lab.errors import InputError, RunError
+from zokernels.lab.files import json_of
 from zokernels.lab.models.loading import quiet
 from zokernels.lab.runs import folder
 from zokernels.lab.runs.history import Watcher
@@ -39,7 +40,7 @@ class Teller(Watcher):
     def tell(self, **what: Any) -> None:
         """Writes a line."""
         try:
-            print(json.dumps(what), file=self.pipe, flush=True)
+            print(json_of(what), file=self.pipe, flush=True)
         except OSError:
             self.close()
 
@@ -54,8 +55,7 @@ class Teller(Watcher):
         now = time.monotonic()
         if now - self._told > _EVERY:
             self._told = now
-            # JSON has no NaN.
-            self.tell(step=number, loss=loss if loss == loss and abs(loss) < 1e38 else None)
+            self.tell(step=number, loss=loss)
 
 
 def serve(orders: IO[str], answers: IO[str]) -> None:

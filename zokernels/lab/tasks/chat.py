@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, cut
 
 Turn = tuple[str, str]
 USER, ASSISTANT = "user", "assistant"
@@ -104,7 +104,7 @@ class Form:
             # Templates raise errors of their own, such as for roles that do not alternate.
             raise InputError(
                 f"The model's chat template does not take the roles "
-                f"{', '.join(role for role, _ in turns)}: {error}"
+                f"{cut(', '.join(role for role, _ in turns))}: {cut(str(error))}"
             ) from None
         # The tokenizer puts it there itself.
         return text.removeprefix(self.tokenizer.bos_token or "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, cut, shown
 from zokernels.lab.tasks.metric import LOSS
 from zokernels.lab.tasks.task import Example, Prompts, Row, Task
 
@@ -47,11 +47,15 @@ class Completions(Task):
         if self.asked:
             row = {**row, "completion": "" if isinstance(row.get("prompt"), str) else _NO_ANSWER}
         for name in self.fields:
-            if row.get(name) is None:
+            if name not in row:
                 raise InputError(
                     f"{where}: a row must have prompt and completion, or messages; it has "
-                    f"{', '.join(map(str, row))}. --columns prompt=NAME,completion=NAME tells of "
-                    "other names."
+                    f"{cut(', '.join(map(str, row)))}. --columns prompt=NAME,completion=NAME tells "
+                    "of other names."
+                )
+            if row[name] is None:
+                raise InputError(
+                    f"{where}: the {name} is null; give it a text or messages, or remove the row."
                 )
         prompt, completion = row["prompt"], row["completion"]
         if isinstance(prompt, list):
@@ -60,14 +64,14 @@ class Completions(Task):
             if not turns or [role for role, _ in answer] != ["assistant"]:
                 raise InputError(
                     f"{where}: a prompt of messages must have one, and its completion must be one "
-                    f"message of the assistant; got {completion!r}."
+                    f"message of the assistant; got {shown(completion)}."
                 )
             return _example("", answer[0][1], turns)
         for name in self.fields:
             if not isinstance(row[name], str):
                 raise InputError(
-                    f"{where}: the {name} must be a text, got {row[name]!r}; put it in quotes or "
-                    "remove the row."
+                    f"{where}: the {name} must be a text, got {shown(row[name])}; put it in quotes "
+                    "or remove the row."
                 )
         return _example(prompt, completion, ())
 
@@ -88,7 +92,7 @@ def _example(prompt: str, completion: str, turns: Turns) -> Example:
 def _turns(given: Any, name: str, where: str) -> Turns:
     """A conversation's turns."""
     if not isinstance(given, Sequence) or isinstance(given, str):
-        raise InputError(f"{where}: {name} must be a list of messages, got {given!r}.")
+        raise InputError(f"{where}: {name} must be a list of messages, got {shown(given)}.")
     found = []
     for message in given:
         role = message.get("role") if isinstance(message, dict) else None
@@ -96,7 +100,7 @@ def _turns(given: Any, name: str, where: str) -> Turns:
         if role not in _ROLES or not isinstance(content, str):
             raise InputError(
                 f"{where}: a message must have a role ({', '.join(_ROLES)}) and a content that is "
-                f"a text, got {message!r}."
+                f"a text, got {shown(message)}."
             )
         found.append((role, content))
     return tuple(found)

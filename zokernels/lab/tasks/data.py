@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from zokernels.lab import hub
 from zokernels.lab.errors import InputError
@@ -20,6 +21,8 @@ from zokernels.lab.tasks.task import Example, Hub, Task
 VARIABLE = "ZOKERNELS_DATA"
 _SHIPPED = Path(__file__).resolve().parent.parent / "data"
 _HELD_OUT = 10
+_REPORTED = ("test", "dev", "val", "validation", "dev_matched")
+_STEMS = ("train", "train_rest", *_REPORTED)
 
 
 @dataclass(frozen=True)
@@ -61,10 +64,9 @@ def load(
     Raises:
         InputError: If what was named lacks the data, a row is malformed, or no place has the task.
     """
-    places = task.places
     if data is None:
-        data, columns = places.get("data"), columns or places.get("columns")
-        eval_data = eval_data or places.get("eval_data")
+        columns = columns or task.places.get("columns")
+    data, eval_data = _named_places(task, data, eval_data)
     if data is not None:
         reported = None if eval_data is None else os.fspath(eval_data)
         return _named(task, os.fspath(data), reported, columns, "--data")
@@ -90,6 +92,33 @@ def load(
         )
     source = f"{task.shipped}, the small set that zokernels ships"
     return _read_splits(task, _SHIPPED / task.shipped, source, [note])
+
+
+def places(
+    task: Task,
+    data: str | os.PathLike[str] | None = None,
+    eval_data: str | os.PathLike[str] | None = None,
+) -> list[Path]:
+    """The files that `load` reads of what is named, those of a folder each."""
+    named = [p for p in _named_places(task, data, eval_data) if p is not None]
+    if not named and (variable := os.environ.get(VARIABLE, "").strip()):
+        named = [variable]
+    found: list[Path] = []
+    for place in map(Path, named):
+        folders = [p for p in {place, place / task.folder} if p.is_dir()]
+        for folder in folders:
+            own = [p for p in folder.iterdir() if p.suffix in rows.READERS]
+            known = {task.train_file, *_STEMS}
+            found += [p for p in own if len(own) == 1 or p.stem in known]
+        found += [] if folders else [place]
+    return found
+
+
+def _named_places(task: Task, data: Any, eval_data: Any) -> tuple[Any, Any]:
+    """What is named, or else what the task's description names."""
+    if data is not None:
+        return data, eval_data
+    return task.places.get("data"), eval_data or task.places.get("eval_data")
 
 
 def _named(
@@ -200,14 +229,15 @@ def few(splits: Splits, shots: int, seed: int) -> Splits:
     valid: list[Example] = []
     for label, pool in sorted(pools.items()):
         if len(pool) < 2 * shots:
+            has = f"of each label, but label {label} has" if len(pools) > 1 else "and there are"
             raise InputError(
-                f"--shots {shots} needs {2 * shots} training examples of each label, but label "
-                f"{label} has {len(pool)}; lower it."
+                f"--shots {shots} needs {2 * shots} training examples {has} {len(pool)}; lower it."
             )
         chosen = source.sample(pool, 2 * shots)
         train += chosen[:shots]
         valid += chosen[shots:]
-    words = f"{splits.source}, {shots} examples a label by seed {seed}"
+    each = " a label" if len(pools) > 1 else ""
+    words = f"{splits.source}, {shots} examples{each} by seed {seed}"
     return replace(splits, train=train, valid=valid, source=words)
 
 
@@ -235,7 +265,7 @@ def _file(place: Path, *names: str) -> Path | None:
 
 
 def _reported(place: Path) -> Path | None:
-    return _file(place, "test", "dev", "val", "validation", "dev_matched")
+    return _file(place, *_REPORTED)
 
 
 def _only_file(place: Path) -> Path | None:

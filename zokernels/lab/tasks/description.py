@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from zokernels.lab import yaml_file
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, shown
 from zokernels.lab.tasks.metric import METRICS
 from zokernels.lab.tasks.task import Prompts, Row, Task
 
@@ -225,7 +225,7 @@ class _Maker:
     def wrong(self, key: str, what: str) -> InputError:
         got = self.plain.get(key)
         return InputError(
-            f"{self.where(key)}: {key} {what}{'' if got is None else f'; got {got!r}'}."
+            f"{self.where(key)}: {key} {what}{'' if got is None else f'; got {shown(got)}'}."
         )
 
 
@@ -241,7 +241,7 @@ def _listed(column: str) -> Callable[[Row], Sequence[str]]:
     def choices(row: Row) -> Sequence[str]:
         found = row[column]
         if isinstance(found, str):
-            raise TypeError(f"{column} must be a list of candidates, got {found!r}")
+            raise TypeError(f"{column} must be a list of candidates, got {shown(found)}")
         return [str(c) for c in found]
 
     return choices

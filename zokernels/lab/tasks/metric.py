@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -23,7 +24,9 @@ class Metric:
     written: bool = False
 
     def better(self, one: float, other: float) -> bool:
-        """Whether the first of two values is better than the second."""
+        """Whether the first of two values is better than the second; one that is finite is."""
+        if not (math.isfinite(one) and math.isfinite(other)):
+            return math.isfinite(one) and not math.isfinite(other)
         return one > other if self.share else one < other
 
     def best(self, values: Sequence[float]) -> int:
@@ -35,6 +38,8 @@ class Metric:
 
     def text(self, value: float, error: float | None = None) -> str:
         """A value, and its standard error if there is one, for reading."""
+        if not math.isfinite(value):
+            return "not finite"
         form = ".1%" if self.share else ".4g"
         return f"{value:{form}}" + ("" if error is None else f" ± {error:{form}}")
 

@@ -6,10 +6,11 @@ Each reader yields where a row stands, for an error about it, and its columns by
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, cut, shown
 from zokernels.lab.tasks.task import Example, Row, Task, column_name
 
 Located = tuple[str, Row]
@@ -56,7 +57,7 @@ def _renamed(row: Row, columns: Mapping[str, str], where: str) -> Row:
         if own not in row:
             raise InputError(
                 f"{where}: there is no column '{own}', which --columns takes for {name}; it has "
-                f"{', '.join(map(str, row))}."
+                f"{cut(', '.join(map(str, row)))}."
             )
     return {**row, **{name: row[own] for name, own in columns.items()}} if columns else row
 
@@ -87,7 +88,7 @@ def _tsv(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located
     for number, line in _lines(path):
         values = line.split("\t")
         if number == 1 and _is_header(values, task, columns):
-            names = values
+            names = _check_names(values, f"{path}, line 1")
             continue
         # Rows of SNLI and MNLI carry one label for each annotator, and the agreed one last.
         if len(values) > len(names) and "label1" in names and names[-1] == "gold_label":
@@ -119,7 +120,7 @@ def _csv(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located
         if not begun:
             begun = True
             if _is_header(values, task, columns):
-                names = values
+                names = _check_names(values, f"{path}, line {reader.line_num}")
                 continue
         if len(values) != len(names):
             raise InputError(
@@ -127,6 +128,17 @@ def _csv(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Located
                 f"columns; a row has exactly {len(names)}."
             )
         yield f"{path}, line {reader.line_num}", dict(zip(names, values, strict=True))
+
+
+def _check_names(names: Sequence[str], where: str) -> Sequence[str]:
+    """The names of columns, each of them once; spreadsheets leave some empty."""
+    for name, count in Counter(names).items():
+        if count > 1 and name.strip():
+            raise InputError(
+                f"{where}: the column {shown(name)} is there {count} times; rename or remove all "
+                "but one."
+            )
+    return names
 
 
 def _is_header(values: Sequence[str], task: Task, columns: Mapping[str, str]) -> bool:
@@ -154,6 +166,13 @@ def _json(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Locate
         raise InputError(f"{path} is not JSON ({error}).") from None
     if not isinstance(whole, dict | list):
         raise InputError(f"{path} holds neither an object of rows nor a list of rows.")
+    if isinstance(whole, dict):
+        for name, held in whole.items():
+            if isinstance(held, list):
+                raise InputError(
+                    f"{path}: the rows must be a list at the top, [{{...}}, {{...}}], and this is "
+                    f"an object whose {shown(name)} holds a list; make the rows all of the file."
+                )
     for name, row in whole.items() if isinstance(whole, dict) else enumerate(whole):
         where = f"{path}, row {name}"
         yield where, _object(row, where)
@@ -176,7 +195,7 @@ def _parquet(task: Task, path: Path, columns: Mapping[str, str]) -> Iterator[Loc
 
 def _object(row: object, where: str) -> Row:
     if not isinstance(row, dict):
-        raise InputError(f"{where}: a row must be an object with named columns, got {row!r}.")
+        raise InputError(f"{where}: a row must be an object with named columns, got {shown(row)}.")
     return row
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from zokernels.lab.errors import InputError
+from zokernels.lab.errors import InputError, cut, shown
 from zokernels.lab.tasks.metric import ACCURACY, F1, METRICS, Metric
 
 Row = Mapping[str, Any]
@@ -259,7 +259,8 @@ class Task:
             raise
         except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
             raise InputError(
-                f"{where}: this is no row of {self.name} ({type(error).__name__}: {error}); "
+                f"{where}: this is no row of {self.name} ({type(error).__name__}: "
+                f"{cut(str(error))}); "
                 f"docs/tasks.md says what its columns are."
             ) from None
         return found
@@ -274,8 +275,8 @@ class Task:
         for name in self.fields:
             if not isinstance(example.fields[name], str):
                 raise InputError(
-                    f"{where}: the {name} must be a text, got {example.fields[name]!r}; put it in "
-                    "quotes or remove the row."
+                    f"{where}: the {name} must be a text, got {shown(example.fields[name])}; put "
+                    "it in quotes or remove the row."
                 )
         texts = [self.prompt(example), *self.candidates(example), *example.answers]
         # Half of a surrogate pair, which JSON can hold and no tokenizer takes.
@@ -301,7 +302,8 @@ class Task:
         label = str(int(given) if whole else given).strip().lower()
         if label not in self.names:
             raise InputError(
-                f"{where}: the {self.label} must be {' or '.join(self.names)}, got '{given}'."
+                f"{where}: the {self.label} must be {cut(' or '.join(self.names))}, got "
+                f"'{cut(str(given))}'."
             )
         index = self.names[label]
         return None if index < 0 else Example(sentence, index, fields)
@@ -316,7 +318,7 @@ class Task:
         found = self.choices(fields)
         if not set(found) & set(answers):
             raise InputError(
-                f"{where}: none of the answers ({', '.join(answers)}) is among the candidates."
+                f"{where}: none of the answers ({cut(', '.join(answers))}) is among the candidates."
             )
         return Example(
             sentence, next(i for i, c in enumerate(found) if c in answers), fields, answers
@@ -335,6 +337,9 @@ def column_name(row: Iterable[str], name: str) -> str | None:
 
 def _column(row: Row, name: str, where: str) -> Any:
     own = column_name(row, name)
-    if own is None or row[own] is None:
-        raise InputError(f"{where}: the column '{name}' is missing; it has {', '.join(row)}.")
+    if own is None:
+        has = cut(", ".join(row))
+        raise InputError(f"{where}: the column '{name}' is missing; it has {has}.")
+    if row[own] is None:
+        raise InputError(f"{where}: the {own} is null; give it a value or remove the row.")
     return row[own]

@@ -17,6 +17,7 @@ from zokernels.lab.benchmarks import machine, suite
 from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
 from zokernels.lab.errors import InputError
+from zokernels.lab.runs import answers
 
 SUMMARY = "summary.json"
 # Seconds that an interrupted command may take to write its rows.
@@ -29,7 +30,7 @@ def command(
     json: output.JSON = None,
 ) -> int:
     """Run ops, step, memory and codegen one after the other; 1 if one of them failed."""
-    files.check_json(json)
+    answers.check(json)
     _check_folder(out)
     runs = suite.runs(full)
     total, most = sum(r.minutes for r in runs), sum(r.limit for r in runs) / 60

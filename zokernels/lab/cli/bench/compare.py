@@ -13,6 +13,7 @@ from zokernels.lab import files
 from zokernels.lab.benchmarks import compare, forecast, machine, ops, passes
 from zokernels.lab.cli import inputs, show
 from zokernels.lab.cli.bench import output
+from zokernels.lab.runs import answers
 
 
 def command(
@@ -26,7 +27,7 @@ def command(
     json: output.JSON = None,
 ) -> int:
     """Compare the passes of a commit with the working tree's, on this CPU, in alternation."""
-    files.check_json(json)
+    answers.check(json)
     dtypes = tuple(dict.fromkeys(dtype or ("float32", "bfloat16")))
     for name in dtypes:
         inputs.check_choice("--dtype", name, passes.DTYPES)

@@ -17,6 +17,7 @@ from zokernels.lab.benchmarks import forecast, machine, results, style, tested
 from zokernels.lab.cli.inputs import check_plot
 from zokernels.lab.cli.show import say
 from zokernels.lab.errors import RunError
+from zokernels.lab.runs import answers
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +52,7 @@ class Output:
     later: Sequence[str] = machine.LATER
 
     def __post_init__(self) -> None:
-        files.check_json(self.json)
+        answers.check(self.json)
         if self.csv is not None:
             results.check(self.csv, self.columns, self.later)
         if self.plot is not None:
