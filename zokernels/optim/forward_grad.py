@@ -30,7 +30,8 @@ class ForwardGrad(ZOSGD):
 
     Given a module, a weight's tangent is made as an operation asks for it and dropped with it;
     given parameters only, all tangents are set before the pass (1 × the trainable weights). In
-    16-bit weights the tangent is z rounded to their type.
+    16-bit weights the tangent is z rounded to their type. The first step runs one forward more,
+    which looks for what the model writes.
 
     Args:
         params: As in `ZOOptimizer`, and so are ``lr`` and the common keywords.

@@ -82,7 +82,8 @@ def test_a_baseline_is_torchs_optimizer_on_the_same_batches(places, tmp_path, na
         (dict(optimizer="zo-sgd", num_queries=2), 24, 0),
         (dict(optimizer="zo-sgd", estimator="one_sided"), 12, 0),
         (dict(optimizer="zo-sgd-cons"), 30, 0),
-        (dict(optimizer="forward-grad"), 6, 0),
+        # One more, which looks for what the model writes.
+        (dict(optimizer="forward-grad"), 7, 0),
         (HYBRID, 18, 6),
     ],
     ids=["fo", "two queries", "one-sided", "conservative", "forward gradient", "hybrid"],

@@ -77,6 +77,31 @@ def test_directions_divided_over_processes_are_one_run_to_the_bit(places, tmp_pa
     assert "2 processes of" in (out / "report.md").read_text()
 
 
+LISTING = """
+import sys
+from pathlib import Path
+from zokernels.lab.cli import main
+code = main(["finetune", *sys.argv[1:]])
+names = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
+print("threads:", sorted(n for n in names if "gloo" in n))
+sys.exit(code)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_thread_of_a_group_outlives_the_run(places, tmp_path):
+    """One that is there as the interpreter ends may abort the process, and torchrun the run."""
+    (tmp_path / "listing.py").write_text(LISTING)
+    words = options(places, tmp_path / "run", parallel="query", steps=1)
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+        + [str(tmp_path / "listing.py"), *words],
+        env=environment(), capture_output=True, text=True, timeout=150,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("threads: []") == 2
+
+
 @pytest.mark.parametrize("extra", [dict(), dict(keep_best="", patience=1)], ids=["plain", "best"])
 def test_a_shared_batch_is_the_same_run_up_to_the_mean(places, tmp_path, extra):
     out = tmp_path / "two"
