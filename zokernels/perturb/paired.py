@@ -242,23 +242,25 @@ def _as_before_a_failure(model: nn.Module) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for module, kind, own, held in before:
+        for module, kind, own, contents in before:
             module.__class__ = kind
             vars(module).clear()
             vars(module).update(own)
-            for value, inside in held:
-                value.clear()
-                (value.extend if type(value) is list else value.update)(inside)
+            for name, value in own.items():
+                if type(value) in _CONTAINERS:
+                    value.clear()
+                    add = value.extend if type(value) is list else value.update
+                    add(contents.get(name, ()))
         raise
 
 
 _CONTAINERS = {list, dict, set, OrderedDict}
 
 
-def _contents(module: nn.Module) -> list[tuple[Any, Any]]:
-    """The containers among a module's attributes, most of them empty, and what is in each."""
-    held = (x for x in vars(module).values() if type(x) in _CONTAINERS)
-    return [(x, x.copy() if x else ()) for x in held]
+def _contents(module: nn.Module) -> dict[str, Any]:
+    """What is in the containers among a module's attributes, of which most are empty."""
+    own = vars(module).items()
+    return {name: x.copy() for name, x in own if x.__class__ in _CONTAINERS and x}
 
 
 def _leave_the_last(model: nn.Module, points: Points) -> None:
