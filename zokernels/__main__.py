@@ -1,6 +1,6 @@
 """``python -m zokernels``, as ``torchrun -m zokernels`` runs it: the command."""
 
-from zokernels.lab.cli import main
+from zokernels.lab.cli import end
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    end()

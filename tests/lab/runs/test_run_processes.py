@@ -77,29 +77,28 @@ def test_directions_divided_over_processes_are_one_run_to_the_bit(places, tmp_pa
     assert "2 processes of" in (out / "report.md").read_text()
 
 
-LISTING = """
-import sys
-from pathlib import Path
-from zokernels.lab.cli import main
-code = main(["finetune", *sys.argv[1:]])
-names = [p.read_text().strip() for p in Path("/proc/self/task").glob("*/comm")]
-print("threads:", sorted(n for n in names if "gloo" in n))
-sys.exit(code)
+ENDING = """
+import atexit, os
+from zokernels.lab.cli import end
+
+class Thread:
+    # As a group's thread may do that is there as the interpreter ends.
+    def __del__(self, abort=os.abort):
+        abort()
+
+held = Thread()
+atexit.register(print, "said at the exit")
+end()
 """
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_no_thread_of_a_group_outlives_the_run(places, tmp_path):
-    """One that is there as the interpreter ends may abort the process, and torchrun the run."""
-    (tmp_path / "listing.py").write_text(LISTING)
-    words = options(places, tmp_path / "run", parallel="query", steps=1)
+def test_a_thread_of_a_group_does_not_abort_the_end_of_a_process():
+    launched = {**environment(), "RANK": "1", "WORLD_SIZE": "2"}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-        + [str(tmp_path / "listing.py"), *words],
-        env=environment(), capture_output=True, text=True, timeout=150,
-    )  # fmt: skip
+        [sys.executable, "-c", ENDING, "--version"], env=launched, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("threads: []") == 2
+    assert done.stdout.startswith("zokernels ") and done.stdout.endswith("said at the exit\n")
 
 
 @pytest.mark.parametrize("extra", [dict(), dict(keep_best="", patience=1)], ids=["plain", "best"])

@@ -1,10 +1,12 @@
 """The command line: ``zokernels finetune``, and the commands around it."""
 
+import atexit
+import os
 import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -22,9 +24,9 @@ from zokernels.lab.cli import (
     verify,
 )  # fmt: skip
 from zokernels.lab.errors import InputError, RunError
-from zokernels.lab.runs.processes import is_first
+from zokernels.lab.runs.processes import is_first, launched
 
-__all__ = ["app", "main"]
+__all__ = ["app", "end", "main"]
 
 # Columns of a terminal.
 _TABLES_FROM = 80
@@ -108,6 +110,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(message(), 2) if message() else 2
     return result if isinstance(result, int) else 0
+
+
+def end() -> NoReturn:
+    """Runs the command of the shell, and ends the process with its exit code."""
+    code = main()
+    if launched() > 1:
+        # Torch keeps a group of processes that a mesh or a default argument names, and the threads
+        # of one may abort the interpreter as it ends, whereupon torchrun ends the other processes.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _fail(sentence: str, code: int) -> int:

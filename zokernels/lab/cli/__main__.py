@@ -1,7 +1,5 @@
 """``python -m zokernels.lab.cli``."""
 
-import sys
+from zokernels.lab.cli import end
 
-from zokernels.lab.cli import main
-
-sys.exit(main())
+end()

@@ -6,7 +6,6 @@ optimizer's `zk.Distributed`, evaluations here; the first process writes the run
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -143,9 +142,6 @@ def started(s: Settings) -> Iterator[Processes]:
         torch.cuda.set_device(s.device)
     own = not dist.is_initialized()
     if own:
-        # Its functions have the group that there is at their import as a default: were that the
-        # run's, its threads would live until the interpreter ends, and may then abort it.
-        importlib.import_module("torch.distributed.nn.functional")
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
     try:
         yield Processes(_divided(s, ranks), s.shard)
