@@ -17,6 +17,7 @@ from bench.report import renewal
 from bench.report.catalog import PARTS
 from zokernels.lab import files
 from zokernels.lab.errors import InputError, RunError
+from zokernels.lab.runs import answers
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def report(root: Path | None, check: bool, json: Path | None) -> int:
         InputError: If there is no checkout, or the outcome has nowhere to be.
         RunError: If the outcome can't be written; the parts are.
     """
-    files.check_json(json)
+    answers.check(json)
     place = renewal.checkout(root or Path.cwd())
     if place is None or (root is not None and place != root):
         raise InputError(

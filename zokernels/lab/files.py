@@ -122,10 +122,8 @@ def write_answer(path: Path, value: dict[str, Any]) -> None:
         ) from None
 
 
-def check_json(path: Path | None, option: str = "--json") -> None:
+def check_writable(path: Path, option: str) -> None:
     """Refuses, before a run is begun, a file that could not be written at its end."""
-    if path is None:
-        return
     if path.is_dir():
         raise InputError(f"{option} {path} is a folder; name a file.")
     # A device, such as /dev/full, would be replaced by a file.

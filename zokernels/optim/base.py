@@ -37,7 +37,6 @@ from zokernels.optim.forward import (
     same_randomness,
 )
 from zokernels.optim.groups import Chosen, check_group, join_masks, moment_of
-from zokernels.optim.weights import Weights
 from zokernels.optim.world import World, check_states, take_over
 from zokernels.perturb import Direction, Move
 
@@ -227,7 +226,7 @@ class ZOOptimizer(Asking, Constructed):
     def _forget(self) -> None:
         """Drop what was made for the model as it was."""
         self._perturbers.clear()
-        self._weights = Weights(self.model)
+        self._weights.forget()
 
     def _sweep(self, forward: Forward) -> list[Estimate]:
         """Every block's estimate, and its update: at once, or when all of them are known."""

@@ -38,6 +38,10 @@ class Weights:
         }
         return partial(self._kept, stored)
 
+    def forget(self) -> None:
+        """The parameters may be others from now on."""
+        self._written.forget(all_but=set())
+
     @contextlib.contextmanager
     def _kept(
         self, stored: Mapping[int, torch.Tensor], perturbed: Sequence[nn.Parameter], looks: bool

@@ -100,21 +100,13 @@ class Vectors(NamedTuple):
                 self.backend.shift(plan)
                 return plan.y
         with torch.autocast(x.device.type, enabled=False):
-            return self._by_torch(x.to(taken.dtype), taken, given, bias)
-
-    def _by_torch(
-        self,
-        x: torch.Tensor,
-        taken: torch.Tensor,
-        given: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        bias = x.new_zeros(()) if bias is None else bias.to(x.dtype)
-        if len(x) == 1 and self.number is not None:
-            dots = torch.mv(x[0], taken[0]).view(1, -1, 1)
-            return torch.addcmul(bias, dots, given.unsqueeze(1), value=self.number)
-        dots = self._scaled(torch.bmm(x, taken.unsqueeze(-1)))
-        return torch.addcmul(bias, dots, given.unsqueeze(1))
+            x = x.to(taken.dtype)
+            bias = x.new_zeros(()) if bias is None else bias.to(x.dtype)
+            if len(x) == 1 and self.number is not None:
+                dots = torch.mv(x[0], taken[0]).view(1, -1, 1)
+                return torch.addcmul(bias, dots, given.unsqueeze(1), value=self.number)
+            dots = self._scaled(torch.bmm(x, taken.unsqueeze(-1)))
+            return torch.addcmul(bias, dots, given.unsqueeze(1))
 
     def _is_in_memory(self, t: torch.Tensor) -> bool:
         """Whether a backend may read it: its values are there, and no derivative goes through."""

@@ -1,6 +1,7 @@
 """A forward at several points that is given up halfway leaves the model as it found it."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -63,6 +64,14 @@ CHANGES = {
 }
 
 
+def step(opt, closure, told):
+    """A step, and its slopes; in pairs it is told why each point has its own forward."""
+    said = pytest.warns(UserWarning, match=told) if opt.perturb == "paired" else nullcontext()
+    with said:
+        opt.step(closure)
+    return opt.projected_gradients
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_what_the_forward_would_have_taken_back_is_taken_back(change):
     torch.manual_seed(0)
@@ -73,13 +82,11 @@ def test_what_the_forward_would_have_taken_back_is_taken_back(change):
     for mode in ("on_entry", "paired"):
         own = copy.deepcopy(model)
         opt = zk.ZOSGD(own, lr=0.0, eps=1e-2, perturb=mode, num_queries=2)
-        loss = lambda own=own: own(x).square().mean()  # noqa: E731
-        if mode == "paired":
-            with pytest.warns(UserWarning, match="goes on as 'on_entry'"):
-                opt.step(loss)
-        else:
-            opt.step(loss)
-        slopes[mode] = opt.projected_gradients
+
+        def loss(own=own):
+            return own(x).square().mean()
+
+        slopes[mode] = step(opt, loss, "goes on as 'on_entry'")
         opt.step(loss)
         slopes[mode] = slopes[mode] + opt.projected_gradients
         assert [name for name, _ in own.named_parameters()] == names
@@ -91,14 +98,12 @@ def test_what_the_forward_would_have_taken_back_is_taken_back(change):
 def test_a_closure_that_copies_the_model_has_one_forward_a_point():
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 2)), torch.randn(5, 8)
-    slopes = {}
-    for mode in ("in_place", "paired"):
-        opt = zk.ZOSGD(model, lr=0.0, eps=1e-2, perturb=mode)
-        closure = lambda: (model(x) * copy.deepcopy(model)(x)).mean()  # noqa: E731
-        if mode == "paired":
-            with pytest.warns(UserWarning, match="one forward a point: the closure copies the"):
-                opt.step(closure)
-        else:
-            opt.step(closure)
-        slopes[mode] = opt.projected_gradients
-    assert slopes["paired"] == pytest.approx(slopes["in_place"], rel=1e-4)
+    in_place, paired = (
+        step(
+            zk.ZOSGD(model, lr=0.0, eps=1e-2, perturb=mode),
+            lambda: (model(x) * copy.deepcopy(model)(x)).mean(),
+            "one forward a point: the closure copies the",
+        )
+        for mode in ("in_place", "paired")
+    )
+    assert paired == pytest.approx(in_place, rel=1e-4)

@@ -37,9 +37,9 @@ def check(
     Raises:
         InputError: Saying what to do.
     """
-    files.check_json(path, option)
     if path is None:
         return
+    files.check_writable(path, option)
     if run := folder.holder(path, out):
         raise InputError(f"{option} {path} is a file of the run in {run}; name another.")
     for source in reads if path.exists() else ():

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from zokernels.lab import files
 from zokernels.lab.runs.folder import Elsewhere, RunFolder
 from zokernels.lab.runs.history import History, Watcher
 from zokernels.lab.runs.learner import Learner
@@ -74,9 +73,8 @@ class Run:
 
     def record(self, line: dict[str, Any]) -> None:
         """Writes a line of the run's log, and tells the trackers."""
-        plain = files.finite(line)
-        self.out.log(plain)
-        self.trackers.log(plain)
+        self.out.log(line)
+        self.trackers.log(line)
 
     @cached_property
     def fingerprint(self) -> int:

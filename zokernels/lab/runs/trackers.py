@@ -9,6 +9,7 @@ import math
 import os
 from typing import Any
 
+from zokernels.lab import files
 from zokernels.lab.errors import InputError
 from zokernels.lab.runs import folder
 from zokernels.lab.runs.history import Watcher
@@ -93,7 +94,7 @@ class Trackers:
         if self._accelerator is None:
             return
         try:
-            self._accelerator.log(numbers(record), step=record["step"])
+            self._accelerator.log(numbers(files.finite(record)), step=record["step"])
         # A service that is away is no reason to lose a run.
         except Exception as error:
             self._give_up(error)
