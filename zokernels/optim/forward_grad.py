@@ -94,7 +94,7 @@ class ForwardGrad(ZOSGD):
         # All forwards of a step go the same way, those without a tangent too; what is compiled has
         # no forward-mode derivative.
         with _differentiable_attention(), tracer.eager():
-            if not self._has_looked:
+            if forward.buffers.is_new or not self._has_looked:
                 # Of its own: while it is looked at, torch takes other formulas for derivatives.
                 forward()
                 self._has_looked = True

@@ -32,6 +32,11 @@ class Kept:
         self._copies, self._written, self._new = copies, written, new
         self._reassign = reassign
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it is not known yet which of them forwards write."""
+        return bool(self._new)
+
     def put_back(self) -> None:
         """Every tensor is as before the block."""
         self._reassign()
@@ -39,7 +44,7 @@ class Kept:
 
     def looking(self) -> contextlib.AbstractContextManager[Any]:
         """Around a forward: what it writes first is copied before."""
-        return _looking(self._new, self._copies) if self._new else contextlib.nullcontext()
+        return _looking(self._new, self._copies) if self.is_new else contextlib.nullcontext()
 
 
 class Written:

@@ -121,6 +121,26 @@ def test_a_buffer_that_joins_is_looked_at():
     assert all(not b.any() for n, b in model.named_buffers() if n.endswith(("later", "counted")))
 
 
+class Growing(nn.Linear):
+    """Writes a buffer, once it has one."""
+
+    def forward(self, x):
+        if "late" in self._buffers:
+            self.late += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_buffer_of_a_module_that_was_there_is_looked_at(rule):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Growing(4, 4), nn.Linear(4, 4)), torch.randn(4, 4)
+    opt = RULES[rule](model)
+    opt.step(lambda: model(x).square().mean())
+    model[0].register_buffer("late", torch.zeros(1500))
+    opt.step(lambda: model(x).square().mean())
+    assert not model[0].late.any()
+
+
 def test_buffers_are_put_back_when_a_forward_fails():
     torch.manual_seed(0)
     model, x = Writing(), torch.randn(4, 4)
